@@ -1,0 +1,8 @@
+"""RegionSpot for Detectron2: any region of an image, named with any words."""
+
+from . import modeling as _  # only registration
+from .config import add_regionspot_config
+
+__version__ = "0.1.0"
+
+__all__ = ["add_regionspot_config"]

@@ -1,0 +1,59 @@
+"""The keys RegionSpot adds to Detectron2's config."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode as CN
+
+
+def add_regionspot_config(cfg: CN) -> None:
+    """Adds the keys of RegionSpot to ``cfg``, with the values of the paper as defaults.
+
+    Args:
+        cfg: a Detectron2 config, changed in place.
+    """
+    # The frozen model that turns regions into mask tokens: a name in LOCALIZER_REGISTRY.
+    cfg.MODEL.LOCALIZER = CN()
+    cfg.MODEL.LOCALIZER.NAME = "SamLocalizer"
+    # Size of the localizer; for SAM: vit_b, vit_l or vit_h.
+    cfg.MODEL.LOCALIZER.ARCH = "vit_b"
+    # A file or an URL; empty means random weights, for tests only.
+    cfg.MODEL.LOCALIZER.WEIGHTS = (
+        "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_b_01ec64.pth"
+    )
+    # What stands for a region: "mask" (SAM's first mask token), "prompt" (the prompt's own embedding) or "both".
+    cfg.MODEL.LOCALIZER.TOKENS = "mask"
+    # Prompts decoded at a time; bounds the memory, not the result.
+    cfg.MODEL.LOCALIZER.CHUNK_SIZE = 16
+
+    # The frozen model of images and words: a name in VISION_LANGUAGE_REGISTRY.
+    cfg.MODEL.VISION_LANGUAGE = CN()
+    cfg.MODEL.VISION_LANGUAGE.NAME = "OpenClip"
+    # Architecture, as open_clip (or, for OpenAIClip, the clip package) names it.
+    cfg.MODEL.VISION_LANGUAGE.ARCH = "ViT-L-14-quickgelu"
+    # A file or an URL; empty means random weights, for tests only.
+    cfg.MODEL.VISION_LANGUAGE.WEIGHTS = (
+        "https://openaipublic.azureedge.net/clip/models/"
+        "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt"
+    )
+
+    # The part that names regions: a name in REGION_HEAD_REGISTRY.
+    cfg.MODEL.REGION_HEAD = CN()
+    cfg.MODEL.REGION_HEAD.NAME = "RegionSpotHead"
+    # Layers of the transformer decoder, its attention heads, the width of its feed-forward part, its dropout.
+    cfg.MODEL.REGION_HEAD.DEPTH = 3
+    cfg.MODEL.REGION_HEAD.NUM_HEADS = 8
+    cfg.MODEL.REGION_HEAD.FFN_DIM = 2048
+    cfg.MODEL.REGION_HEAD.DROPOUT = 0.1
+    # Sigmoid focal loss over the vocabulary.
+    cfg.MODEL.REGION_HEAD.FOCAL_ALPHA = 0.25
+    cfg.MODEL.REGION_HEAD.FOCAL_GAMMA = 2.0
+
+    # Published order of scoring: keep this many (region, name) pairs by softmax alone before the box score is
+    # multiplied in; the authors used 900. 0 multiplies first.
+    cfg.TEST.KEEP_BEFORE_PROPOSAL_SCORE = 0
+
+    # Own data: [[name, COCO-format json, image folder], ...], registered before any dataset is asked for.
+    cfg.DATASETS.COCO_FORMAT = []
+
+    # SAM and CLIP were trained on RGB.
+    cfg.INPUT.FORMAT = "RGB"

@@ -1,0 +1,19 @@
+from .frozen import FrozenModule
+from .localizer import LOCALIZER_REGISTRY, Localizer, PointPrompts, SamLocalizer
+from .region_head import REGION_HEAD_REGISTRY, PooledRegionHead, RegionSpotHead
+from .regionspot import RegionSpot
+from .vision_language import VISION_LANGUAGE_REGISTRY, VisionLanguageModel
+
+__all__ = [
+    "FrozenModule",
+    "LOCALIZER_REGISTRY",
+    "Localizer",
+    "PointPrompts",
+    "PooledRegionHead",
+    "REGION_HEAD_REGISTRY",
+    "RegionSpot",
+    "RegionSpotHead",
+    "SamLocalizer",
+    "VISION_LANGUAGE_REGISTRY",
+    "VisionLanguageModel",
+]
