@@ -1,0 +1,31 @@
+"""Fixtures that many tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from . import tiny
+
+
+@pytest.fixture
+def tiny_models() -> Iterator[None]:
+    """Lets configs name "tiny" as the architecture of SAM and of CLIP."""
+    import segment_anything
+    from open_clip import factory
+
+    segment_anything.sam_model_registry["tiny"] = tiny.build_tiny_sam
+    factory._MODEL_CONFIGS["tiny"] = tiny.OPEN_CLIP_CONFIG
+    yield
+    del segment_anything.sam_model_registry["tiny"]
+    factory._MODEL_CONFIGS.pop("tiny", None)
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder as the project's cache."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("REGIONSPOT_CACHE", str(folder))
+    return folder
