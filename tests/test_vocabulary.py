@@ -1,0 +1,87 @@
+"""Vocabularies: templates, unit length, the caches, and names that cannot be meant."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from regionspot_d2.modeling.vocabulary import TextEmbedder, check_names, clean_name
+
+
+class CountingModel(SimpleNamespace):
+    """Encodes a text as (letters, words, 1) and counts the texts it has seen."""
+
+    def __init__(self, fingerprint: str = "a", templates: tuple[str, ...] = ("{}", "a {}")) -> None:
+        super().__init__(fingerprint=fingerprint, templates=templates, text_dim=3, seen=[])
+
+    def encode_text(self, texts: list[str]) -> torch.Tensor:
+        self.seen += texts
+        return torch.tensor([[len(t), len(t.split()), 1.0] for t in texts])
+
+
+def test_mean_of_raw_template_embeddings_then_unit_length():
+    words = TextEmbedder(CountingModel())(["cat", "big_dog"])
+    expected = torch.tensor([[(3 + 5) / 2, (1 + 2) / 2, 1], [(7 + 9) / 2, (2 + 3) / 2, 1]])
+    torch.testing.assert_close(words, expected / expected.norm(dim=1, keepdim=True))
+
+
+def test_a_known_vocabulary_is_not_encoded_again(tmp_path):
+    first = TextEmbedder(CountingModel(), tmp_path)
+    words = first(["cat", "dog"])
+    first(["cat", "dog"])
+    assert len(first._model.seen) == 4
+    second = TextEmbedder(CountingModel(), tmp_path)
+    assert torch.equal(second(["cat", "dog"]), words)
+    assert second._model.seen == []
+
+
+@pytest.mark.parametrize(
+    "model, names",
+    [
+        (CountingModel(fingerprint="b"), ["cat", "dog"]),
+        (CountingModel(templates=("{}",)), ["cat", "dog"]),
+        (CountingModel(), ["dog", "cat"]),
+        (CountingModel(), ["cat dog"]),
+    ],
+    ids=["other weights", "other templates", "other order", "other names"],
+)
+def test_the_cache_answers_only_for_what_it_was_made_of(tmp_path, model, names):
+    TextEmbedder(CountingModel(), tmp_path)(["cat", "dog"])
+    TextEmbedder(model, tmp_path)(names)
+    assert len(model.seen) == len(names) * len(model.templates)
+
+
+def test_a_damaged_cache_file_is_made_again(tmp_path):
+    words = TextEmbedder(CountingModel(), tmp_path)(["cat"])
+    [file] = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    assert torch.equal(TextEmbedder(CountingModel(), tmp_path)(["cat"]), words)
+    again = CountingModel()
+    TextEmbedder(again, tmp_path)(["cat"])
+    assert again.seen == []
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        ([], "empty"),
+        ("cat", "one string"),
+        (["cat", " "], "Name 1"),
+        (["cat", "dog", "Cat"], "places 0 and 2"),
+        (["traffic light", "traffic_light"], "twice"),
+    ],
+)
+def test_names_that_cannot_be_meant(names, message):
+    with pytest.raises(ValueError, match=message):
+        check_names(names)
+
+
+def test_class_lists_of_data_sets_may_repeat_a_name():
+    words = TextEmbedder(CountingModel())(["cat", "dog", "cat"])
+    assert torch.equal(words[0], words[2])
+
+
+def test_clean_name():
+    assert clean_name(" bell_pepper  (red) ") == "bell pepper (red)"
