@@ -52,6 +52,13 @@ def add_regionspot_config(cfg: CN) -> None:
     # multiplied in; the authors used 900. 0 multiplies first.
     cfg.TEST.KEEP_BEFORE_PROPOSAL_SCORE = 0
 
+    # The code that computes AP: "hotcoco", or "reference" for pycocotools and lvis (same numbers, many times slower).
+    cfg.TEST.EVALUATION_BACKEND = "hotcoco"
+    # LVIS: Fixed AP (10,000 results per class, no limit per image) beside the standard AP.
+    cfg.TEST.FIXED_AP = False
+    # Accuracy of the names of ground-truth regions, for proposal files made from ground truth.
+    cfg.TEST.REGION_CLASSIFICATION = False
+
     # Own data: [[name, COCO-format json, image folder], ...], registered before any dataset is asked for.
     cfg.DATASETS.COCO_FORMAT = []
 
