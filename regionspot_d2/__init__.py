@@ -2,7 +2,8 @@
 
 from . import modeling as _  # only registration
 from .config import add_regionspot_config
+from .predictor import RegionSpotPredictor
 
 __version__ = "0.1.0"
 
-__all__ = ["add_regionspot_config"]
+__all__ = ["RegionSpotPredictor", "add_regionspot_config"]

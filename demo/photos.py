@@ -1,0 +1,28 @@
+"""Prints the paths of the demo's photos, which come with scikit-image and matplotlib.
+
+The astronaut, the rocket and Grace Hopper are public domain (NASA, SpaceX, U.S. Navy), the cat Chelsea and the coffee are
+CC0 (Stéfan van der Walt, Rachel Michetti).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+PHOTOS = {
+    "skimage": ["data/chelsea.png", "data/coffee.png", "data/astronaut.png", "data/rocket.jpg"],
+    "matplotlib": ["mpl-data/sample_data/grace_hopper.jpg"],
+}
+
+
+def main() -> None:
+    for package, names in PHOTOS.items():
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise SystemExit(f"{package} is not installed; 'pip install -e .[demo]' brings it.")
+        for name in names:
+            print(Path(spec.origin).parent / name)
+
+
+if __name__ == "__main__":
+    main()

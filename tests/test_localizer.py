@@ -1,0 +1,180 @@
+"""SamLocalizer: its tokens are stock SAM's, whatever the order, the chunks, the company or the kind of prompt."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from detectron2.structures import BitMasks, Boxes
+from segment_anything import SamPredictor
+
+from regionspot_d2.modeling import PointPrompts, SamLocalizer
+from regionspot_d2.modeling.localizer import load_frozen_weights
+
+from . import tiny
+
+
+def build(**options) -> SamLocalizer:
+    parts = dict(zip(("image_encoder", "prompt_encoder", "mask_decoder"), tiny.tiny_sam()))
+    mean, std = list(tiny.SAM_PIXEL_MEAN), list(tiny.SAM_PIXEL_STD)
+    return SamLocalizer(**parts, pixel_mean=mean, pixel_std=std, **options)
+
+
+@pytest.fixture(scope="module")
+def localizer() -> SamLocalizer:
+    return build()
+
+
+@pytest.fixture(scope="module")
+def image() -> torch.Tensor:
+    return torch.from_numpy(tiny.golden()["image"]).permute(2, 0, 1)
+
+
+@pytest.fixture(scope="module")
+def boxes() -> torch.Tensor:
+    return torch.from_numpy(tiny.golden()["boxes"])
+
+
+def decode(localizer, image, prompts, **options):
+    [embedding] = localizer.encode_image([image])
+    return localizer.decode(embedding, image.shape[-2:], prompts, **options)
+
+
+def stock_points(image, points, labels):
+    """Stock SAM's token and low-resolution mask for one point prompt."""
+    sam = tiny.build_tiny_sam()
+    kept = []
+    sam.mask_decoder.transformer.register_forward_hook(lambda *args: kept.append(args[2][0][:, 1]))
+    predictor = SamPredictor(sam)
+    predictor.set_image(image.permute(1, 2, 0).numpy())
+    _, _, low = predictor.predict(
+        points.numpy(), labels.numpy(), multimask_output=False, return_logits=True
+    )
+    return kept[0], torch.from_numpy(low)
+
+
+def test_chunks_do_not_matter(image, boxes, localizer):
+    tokens, masks = decode(localizer, image, Boxes(boxes))
+    for size in (1, 2, 5, 100):
+        found, found_masks = decode(build(chunk_size=size), image, Boxes(boxes))
+        torch.testing.assert_close(found, tokens, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found_masks, masks, atol=1e-4, rtol=0)
+
+
+def test_order_does_not_matter(image, boxes, localizer):
+    order = torch.randperm(len(boxes))
+    tokens, _ = decode(localizer, image, Boxes(boxes))
+    shuffled, _ = decode(localizer, image, Boxes(boxes[order]))
+    torch.testing.assert_close(shuffled, tokens[order], atol=1e-5, rtol=0)
+
+
+def test_images_of_a_batch_do_not_matter_to_each_other(image, boxes, localizer):
+    other = torch.randint(0, 256, (3, 50, 33), dtype=torch.uint8)
+    box = torch.tensor([[3.0, 4.0, 20.0, 40.0]])
+    tokens, masks = localizer([image, other], [Boxes(boxes), Boxes(box)])
+    for i, (alone, prompt) in enumerate([(image, boxes), (other, box)]):
+        expected, expected_masks = decode(localizer, alone, Boxes(prompt))
+        torch.testing.assert_close(tokens[i], expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(masks[i], expected_masks, atol=1e-4, rtol=0)
+
+
+def test_points_equal_stock_sam_whatever_stands_beside_them(image, localizer):
+    points = torch.tensor([[[60.0, 60.0], [0, 0], [0, 0]], [[80, 30], [20, 50], [100, 80]]])
+    labels = torch.tensor([[1, -1, -1], [1, 0, 0]])
+    tokens, masks = decode(localizer, image, PointPrompts(points, labels))
+    for i, count in enumerate([1, 3]):
+        expected, low = stock_points(image, points[i, :count], labels[i, :count])
+        torch.testing.assert_close(tokens[i : i + 1], expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(masks[i], low, atol=1e-4, rtol=0)
+
+
+def test_padding_points_may_stand_anywhere(image, localizer):
+    points = torch.tensor([[[60.0, 60.0], [20, 50]]])
+    first = PointPrompts(torch.cat([torch.zeros(1, 1, 2), points], 1), torch.tensor([[-1, 1, 0]]))
+    expected, _ = decode(localizer, image, PointPrompts(points, torch.tensor([[1, 0]])))
+    torch.testing.assert_close(decode(localizer, image, first)[0], expected)
+
+
+def test_a_region_without_points_is_refused(image, localizer):
+    prompts = PointPrompts(torch.zeros(2, 1, 2), torch.tensor([[1], [-1]]))
+    with pytest.raises(ValueError, match="Point prompt 1"):
+        decode(localizer, image, prompts)
+
+
+def test_masks_are_prompts_of_their_own(image, boxes, localizer):
+    masks = torch.zeros(3, 90, 120, dtype=torch.bool)
+    masks[0, 52:69, 54:82] = masks[1, 8:31, 58:67] = True
+    masks[2, 52:69, 54:70] = masks[2, 60:69, 54:82] = True  # the box of mask 0, another shape
+    tokens, logits = decode(localizer, image, BitMasks(masks))
+    assert logits.shape == (3, 1, 32, 32)
+    assert (tokens[0] - tokens[2]).abs().max() > 1e-3
+    by_box, _ = decode(localizer, image, BitMasks(masks).get_bounding_boxes())
+    assert (tokens - by_box).abs().max() > 1e-3
+    small, _ = decode(build(chunk_size=1), image, BitMasks(masks))
+    torch.testing.assert_close(small, tokens, atol=1e-5, rtol=0)
+
+
+def test_no_prompts(image, localizer):
+    empty = [
+        Boxes(torch.zeros(0, 4)),
+        PointPrompts(torch.zeros(0, 1, 2), torch.zeros(0, 1)),
+        BitMasks(torch.zeros(0, 90, 120)),
+    ]
+    for prompts in empty:
+        tokens, masks = decode(localizer, image, prompts)
+        assert tokens.shape == (0, 32) and masks.shape == (0, 1, 32, 32)
+    assert localizer.full_size_masks(masks, (90, 120)).shape == (0, 90, 120)
+    assert localizer([], []) == ([], [])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 700), (700, 1), (2000, 3)])
+def test_tiny_and_thin_images(size, localizer):
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+    tokens, masks = decode(localizer, image, Boxes(torch.tensor([[0.0, 0.0, size[1], size[0]]])))
+    assert tokens.isfinite().all()
+    assert localizer.full_size_masks(masks, size).shape == (1, *size)
+
+
+def test_kinds_of_tokens(image, boxes):
+    mask, _ = decode(build(tokens="mask"), image, Boxes(boxes))
+    prompt, _ = decode(build(tokens="prompt"), image, Boxes(boxes))
+    both_model = build(tokens="both")
+    both, _ = decode(both_model, image, Boxes(boxes))
+    assert both_model.token_dim == both.shape[1] == 64
+    torch.testing.assert_close(both, torch.cat([prompt, mask], 1))
+    # A prompt token knows the place alone, a mask token the image too.
+    dark = torch.zeros_like(image)
+    torch.testing.assert_close(decode(build(tokens="prompt"), dark, Boxes(boxes))[0], prompt)
+    assert (decode(build(), dark, Boxes(boxes))[0] - mask).abs().max() > 1e-3
+
+
+def test_unknown_kind_of_token():
+    with pytest.raises(ValueError, match="MODEL.LOCALIZER.TOKENS"):
+        build(tokens="masks")
+
+
+def test_unknown_arch_lists_the_known(tiny_models):
+    cfg = tiny.tiny_cfg()
+    cfg.MODEL.LOCALIZER.ARCH = "vit_x"
+    with pytest.raises(ValueError, match="vit_x.*vit_b"):
+        SamLocalizer(cfg)
+
+
+def test_damaged_and_foreign_weights_are_named(tmp_path):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="MODEL.LOCALIZER.WEIGHTS.*weights.pth"):
+        load_frozen_weights(torch.nn.Linear(2, 2), path, "MODEL.LOCALIZER.WEIGHTS", "SAM")
+    torch.save({"weight": torch.zeros(3, 3)}, path)
+    with pytest.raises(ValueError, match="does not hold the weights of SAM"):
+        load_frozen_weights(torch.nn.Linear(2, 2), path, "MODEL.LOCALIZER.WEIGHTS", "SAM")
+
+
+def test_config_loads_the_weights_it_names(tmp_path, tiny_models):
+    sam = tiny.build_tiny_sam()
+    sam.mask_decoder.mask_tokens.weight.data.fill_(0.25)
+    torch.save(sam.state_dict(), tmp_path / "sam.pth")
+    cfg = tiny.tiny_cfg()
+    cfg.MODEL.LOCALIZER.WEIGHTS = str(tmp_path / "sam.pth")
+    localizer = SamLocalizer(cfg)
+    assert (localizer.mask_decoder.mask_tokens.weight == 0.25).all()
+    assert not any(p.requires_grad for p in localizer.parameters())
