@@ -1,0 +1,144 @@
+"""RegionSpotPredictor: any image, any prompts, any words, in any order of calls."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from regionspot_d2 import RegionSpotPredictor
+
+from .test_regionspot import tiny_model, vocabularies  # noqa: F401 (fixture)
+from .tiny import golden
+
+WORDS = ["cat", "dog", "bird", "bus"]
+
+
+@pytest.fixture
+def image() -> np.ndarray:
+    return golden()["image"]
+
+
+@pytest.fixture
+def boxes() -> np.ndarray:
+    return golden()["boxes"]
+
+
+@pytest.fixture
+def predictor(image) -> RegionSpotPredictor:
+    predictor = RegionSpotPredictor(tiny_model(), vocabulary=WORDS)
+    predictor.set_image(image)
+    return predictor
+
+
+def test_results_come_in_the_order_of_the_regions(predictor, boxes):
+    found = predictor.predict(boxes=boxes, topk=2)
+    assert found.region_index.tolist() == [i for i in range(7) for _ in range(2)]
+    torch.testing.assert_close(found.pred_boxes.tensor[::2], torch.from_numpy(boxes))
+    assert (found.scores[::2] >= found.scores[1::2]).all()
+    assert found.pred_masks.shape == (14, 90, 120) and found.image_size == (90, 120)
+    everything = predictor.predict(boxes=boxes, topk=99)
+    torch.testing.assert_close(everything.scores.view(7, 4).sum(1), torch.ones(7))
+
+
+def test_the_same_scores_as_the_model(predictor, boxes, image):
+    tensor = torch.from_numpy(image).permute(2, 0, 1)
+    from detectron2.structures import Boxes
+
+    [logits], _ = predictor.model.classify([tensor], [Boxes(torch.from_numpy(boxes))], [WORDS])
+    found = predictor.predict(boxes=boxes)
+    torch.testing.assert_close(found.scores, logits.softmax(1).max(1).values)
+    assert torch.equal(found.pred_classes, logits.argmax(1))
+
+
+def test_all_kinds_of_images_are_the_same_image(predictor, boxes, image, tmp_path):
+    expected = predictor.predict(boxes=boxes).scores
+    Image.fromarray(image).save(tmp_path / "image.png")
+    for given, channels in [
+        (tmp_path / "image.png", "RGB"),
+        (str(tmp_path / "image.png"), "RGB"),
+        (Image.fromarray(image), "RGB"),
+        (torch.from_numpy(image).permute(2, 0, 1), "RGB"),
+        (image[..., ::-1], "BGR"),
+    ]:
+        predictor.set_image(given, channels=channels)
+        torch.testing.assert_close(predictor.predict(boxes=boxes).scores, expected)
+
+
+def test_grey_arrays(predictor, boxes, image):
+    predictor.set_image(np.repeat(image[..., :1], 3, 2))
+    expected = predictor.predict(boxes=boxes).scores
+    predictor.set_image(image[..., 0])
+    torch.testing.assert_close(predictor.predict(boxes=boxes).scores, expected)
+
+
+@pytest.mark.parametrize("shape", [(90, 120, 4), (0, 5, 3), (3, 90, 120), (5,)])
+def test_images_of_another_shape(predictor, shape):
+    with pytest.raises(ValueError, match="shape"):
+        predictor.set_image(np.zeros(shape, dtype=np.uint8))
+
+
+def test_many_calls_equal_single_runs(predictor, boxes, image):
+    for count, words in [(7, WORDS), (2, ["cup", "bread"]), (1, WORDS[:3]), (4, WORDS)]:
+        found = predictor.predict(boxes=boxes[:count], vocabulary=words)
+        alone = RegionSpotPredictor(tiny_model())
+        alone.set_image(image)
+        expected = alone.predict(boxes=boxes[:count], vocabulary=words)
+        torch.testing.assert_close(found.scores, expected.scores, atol=1e-5, rtol=0)
+        assert predictor.vocabulary == words
+
+
+def test_mixed_prompts_are_one_question(predictor, boxes):
+    mask = np.zeros((1, 90, 120), dtype=bool)
+    mask[0, 20:50, 30:70] = True
+    points, labels = [[[60, 60], [20, 50]], [[80, 30]]], [[1, 0], [1]]
+    found = predictor.predict(boxes=boxes[:2], points=points, point_labels=labels, masks=mask)
+    assert found.region_index.tolist() == [0, 1, 2, 3, 4]
+    torch.testing.assert_close(found.pred_boxes.tensor[:2], torch.from_numpy(boxes[:2]))
+    assert found.pred_boxes.tensor[4].tolist() == [30, 20, 70, 50]
+    # Every region sees the others: alone, each has another score.
+    alone = predictor.predict(masks=mask)
+    assert (alone.scores[0] - found.scores[4]).abs() > 1e-6
+
+
+def test_boxes_of_points_are_those_of_their_masks(predictor):
+    found = predictor.predict(points=[[60, 60], [80, 30]])
+    for box, mask in zip(found.pred_boxes.tensor, found.pred_masks):
+        rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
+        expected = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        assert (box - torch.stack(expected)).abs().max() <= 1
+
+
+def test_region_embeddings_have_unit_length(predictor, boxes):
+    embeddings = predictor.region_embeddings(boxes=boxes)
+    assert embeddings.shape == (7, 40)
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(7))
+
+
+def test_zero_boxes(predictor):
+    found = predictor.predict(boxes=[])
+    assert len(found) == 0 and found.pred_masks.shape == (0, 90, 120)
+
+
+def test_calls_out_of_order_say_what_is_missing():
+    predictor = RegionSpotPredictor(tiny_model())
+    with pytest.raises(ValueError, match="set_image"):
+        predictor.predict(boxes=[[0, 0, 1, 1]], vocabulary=WORDS)
+    predictor.set_image(np.zeros((9, 9, 3), dtype=np.uint8))
+    predictor.vocabulary = []
+    with pytest.raises(ValueError, match="vocabulary"):
+        predictor.predict(boxes=[[0, 0, 1, 1]])
+    with pytest.raises(ValueError, match="boxes=, points= or masks="):
+        predictor.predict(vocabulary=WORDS)
+    with pytest.raises(ValueError, match="topk is 0"):
+        predictor.predict(boxes=[[0, 0, 1, 1]], topk=0)
+    with pytest.raises(ValueError, match="twice"):
+        predictor.predict(boxes=[[0, 0, 1, 1]], vocabulary=["cat", "Cat"])
+
+
+def test_predict_batch(predictor, boxes, image):
+    results = predictor.predict_batch([image, image[:, ::-1].copy()], [boxes[:3], []])
+    predictor.set_image(image)
+    torch.testing.assert_close(results[0].scores, predictor.predict(boxes=boxes[:3]).scores)
+    assert len(results[1]) == 0

@@ -1,0 +1,98 @@
+"""Regions as people write them: the right prompt, or one message that names the region."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from detectron2.structures import BitMasks, Boxes
+
+from regionspot_d2.regions import as_boxes, as_masks, as_points
+
+SIZE = (60, 90)  # height, width
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        [[1, 2, 3, 4]],
+        [1, 2, 3, 4],
+        np.array([[1, 2, 3, 4]], dtype=np.int64),
+        torch.tensor([[1.0, 2, 3, 4]], dtype=torch.float64),
+        [torch.tensor([1, 2, 3, 4])],
+        Boxes(torch.tensor([[1.0, 2, 3, 4]])),
+    ],
+)
+def test_boxes_in_any_container(boxes):
+    assert as_boxes(boxes, SIZE).tensor.tolist() == [[1, 2, 3, 4]]
+
+
+def test_boxes_are_cut_at_the_edge_and_the_input_is_left_alone():
+    given = Boxes(torch.tensor([[-10.0, 5, 200, 300]]))
+    assert as_boxes(given, SIZE).tensor.tolist() == [[0, 5, 90, 60]]
+    assert given.tensor.tolist() == [[-10, 5, 200, 300]]
+
+
+def test_no_boxes():
+    assert as_boxes([], SIZE).tensor.shape == (0, 4)
+    assert as_boxes(np.zeros((0, 4)), SIZE).tensor.shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    "box, message",
+    [
+        ([30, 2, 10, 4], "Box 1 is .* swapped"),
+        ([1, 2, 1, 4], "Box 1 is .* no area"),
+        ([1, 2, float("nan"), 4], "Box 1 is .* finite"),
+        ([1, 2, float("inf"), 4], "Box 1 is .* finite"),
+        ([95, 2, 99, 4], "Box 1 is .* outside the image of 90 x 60"),
+        ([1, -9, 5, -2], "Box 1 is .* outside"),
+    ],
+)
+def test_boxes_that_cannot_be_meant(box, message):
+    with pytest.raises(ValueError, match=message):
+        as_boxes([[1, 2, 3, 4], box], SIZE)
+
+
+@pytest.mark.parametrize("boxes", [[[1, 2, 3]], [[[1, 2, 3, 4]]], "1,2,3,4", [[1, 2, 3, "x"]]])
+def test_boxes_of_another_shape(boxes):
+    with pytest.raises(ValueError, match="shape|numbers"):
+        as_boxes(boxes, SIZE)
+
+
+def test_points_of_different_lengths_are_padded():
+    prompts = as_points([[[1, 2]], [[3, 4], [5, 6]]], [[1], [1, 0]], SIZE)
+    assert prompts.points.tolist() == [[[1, 2], [0, 0]], [[3, 4], [5, 6]]]
+    assert prompts.labels.tolist() == [[1, -1], [1, 0]]
+
+
+def test_one_point_a_region():
+    prompts = as_points(np.array([[1, 2], [3, 4]]), None, SIZE)
+    assert prompts.points.shape == (2, 1, 2) and prompts.labels.tolist() == [[1], [1]]
+
+
+@pytest.mark.parametrize(
+    "points, labels, message",
+    [
+        ([[[1, 2]], [[100, 2]]], None, "Region 3 has the point .100, 2., outside"),
+        ([[[1, 2]], []], None, "Region 3 has 0 points"),
+        ([[[1, 2]], [[1, 2]]], [[1], [1, 0]], "Region 3 has 1 points and 2 labels"),
+        ([[[1, 2]], [[1, 2]]], [[1], [2]], "Region 3 has the labels .2."),
+        ([[[1, 2]]], [[1], [1]], "labels of 2"),
+        ([[[1, float("nan")]]], None, "Region 2 .* outside"),
+    ],
+)
+def test_points_that_cannot_be_meant(points, labels, message):
+    with pytest.raises(ValueError, match=message):
+        as_points(points, labels, SIZE, first_region=2)
+
+
+def test_masks():
+    mask = np.zeros(SIZE, dtype=np.uint8)
+    mask[3:9, 4:20] = 255
+    for given in (mask, mask[None], torch.from_numpy(mask), BitMasks(torch.from_numpy(mask)[None])):
+        assert as_masks(given, SIZE).get_bounding_boxes().tensor.tolist() == [[4, 3, 20, 9]]
+    with pytest.raises(ValueError, match="region 5 is empty"):
+        as_masks(np.stack([mask, mask * 0]), SIZE, first_region=4)
+    with pytest.raises(ValueError, match=r"\(R, 60, 90\) is expected"):
+        as_masks(mask.T, SIZE)
