@@ -1,0 +1,234 @@
+"""The results table: each number beside the protocol that made it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.file_io import PathManager
+from tabulate import tabulate
+
+from regionspot_d2.data.proposals import box_recall, read_proposals, select
+
+from .odinw import summarize_odinw
+from .training_names import find_training_names
+
+# What Detectron2's evaluators and ours call their results, and the kind of AP they are.
+_KINDS = {
+    "lvis": {
+        "": "LVIS standard, 300 per image",
+        "_fixed": "LVIS Fixed, 10,000 per class",
+    },
+    "coco": {"": "COCO, 100 per image and class"},
+}
+_METRICS = ("AP", "AP50", "AP75", "APr", "APc", "APf", "APseen", "APunseen")
+_SOURCES = {
+    "gt": "ground truth",
+    "glip": "GLIP",
+    "sam": "SAM's automatic masks",
+    "detector": "detector",
+    "results": "results json",
+    "proposals": "proposal file",
+}
+
+
+def write_report(cfg: CfgNode, results: Mapping[str, Any]) -> str:
+    """Writes ``results_table.md`` and ``results_table.json`` to ``OUTPUT_DIR``. Call it in the main process.
+
+    Args:
+        cfg: the config of the run.
+        results: what ``Trainer.test(cfg, model)`` gave.
+
+    Returns:
+        The Markdown text.
+    """
+    report = build_report(cfg, results)
+    text = to_markdown(report)
+    PathManager.mkdirs(cfg.OUTPUT_DIR)
+    for name, content in (("md", text), ("json", json.dumps(report, indent=1, allow_nan=False))):
+        with PathManager.open(os.path.join(cfg.OUTPUT_DIR, f"results_table.{name}"), "w") as file:
+            file.write(content + "\n")
+    return text
+
+
+def build_report(cfg: CfgNode, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Collects results and how they came about.
+
+    Args:
+        cfg: the config of the run.
+        results: by dataset; or, as ``DefaultTrainer.test`` gives it, of the only dataset.
+
+    Returns:
+        ``model`` and ``protocol``; ``detection``, ``region_classification`` and ``odinw``, lists of rows. Numbers that
+        could not be computed are None.
+    """
+    if not set(results) <= set(cfg.DATASETS.TEST):
+        results = {cfg.DATASETS.TEST[0]: results}
+    detection, classification = [], []
+    for index, dataset in enumerate(cfg.DATASETS.TEST):
+        metrics = results.get(dataset)
+        if not metrics:
+            continue
+        metadata = MetadataCatalog.get(dataset)
+        common = {
+            "dataset": dataset,
+            "split": metadata.get("split"),
+            **_describe_boxes(cfg, index),
+        }
+        for suffix, kind in _KINDS[metadata.evaluator_type].items():
+            values = {
+                name: metrics[task + suffix]
+                for name, task in (("box", "bbox"), ("mask", "segm"))
+                if task + suffix in metrics
+            }
+            if values:
+                detection.append({**common, "ap_kind": kind, **values})
+        if "region_classification" in metrics:
+            accuracies = metrics["region_classification"]
+            classification.append({**common, **accuracies, "regions": int(accuracies["regions"])})
+    return _plain(
+        {
+            "model": _describe_model(cfg),
+            "protocol": _describe_protocol(cfg),
+            "detection": detection,
+            "region_classification": classification,
+            "odinw": [{"name": k, **v} for k, v in summarize_odinw(results).items()],
+        }
+    )
+
+
+def to_markdown(report: Mapping[str, Any]) -> str:
+    """Formats what :func:`build_report` collected; columns without any number are left out."""
+    tables = []
+    if report["detection"]:
+        tables.append(_table([_detection_cells(row) for row in report["detection"]]))
+    if report["region_classification"]:
+        rows = [_classification_cells(row) for row in report["region_classification"]]
+        tables.append("Names of given regions, in percent\n\n" + _table(rows))
+    if report["odinw"]:
+        tables.append(
+            _table(
+                [
+                    {
+                        "sets": f"{row['name']} ({row['sets']} sets)",
+                        "average box AP": row["mean"],
+                        "median box AP": row["median"],
+                    }
+                    for row in report["odinw"]
+                ]
+            )
+        )
+    notes = [
+        f"- {key}: {value}" for part in ("model", "protocol") for key, value in report[part].items()
+    ]
+    return "\n\n".join(["# Results", *tables, "\n".join(notes)])
+
+
+def _describe_boxes(cfg: CfgNode, index: int) -> dict[str, Any]:
+    """Where the boxes of a test set come from, how many images it has, and the recall of the boxes."""
+    dataset = cfg.DATASETS.TEST[index]
+    if not cfg.MODEL.LOAD_PROPOSALS:
+        return {"images": len(DatasetCatalog.get(dataset)), "boxes": "the model's own"}
+    path = cfg.DATASETS.PROPOSAL_FILES_TEST[index]
+    proposals, info = read_proposals(path)
+    topk = cfg.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST
+    images, recall = info.get("images"), info.get("recall")
+    if not info or any(len(found.boxes) > topk for found in proposals.values()):
+        records = DatasetCatalog.get(dataset)
+        images = len(records)
+        recall = box_recall({k: select(v, topk=topk) for k, v in proposals.items()}, records)
+    origin = os.path.basename(info.get("file", info.get("config", "")))
+    name = _SOURCES.get(info.get("source", ""), os.path.basename(path))
+    return {
+        "images": images,
+        "boxes": f"{name} ({origin})" if origin else name,
+        "proposal_file": path,
+        **({k: 100 * recall[k] for k in ("recall_50", "recall_50_95")} if recall else {}),
+    }
+
+
+def _describe_model(cfg: CfgNode) -> dict[str, str]:
+    parts = {"architecture": cfg.MODEL.META_ARCHITECTURE}
+    for key in ("LOCALIZER", "VISION_LANGUAGE"):
+        parts[key.lower().replace("_", "-")] = f"{cfg.MODEL[key].NAME} {cfg.MODEL[key].ARCH}"
+    parts["region head"] = cfg.MODEL.REGION_HEAD.NAME
+    parts["weights"] = cfg.MODEL.WEIGHTS or "none"
+    return parts
+
+
+def _describe_protocol(cfg: CfgNode) -> dict[str, str]:
+    limit, first = cfg.TEST.DETECTIONS_PER_IMAGE, cfg.TEST.KEEP_BEFORE_PROPOSAL_SCORE
+    kept = "all" if limit < 0 else f"the best {limit}"
+    protocol = {
+        "results": f"a region may have several names; {kept} (region, name) pairs of an image with a score above "
+        f"{cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST:g}, no NMS",
+        "score": "probability of the name times the score of the region"
+        + (f", among the {first} most probable pairs" if first > 0 else ""),
+        "AP computed by": cfg.TEST.EVALUATION_BACKEND,
+    }
+    if cfg.TEST.FIXED_AP and limit >= 0:
+        protocol["Fixed AP"] = (
+            f"the model kept {limit} results per image; without a limit (TEST.DETECTIONS_PER_IMAGE: -1) it may be "
+            "higher"
+        )
+    training_names = find_training_names(cfg.DATASETS.TRAIN)
+    if training_names is not None:
+        protocol["seen"] = "classes with a name or synonym in " + (
+            ", ".join(training_names.known) or "no known vocabulary"
+        )
+        if training_names.unknown:
+            protocol["seen"] += f"; not known: the names of {', '.join(training_names.unknown)}"
+    return protocol
+
+
+def _common_cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "dataset": row["dataset"],
+        "split": row["split"],
+        "images": row["images"],
+        "boxes": row["boxes"],
+        "recall@.5": row.get("recall_50"),
+        "recall@.5:.95": row.get("recall_50_95"),
+    }
+
+
+def _detection_cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    cells = {**_common_cells(row), "AP kind": row["ap_kind"]}
+    for task in ("box", "mask"):
+        for metric in _METRICS:
+            cells[f"{task} {metric}"] = row.get(task, {}).get(metric)
+    return cells
+
+
+def _classification_cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    cells = {**_common_cells(row), "regions": row["regions"], "decided": row["decided5"]}
+    for group in ("", "r", "c", "f", "seen", "unseen"):
+        for metric in ("top1", "top5", "mAcc1", "mAcc5"):
+            cells[f"{metric} {group}".strip()] = row.get(metric + group)
+    return cells
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    columns = [key for key in rows[0] if any(row[key] is not None for row in rows)]
+    cells = [[_format(row[key]) for key in columns] for row in rows]
+    return tabulate(cells, headers=columns, tablefmt="pipe", disable_numparse=True)
+
+
+def _format(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    """The same with None for NaN, which json does not have."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
