@@ -1,4 +1,4 @@
-"""Tiny towers of the real libraries' classes, filled with weights that are functions of their names.
+"""Tiny towers of the real libraries' classes, with weights that are functions of their names.
 
 ``tests/golden/README.md`` describes them.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -43,11 +43,10 @@ def golden() -> dict[str, np.ndarray]:
 
 @torch.no_grad()
 def fill_golden(module: nn.Module, prefix: str = "") -> nn.Module:
-    """Fills a tower, or with ``prefix`` ("image_encoder.") a part of one; returns it in eval mode."""
+    """Fills a tower, or with ``prefix`` ("image_encoder.") a part of one; switches it to eval."""
     for name, parameter in module.named_parameters():
         name = prefix + name
-        seed = zlib.crc32(name.encode())
-        values = np.random.RandomState(seed).standard_normal(parameter.shape).astype("float32")
+        values = _normal(zlib.crc32(name.encode()), parameter.shape)
         if name == "logit_scale":
             values = np.array(math.log(20))
         elif parameter.ndim > 1:
@@ -59,8 +58,14 @@ def fill_golden(module: nn.Module, prefix: str = "") -> nn.Module:
         parameter.copy_(torch.as_tensor(values))
     for name, buffer in module.named_buffers():
         if name.endswith("positional_encoding_gaussian_matrix"):
-            buffer.copy_(torch.as_tensor(np.random.RandomState(7).standard_normal(buffer.shape)))
+            buffer.copy_(torch.as_tensor(_normal(7, buffer.shape)))
     return module.eval()
+
+
+@cache
+def _normal(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    # Remembered, for many tests build the same tower.
+    return np.random.RandomState(seed).standard_normal(shape).astype("float32")
 
 
 def tiny_sam() -> tuple[nn.Module, nn.Module, nn.Module]:
@@ -70,7 +75,7 @@ def tiny_sam() -> tuple[nn.Module, nn.Module, nn.Module]:
 
 
 def build_tiny_sam(checkpoint: str | None = None) -> nn.Module:
-    """The same as a whole, for ``segment_anything.sam_model_registry``; golden weights by default."""
+    """The same as a whole, as an entry of ``segment_anything.sam_model_registry``."""
     from segment_anything.modeling import (
         ImageEncoderViT,
         MaskDecoder,

@@ -160,7 +160,7 @@ class ClipModel(VisionLanguageModel):
 
     @cached_property
     def fingerprint(self) -> str:  # type: ignore[override]
-        # All weights count, by a checksum that takes 0.2 s for the text side of ViT-L/14.
+        # All weights count, by a checksum that is quick: half a second for ViT-L/14.
         digest = hashlib.sha256()
         for name, parameter in self.model.named_parameters():
             if not name.startswith(("visual.", "logit_")):
@@ -193,11 +193,13 @@ class ClipModel(VisionLanguageModel):
                 raise ValueError(
                     f"Image {index} has shape {tuple(image.shape)}; RGB of shape (3, H, W) is due."
                 )
-            unit = image.to(self.device).float()[None] / 255
             pixels[index] = F.interpolate(
-                unit, size=self.image_size, mode="bilinear", align_corners=False
+                image.to(self.device).float()[None],
+                size=self.image_size,
+                mode="bilinear",
+                align_corners=False,
             )[0]
-        return (pixels - self.pixel_mean) / self.pixel_std
+        return (pixels / 255 - self.pixel_mean) / self.pixel_std
 
     def forward(self, images: list[Tensor]) -> Tensor:
         if not images:
@@ -253,6 +255,13 @@ class OpenClip(ClipModel):
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         source = cfg.MODEL.VISION_LANGUAGE.WEIGHTS
         name, config = _architecture(cfg.MODEL.VISION_LANGUAGE.ARCH)
+        try:
+            tokenizer = open_clip.get_tokenizer(name)
+        except ImportError as error:
+            raise ImportError(
+                f"{_ARCH_KEY} is '{name}', whose tokenizer needs a package that is not installed: "
+                f"pip install {error.name}"
+            ) from error
         weights = local_weights(source, _WEIGHTS_KEY)
         published = _published(name, source)
         with _explained_errors(name, weights):
@@ -268,7 +277,7 @@ class OpenClip(ClipModel):
                 )
         return {
             "model": model,
-            "tokenizer": open_clip.get_tokenizer(name),
+            "tokenizer": tokenizer,
             "image_size": model.visual.image_size,
             "pixel_mean": published["mean"],
             "pixel_std": published["std"],
