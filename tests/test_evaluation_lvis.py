@@ -305,6 +305,6 @@ def test_reference_library_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> No
         return real(name)
 
     monkeypatch.setattr("importlib.import_module", import_module)
-    with pytest.raises(ImportError, match="pip install --no-deps lvis==0.5.3"):
-        with lvis_library("reference"):
-            pass
+    message = "pip install --no-deps lvis==0.5.3"
+    with pytest.raises(ImportError, match=message), lvis_library("reference"):
+        pass

@@ -12,12 +12,12 @@ from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-import detectron2.utils.comm as comm
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 
 from regionspot_d2.data.datasets import class_names

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from detectron2.data import MetadataCatalog
+from detectron2.utils.logger import log_first_n
 
 from regionspot_d2.data.datasets import class_names, read_categories
-
-logger = logging.getLogger(__name__)
 
 # Class names of Objects365 v1 and v2 and of OpenImages V6 (601), for machines without their annotation files.
 _NAMES_FILE = Path(__file__).parent / "training_names.json"
@@ -73,9 +72,13 @@ def find_training_names(datasets: Sequence[str]) -> TrainingNames | None:
             known.append(dataset)
             found.update(spelling for name in names for spelling in spellings(name))
     if unknown:
-        logger.warning(
+        # Once, not for each of many test sets.
+        log_first_n(
+            logging.WARNING,
             f"The class names of {', '.join(unknown)} are not known (no annotation file): classes that only these "
-            "datasets name count as unseen."
+            "datasets name count as unseen.",
+            key="message",
+            name=__name__,
         )
     return TrainingNames(frozenset(found), tuple(known), tuple(unknown))
 
