@@ -44,6 +44,8 @@ def add_regionspot_config(cfg: CN) -> None:
     cfg.MODEL.REGION_HEAD.NUM_HEADS = 8
     cfg.MODEL.REGION_HEAD.FFN_DIM = 2048
     cfg.MODEL.REGION_HEAD.DROPOUT = 0.1
+    # False takes the image tokens away, for the ablation: the layers then have self-attention alone.
+    cfg.MODEL.REGION_HEAD.IMAGE_TOKENS = True
     # Sigmoid focal loss over the vocabulary.
     cfg.MODEL.REGION_HEAD.FOCAL_ALPHA = 0.25
     cfg.MODEL.REGION_HEAD.FOCAL_GAMMA = 2.0
@@ -61,6 +63,29 @@ def add_regionspot_config(cfg: CN) -> None:
 
     # Own data: [[name, COCO-format json, image folder], ...], registered before any dataset is asked for.
     cfg.DATASETS.COCO_FORMAT = []
+
+    # How much each of DATASETS.TRAIN is seen, e.g. [1, 1, 1]; empty goes by their sizes.
+    cfg.DATASETS.TRAIN_RATIOS = []
+    # Datasets whose rare classes DATALOADER.SAMPLER_TRAIN: RepeatFactorTrainingSampler repeats; empty means all.
+    cfg.DATALOADER.REPEAT_DATASETS = []
+    # Share of the images that training and extraction may skip because they cannot be read.
+    cfg.DATALOADER.MAX_UNREADABLE_SHARE = 0.01
+    # Folder of mask tokens that tools/extract_tokens.py wrote; empty runs the localizer in training.
+    cfg.INPUT.TOKEN_CACHE = ""
+    # With TOKEN_CACHE: side of the vision-language model's images, so that the loader's workers resize to it; 0 leaves
+    # that to the model.
+    cfg.INPUT.CACHED_IMAGE_SIZE = 0
+    # Images of a batch at inference, in each process.
+    cfg.TEST.IMS_PER_BATCH = 4
+
+    # Precision of SOLVER.AMP: float16 (with a gradient scaler) or bfloat16.
+    cfg.SOLVER.AMP.DTYPE = "float16"
+    # Moving average of the trained weights, which is then what evaluations use.
+    cfg.MODEL.EMA = CN()
+    cfg.MODEL.EMA.ENABLED = False
+    cfg.MODEL.EMA.DECAY = 0.9998
+    # With TEST.EVAL_PERIOD: the result that decides over model_best.pth; with several test sets "<dataset>/bbox/AP".
+    cfg.TEST.BEST_METRIC = "bbox/AP"
 
     # SAM and CLIP were trained on RGB.
     cfg.INPUT.FORMAT = "RGB"

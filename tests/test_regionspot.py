@@ -185,7 +185,7 @@ def test_loss_is_summed_over_words_and_averaged_over_regions():
     inputs = [random_input(10, (60, 90), 3), random_input(11, (50, 50), 4, "regionspot_food")]
     with EventStorage() as storage:
         loss = model(inputs)["loss_cls"]
-        accuracy = storage.history("regionspot/accuracy").latest()
+        accuracy = storage.history("[metric]accuracy").latest()
     total, right = 0.0, 0
     for x in inputs:
         words = WORDS[x["dataset_name"]]

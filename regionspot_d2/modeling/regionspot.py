@@ -351,7 +351,7 @@ class RegionSpot(nn.Module):
         )
         if has_event_storage():
             correct = sum(int((x.argmax(1) == y).sum()) for x, y in zip(logits, gt_classes))
-            get_event_storage().put_scalar("regionspot/accuracy", correct / max(count, 1))
+            get_event_storage().put_scalar("[metric]accuracy", correct / max(count, 1))
         return {"loss_cls": total / _mean_over_processes(count, self.device)}
 
     def _images(self, batched_inputs: list[dict[str, Any]]) -> list[Tensor]:

@@ -1,0 +1,71 @@
+#!/usr/bin/env python
+"""Trains and evaluates RegionSpot.
+
+    # train, on all GPUs of a machine (or that many processes on the CPU); go on after an interruption
+    ./train_net.py --config-file configs/train_o365_L.yaml --num-gpus 8
+    ./train_net.py --config-file configs/train_o365_L.yaml --num-gpus 8 --resume
+    # evaluate
+    ./train_net.py --config-file configs/eval_lvis_glip.yaml --eval-only MODEL.WEIGHTS output/train_o365_L/model_final.pth
+
+Own data needs no code: DATASETS.COCO_FORMAT "[['mine', 'mine/train.json', 'mine/images']]" DATASETS.TRAIN "('mine',)".
+GETTING_STARTED.md walks through it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from regionspot_d2.engine import ConfigError, RegionSpotTrainer, launch, load_config
+from regionspot_d2.modeling.weights import WeightsNotFoundError
+
+
+def main(args: argparse.Namespace) -> Mapping[str, Any] | None:
+    """What each process does.
+
+    Args:
+        args: the command line.
+
+    Returns:
+        Results, of ``--eval-only`` or if ``TEST.EXPECTED_RESULTS`` asks for them.
+    """
+    cfg = load_config(args.config_file, args.opts, training=not args.eval_only)
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="regionspot_d2")
+    if args.eval_only:
+        results = RegionSpotTrainer.evaluate_checkpoint(cfg, resume=args.resume)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+    trainer = RegionSpotTrainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+def invoke_main() -> None:
+    """Reads the command line and starts the processes."""
+    args = default_argument_parser(epilog=__doc__).parse_args()
+    try:
+        # A mistake is told once, before there are processes.
+        load_config(args.config_file, args.opts, training=not args.eval_only)
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    except (ConfigError, WeightsNotFoundError) as error:
+        sys.exit(f"train_net.py: {error}")
+
+
+if __name__ == "__main__":
+    invoke_main()
