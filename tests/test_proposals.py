@@ -1,0 +1,622 @@
+"""Regions from every source, through the proposal file, into Detectron2's loader."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import threading
+from argparse import Namespace
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data.detection_utils import read_image
+from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+
+from regionspot_d2.data import register_coco_format
+from regionspot_d2.data.partial_proposals import PartialProposals
+from regionspot_d2.data.proposal_sources import (
+    from_glip_json,
+    from_ground_truth,
+    from_instances,
+    from_results_json,
+)
+from regionspot_d2.data.proposals import (
+    Proposals,
+    box_recall,
+    fit_to_dataset,
+    read_proposals,
+    select,
+    write_proposals,
+)
+from regionspot_d2.modeling.automatic_masks import automatic_boxes
+from regionspot_d2.modeling.localizer import LOCALIZER_REGISTRY
+
+from . import tiny
+from .datasets_on_disk import write_coco
+from .test_datasets import TINYCOCO, load_tool
+
+TRUTH = {
+    "1": [[4.25, 6.5, 24.25, 37.25], [30.0, 10.0, 63.5, 30.0]],
+    "2": [[0.0, 0.0, 50.0, 70.0]],
+    "3": [],
+    "4": [[71.3, 52.6, 79.7, 59.7]],
+}
+
+
+@pytest.fixture
+def dataset(
+    tmp_path: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[list[dict]]:
+    """The dicts of a registered dataset "mine" of four images; see ``TRUTH``."""
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        monkeypatch.setattr(catalog, "data", dict(catalog.data))
+    register_coco_format([["mine", *write_coco(tmp_path)]])
+    yield DatasetCatalog.get("mine")
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    module = load_tool("prepare_proposals")
+    # It would write to pytest's streams after they are closed, and hide messages from caplog.
+    module.setup_logger = lambda *args, **kwargs: None
+    return module
+
+
+def run(tool: ModuleType, source: str, output: Path, *arguments: object) -> None:
+    tool.invoke_main(
+        ["--dataset", "mine", "--source", source, "--output", str(output), *map(str, arguments)]
+    )
+
+
+def assert_loads(proposal_file: Path, expected: dict[str, tuple]) -> None:
+    """Detectron2 loads these boxes and scores, best first, within 1e-3 pixels and 1e-6."""
+    loaded = get_detection_dataset_dicts(
+        "mine", filter_empty=False, proposal_files=[str(proposal_file)]
+    )
+    assert [str(record["image_id"]) for record in loaded] == list(TRUTH)
+    for record in loaded:
+        boxes, scores = (np.asarray(v) for v in expected.get(str(record["image_id"]), ([], [])))
+        found = record["proposal_boxes"]
+        found_scores = record["proposal_objectness_logits"]
+        assert found.shape == (len(scores), 4)
+        order = np.argsort(scores)[::-1]
+        np.testing.assert_allclose(found_scores, scores[order], atol=1e-6, rtol=0)
+        # Equal scores come in any order.
+        rows = np.lexsort([*found.T, -found_scores])
+        wanted = boxes.reshape(-1, 4)
+        wanted = wanted[np.lexsort([*wanted.T, -scores])]
+        np.testing.assert_allclose(found[rows], wanted, atol=1e-3, rtol=0)
+
+
+# Sources, from their file or model to Detectron2's loader
+
+
+def test_ground_truth(
+    dataset: list[dict], tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    output = tmp_path / "new folder" / "gt.pkl"
+    run(tool, "gt", output)
+
+    assert_loads(output, {key: (boxes, np.ones(len(boxes))) for key, boxes in TRUTH.items()})
+    printed = capsys.readouterr().out
+    assert "4 boxes of mine from gt" in printed and "images: 4, without boxes: 1" in printed
+    assert "recall of 4 annotated boxes: 100.0 % at IoU 0.5, 100.0 % at IoU 0.5:0.95" in printed
+    _, info = read_proposals(str(output))
+    assert info["source"] == "gt" and info["dataset"] == "mine"
+    assert info["recall"] == {"objects": 4, "recall_50": 1.0, "recall_50_95": 1.0}
+
+
+def test_glip_json(dataset: list[dict], tool: ModuleType, tmp_path: Path) -> None:
+    rng = np.random.RandomState(0)
+    boxes = np.sort(rng.uniform(0, 40, (20, 2, 2)), axis=1).reshape(20, 4)
+    content = {
+        "1": {"boxes": boxes.tolist(), "scores": rng.uniform(size=20).tolist(), "labels": [1] * 20},
+        "2": {"boxes": [], "scores": [], "labels": []},
+        "4": {"boxes": [[1 / 3, 2 / 3, 79.99, 59.001]], "scores": [0.123456789]},
+    }
+    json_file = tmp_path / "glip.json"
+    json_file.write_text(json.dumps(content))
+    run(tool, "glip", tmp_path / "glip.pkl", "--boxes", json_file)
+
+    assert_loads(
+        tmp_path / "glip.pkl", {key: (c["boxes"], c["scores"]) for key, c in content.items()}
+    )
+
+
+def test_results_json(dataset: list[dict], tool: ModuleType, tmp_path: Path) -> None:
+    content = [
+        {"image_id": 4, "category_id": 7, "bbox": [70.123, 50.456, 9.5, 8.25], "score": 0.25},
+        {"image_id": 1, "category_id": 1, "bbox": [4.25, 6.5, 20.0, 30.75], "score": 0.9},
+        {"image_id": 4, "category_id": 8, "bbox": [0, 0, 80, 60], "score": 0.75},
+    ]
+    json_file = tmp_path / "coco_instances_results.json"
+    json_file.write_text(json.dumps(content))
+    run(tool, "results", tmp_path / "results.pkl", "--boxes", json_file)
+
+    expected = {
+        "1": ([[4.25, 6.5, 24.25, 37.25]], [0.9]),
+        "4": ([[70.123, 50.456, 79.623, 58.706], [0, 0, 80, 60]], [0.25, 0.75]),
+    }
+    assert_loads(tmp_path / "results.pkl", expected)
+
+
+def test_another_proposal_file_with_the_names_of_detectron_1(
+    dataset: list[dict], tool: ModuleType, tmp_path: Path
+) -> None:
+    old = {
+        "indexes": [4, 1],
+        "boxes": [np.array([[1, 2, 30, 40.0], [5, 5, 20, 20]]), np.zeros((0, 4))],
+        "scores": [np.array([0.5, 0.75]), np.zeros(0)],
+    }
+    (tmp_path / "old.pkl").write_bytes(pickle.dumps(old))
+    run(tool, "proposals", tmp_path / "new.pkl", "--boxes", tmp_path / "old.pkl", "--topk", 1)
+
+    assert_loads(tmp_path / "new.pkl", {"4": ([[5, 5, 20, 20]], [0.75])})
+
+
+SAM_OPTIONS = {
+    "points_per_side": 2,
+    "pred_iou_thresh": -10.0,
+    "stability_score_thresh": 0.0,
+    "stability_score_offset": 0.05,
+    "box_nms_thresh": 1.0,
+}
+
+
+@pytest.fixture
+def tiny_localizer(tiny_models: None) -> torch.nn.Module:
+    cfg = tiny.tiny_cfg()
+    return LOCALIZER_REGISTRY.get(cfg.MODEL.LOCALIZER.NAME)(cfg)
+
+
+def test_sam_masks(
+    dataset: list[dict], tool: ModuleType, tmp_path: Path, tiny_localizer: torch.nn.Module
+) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(tiny.tiny_cfg().dump())
+    options = [("--" + k.replace("_", "-"), v) for k, v in SAM_OPTIONS.items()]
+    run(
+        tool,
+        "sam",
+        tmp_path / "sam.pkl",
+        "--config-file",
+        config,
+        *[f"{key}={value}" for key, value in options],
+    )
+
+    expected = {}
+    for record in dataset:
+        image = torch.tensor(read_image(record["file_name"], format="RGB")).permute(2, 0, 1)
+        regions = automatic_boxes(tiny_localizer, image, **SAM_OPTIONS)
+        expected[str(record["image_id"])] = (regions.pred_boxes.tensor.numpy(), regions.scores)
+    assert sum(len(scores) for _, scores in expected.values()) > 4
+    assert_loads(tmp_path / "sam.pkl", expected)
+    assert not Path(f"{tmp_path}/sam.pkl.parts").exists()
+    assert read_proposals(str(tmp_path / "sam.pkl"))[1]["settings"]["points_per_side"] == 2
+
+
+@pytest.fixture
+def detector(tmp_path: Path) -> Path:
+    """The config of a tiny RetinaNet with weights, all else Detectron2's defaults (BGR images)."""
+    cfg = get_cfg()
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
+    cfg.MODEL.RESNETS.DEPTH = 18
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res3", "res4", "res5"]
+    cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
+    cfg.MODEL.FPN.OUT_CHANNELS = 16
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[8], [16], [32], [64], [128]]
+    cfg.MODEL.RETINANET.NUM_CONVS = 1
+    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.0
+    cfg.MODEL.RETINANET.TOPK_CANDIDATES_TEST = 50
+    cfg.INPUT.MIN_SIZE_TEST = 64
+    cfg.TEST.DETECTIONS_PER_IMAGE = 10
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    # Fresh weights give every box the same score.
+    torch.nn.init.normal_(model.head.cls_score.weight, std=0.5)
+    cfg.MODEL.WEIGHTS = str(tmp_path / "detector.pth")
+    torch.save({"model": model.state_dict()}, cfg.MODEL.WEIGHTS)
+    config = tmp_path / "detector.yaml"
+    config.write_text(cfg.dump())
+    return config
+
+
+def detections(config: Path, records: list[dict]) -> dict[str, tuple]:
+    cfg = get_cfg()
+    cfg.merge_from_file(str(config))
+    predictor = DefaultPredictor(cfg)
+    found = {}
+    for record in records:
+        instances = predictor(read_image(record["file_name"], format="BGR"))["instances"]
+        found[str(record["image_id"])] = (instances.pred_boxes.tensor.numpy(), instances.scores)
+    return found
+
+
+def test_any_detectron2_model(
+    dataset: list[dict], tool: ModuleType, tmp_path: Path, detector: Path
+) -> None:
+    run(tool, "detector", tmp_path / "detector.pkl", "--config-file", detector)
+
+    expected = detections(detector, dataset)
+    assert sum(len(scores) for _, scores in expected.values()) > 4
+    assert_loads(tmp_path / "detector.pkl", expected)
+
+
+def test_a_model_of_proposals_alone() -> None:
+    instances = Instances((48, 64))
+    instances.proposal_boxes = Boxes([[1, 2, 3, 4], [5, 6, 7, 8]])
+    instances.objectness_logits = torch.tensor([0.0, -2.0])
+    boxes, scores = from_instances(instances)
+    np.testing.assert_array_equal(boxes, [[1, 2, 3, 4], [5, 6, 7, 8]])
+    np.testing.assert_allclose(scores, [0.5, 0.1192029], atol=1e-6)
+
+
+@pytest.mark.skipif(not TINYCOCO.is_dir(), reason="the COCO photos of the developers are not here")
+def test_coco_photos_with_crowds_and_empty_images(
+    tool: ModuleType, tmp_path: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        monkeypatch.setattr(catalog, "data", dict(catalog.data))
+    register_coco_format([["mine", str(TINYCOCO / "instances.json"), str(TINYCOCO / "images")]])
+    run(tool, "gt", tmp_path / "gt.pkl")
+    _, info = read_proposals(str(tmp_path / "gt.pkl"))
+    assert (info["images"], info["images_without_boxes"], info["boxes"]) == (32, 2, 284)
+    assert info["recall"]["recall_50_95"] == 1
+
+
+# Interrupted and divided runs
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(
+    dataset: list[dict],
+    tool: ModuleType,
+    tmp_path: Path,
+    detector: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = tmp_path / "boxes.pkl"
+    seen: list[int] = []
+    original = tool.detector_regions
+
+    def interrupted(limit: int):
+        def build(args: Namespace, cfg: object):
+            find = original(args, cfg)
+
+            def find_some(record: dict) -> Instances:
+                if len(seen) == limit:
+                    raise KeyboardInterrupt
+                seen.append(record["image_id"])
+                return find(record)
+
+            return find_some
+
+        return build
+
+    monkeypatch.setattr(tool, "detector_regions", interrupted(2))
+    with pytest.raises(KeyboardInterrupt):
+        run(tool, "detector", output, "--config-file", detector)
+    assert not output.exists()
+    # As if the power had failed while image 2 was written.
+    part = tmp_path / "boxes.pkl.parts" / "process0.jsonl"
+    part.write_text(part.read_text()[:-20])
+
+    monkeypatch.setattr(tool, "detector_regions", interrupted(100))
+    with pytest.raises(ValueError, match=r"unfinished run with other settings \(opts: .*'0.5'"):
+        run(
+            tool,
+            "detector",
+            output,
+            "--config-file",
+            detector,
+            "MODEL.RETINANET.NMS_THRESH_TEST",
+            "0.5",
+        )
+    run(tool, "detector", output, "--config-file", detector)
+
+    assert seen == [1, 2, 2, 3, 4]
+    assert_loads(output, detections(detector, dataset))
+
+
+def test_two_processes_share_the_images(
+    dataset: list[dict],
+    tool: ModuleType,
+    tmp_path: Path,
+    detector: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two threads in the place of two processes, which take long to start."""
+    arguments = ["--dataset", "mine", "--source", "detector", "--config-file", str(detector)]
+    process = threading.local()
+    barrier = threading.Barrier(2, timeout=60)
+    monkeypatch.setattr(tool.comm, "get_rank", lambda: process.rank)
+    monkeypatch.setattr(tool.comm, "is_main_process", lambda: process.rank == 0)
+    monkeypatch.setattr(tool.comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(tool.comm, "synchronize", barrier.wait)
+
+    def work(rank: int) -> dict[str, Proposals]:
+        process.rank = rank
+        args = tool.argument_parser().parse_args([*arguments, "--output", "unused"])
+        return tool.run_model(args, tool.setup(args), dataset, str(tmp_path / "parts"))
+
+    with ThreadPoolExecutor(2) as pool:
+        found, nothing = pool.map(work, [0, 1])
+
+    assert nothing == {}
+    done = [
+        [json.loads(line)["image_id"] for line in path.read_text().split("\n") if line]
+        for path in sorted((tmp_path / "parts").glob("process*.jsonl"))
+    ]
+    assert done == [["1", "3"], ["2", "4"]]
+    process.rank = 0
+    for image_id, (boxes, scores) in detections(detector, dataset).items():
+        np.testing.assert_allclose(found[image_id].boxes, boxes, atol=1e-3)
+        np.testing.assert_allclose(found[image_id].scores, scores, atol=1e-6)
+
+
+def test_unfinished_files_survive_numbers_and_text(tmp_path: Path) -> None:
+    first = PartialProposals(tmp_path / "parts", {"a": (1, 2), "b": "x"})
+    boxes = np.array([[1 / 3, 0.1, 1e4 / 7, 5]], dtype=np.float32)
+    first.append(0, 17, Proposals(boxes, np.array([1 / 7], dtype=np.float32)))
+    first.append(3, "a/b", Proposals.create([], []))
+    found = PartialProposals(tmp_path / "parts", {"a": [1, 2], "b": "x"}).load()
+    assert set(found) == {"17", "a/b"}
+    np.testing.assert_array_equal(found["17"].boxes, boxes)
+    assert found["17"].scores == np.float32(1 / 7)
+    assert found["a/b"].boxes.shape == (0, 4)
+
+
+# Files that are not what they should be
+
+
+@pytest.mark.parametrize(
+    ("read", "content", "message"),
+    [
+        (from_glip_json, [{"image_id": 1}], "not a GLIP json.*--source results"),
+        (from_glip_json, {"images": [], "annotations": []}, "annotation file.*--source gt"),
+        (
+            from_glip_json,
+            {"7": {"boxes": []}},
+            r"image '7' must have 'boxes' and 'scores'.*\['boxes'\]",
+        ),
+        (
+            from_glip_json,
+            {"7": {"boxes": [[1, 2, 3, 4]], "scores": []}},
+            "'7'.* 1 boxes and 0 scores",
+        ),
+        (
+            from_glip_json,
+            {"7": {"boxes": [[1, 2, 3]], "scores": [1]}},
+            r"'7', region 0.*\[1, 2, 3\]",
+        ),
+        (
+            from_glip_json,
+            {"7": {"boxes": [[1, 2, 3, 4]] * 2, "scores": [0.5, float("nan")]}},
+            "'7', region 1: the score is nan",
+        ),
+        (
+            from_glip_json,
+            {"7": {"boxes": [[1, 2, 3, 4], [1, None, 3, 4]], "scores": [1, 1]}},
+            r"'7', region 1: the box is \[1, None, 3, 4\]",
+        ),
+        (
+            from_results_json,
+            {"1": {"boxes": [], "scores": []}},
+            "not a results json.*--source glip",
+        ),
+        (from_results_json, {"info": 1}, r"not a results json.*has the keys \['info'\]"),
+        (
+            from_results_json,
+            [{"image_id": 1, "bbox": [1, 2, 3, 4], "score": 1}, {"image_id": 1, "score": 1}],
+            r"entry 1 must have 'image_id', 'bbox' and 'score'.*\['image_id', 'score'\]",
+        ),
+        (
+            from_results_json,
+            [{"image_id": 5, "bbox": [1, 2, 3, 4], "score": "high"}],
+            "image '5', region 0: the score is 'high'",
+        ),
+    ],
+)
+def test_wrong_files_name_the_first_offender(
+    tmp_path: Path, read, content: object, message: str
+) -> None:
+    json_file = tmp_path / "boxes.json"
+    json_file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message) as error:
+        read(str(json_file))
+    assert str(json_file) in str(error.value)
+
+
+def test_files_of_other_kinds(tmp_path: Path) -> None:
+    (tmp_path / "text.json").write_text("boxes")
+    with pytest.raises(ValueError, match="text.json is not a json file"):
+        from_glip_json(str(tmp_path / "text.json"))
+    (tmp_path / "other.pkl").write_bytes(pickle.dumps({"boxes": []}))
+    with pytest.raises(ValueError, match=r"other.pkl is not a proposal file.*\['boxes'\]"):
+        read_proposals(str(tmp_path / "other.pkl"))
+
+
+def test_ground_truth_of_a_test_set() -> None:
+    with pytest.raises(ValueError, match="no annotations"):
+        from_ground_truth([{"image_id": 1, "width": 5, "height": 5}])
+
+
+# Boxes that are not of these images
+
+
+def proposals_of(boxes: list[list[float]], image_id: str = "1") -> dict[str, Proposals]:
+    return {image_id: Proposals.create(boxes, np.linspace(1, 0.5, len(boxes)))}
+
+
+def test_ids_of_another_dataset(dataset: list[dict], caplog: pytest.LogCaptureFixture) -> None:
+    some = {**proposals_of([[1, 1, 9, 9]]), **proposals_of([[1, 1, 9, 9]], "999")}
+    with caplog.at_level(logging.WARNING):
+        found = fit_to_dataset(some, dataset, "x.json")
+    assert list(found) == ["1", "2", "3", "4"]
+    assert [len(p.boxes) for p in found.values()] == [1, 0, 0, 0]
+    assert "x.json: 1 of 2 image ids are not in the dataset, the first is '999'" in caplog.text
+    with pytest.raises(ValueError, match="the first is '999'.*another dataset"):
+        fit_to_dataset(proposals_of([[1, 1, 9, 9]], "999"), dataset, "x.json")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [[40.0, 20, 10, 15], [30, 30, 20, 10]],  # XYWH taken for XYXY
+        [[0.1, 0.2, 0.5, 0.6], [0.0, 0.0, 1.0, 1.0]],  # shares of the image
+        [[60.0, 40, 120, 90], [70, 10, 100, 40]],  # of a larger image
+    ],
+)
+def test_boxes_in_the_wrong_frame(
+    dataset: list[dict], wrong: list[list[float]], caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ValueError, match=r"x: 2 of 2 boxes.*image '1' \(64 x 48\), region 0"):
+        fit_to_dataset(proposals_of(wrong), dataset, "x")
+    good = [[1.0, 1, 30, 30], [0, 0, 66, 50], [-3, -3, 20, 20]]
+    with caplog.at_level(logging.WARNING):
+        fit_to_dataset(proposals_of(good + wrong), dataset, "x")
+    assert "2 of 5 boxes do not lie in their image, the first is image '1' (64 x 48), region 3" in (
+        caplog.text
+    )
+
+
+def test_good_boxes_raise_no_warning(dataset: list[dict], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        fit_to_dataset(from_ground_truth(dataset), dataset, "x")
+    assert caplog.text == ""
+
+
+def test_boxes_without_area_are_left_out(
+    dataset: list[dict], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        found = fit_to_dataset(proposals_of([[1, 1, 9, 9], [5, 5, 5, 20]]), dataset, "x")
+    np.testing.assert_array_equal(found["1"].boxes, [[1, 1, 9, 9]])
+    assert "1 of 2 boxes have no area" in caplog.text and "image '1', region 1" in caplog.text
+
+
+def test_numbers_that_are_none(dataset: list[dict]) -> None:
+    broken = {"2": Proposals.create([[1, 1, 9, 9]] * 3, [1, 0.5, np.nan])}
+    with pytest.raises(ValueError, match="x: image '2', region 2: the score is nan"):
+        fit_to_dataset(broken, dataset, "x")
+    broken = {"2": Proposals.create([[1, 1, 9, 9], [1, 1, np.inf, 9]], [1, 1])}
+    with pytest.raises(ValueError, match="image '2', region 1: the box is .*inf"):
+        fit_to_dataset(broken, dataset, "x")
+
+
+# Choosing
+
+
+def test_select_by_score_overlap_and_number() -> None:
+    boxes = [[0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30], [20, 20, 30, 31], [50, 50, 60, 60]]
+    proposals = Proposals.create(boxes, [0.5, 0.9, 0.2, 0.7, 0.1])
+
+    def chosen(**options: float) -> list[int]:
+        return [boxes.index(box) for box in select(proposals, **options).boxes.tolist()]
+
+    assert chosen() == [1, 3, 0, 2, 4]
+    assert chosen(topk=2) == [1, 3]
+    assert chosen(min_score=0.5) == [1, 3, 0]
+    assert chosen(nms_threshold=0.8) == [1, 3, 4]
+    assert chosen(nms_threshold=0.95) == [1, 3, 0, 2, 4]  # IoU 0.90 and 0.91
+    assert chosen(min_score=0.2, nms_threshold=0.8, topk=1) == [1]
+    assert select(Proposals.create([], []), nms_threshold=0.5, topk=3).boxes.shape == (0, 4)
+
+
+# Recall
+
+
+def test_recall_is_the_share_of_objects_that_are_covered(dataset: list[dict]) -> None:
+    """IoU 0.72 and none in image 1, exactly 1 twice in image 2, none in image 4."""
+    shifted = [4.25, 6.5, 24.25, 37.25 - 0.28 * 30.75]
+    boxes = {"1": [shifted, [0, 0, 3, 3]], "2": [[0, 0, 50, 70]] * 2, "3": [[0, 0, 9, 9]], "4": []}
+    proposals = {key: Proposals.create(b, np.ones(len(b))) for key, b in boxes.items()}
+    recall = box_recall(proposals, dataset)
+    assert recall is not None
+    assert recall["objects"] == 4
+    assert recall["recall_50"] == pytest.approx(2 / 4)
+    # 0.72 passes 0.5, 0.55, 0.6, 0.65 and 0.7.
+    assert recall["recall_50_95"] == pytest.approx((5 * 2 + 5 * 1) / 10 / 4)
+
+
+def test_no_recall_without_annotations(tmp_path: Path) -> None:
+    records = [{"image_id": 1, "width": 5, "height": 5}]
+    info = write_proposals(
+        str(tmp_path / "p.pkl"), records, proposals_of([[0, 0, 2, 2]]), {"source": "x"}
+    )
+    assert info["recall"] is None and info["boxes"] == 1
+
+
+# SAM's automatic masks
+
+
+def test_automatic_boxes_are_those_of_sams_generator(tiny_localizer: torch.nn.Module) -> None:
+    from segment_anything import SamAutomaticMaskGenerator
+
+    image = torch.randint(0, 256, (3, 40, 60), generator=torch.Generator().manual_seed(0))
+    generator = SamAutomaticMaskGenerator(tiny.build_tiny_sam(), **SAM_OPTIONS)
+    stock = generator.generate(image.permute(1, 2, 0).numpy().astype(np.uint8))
+
+    regions = automatic_boxes(tiny_localizer, image, with_masks=True, **SAM_OPTIONS)
+
+    wanted = sorted(min(max(m["predicted_iou"], 0), 1) * m["stability_score"] for m in stock)
+    assert len(wanted) == 12
+    assert regions.scores.tolist() == pytest.approx(wanted[::-1], abs=1e-6)
+    for mask, box in zip(regions.pred_masks, regions.pred_boxes.tensor.tolist()):
+        ys, xs = mask.nonzero().unbind(1)
+        assert box == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+    areas = sorted(m["area"] for m in stock)
+    assert sorted(regions.pred_masks.flatten(1).sum(1).tolist()) == areas
+
+
+def test_automatic_boxes_may_find_nothing(tiny_localizer: torch.nn.Module) -> None:
+    image = torch.zeros(3, 30, 20, dtype=torch.uint8)
+    regions = automatic_boxes(
+        tiny_localizer,
+        image,
+        points_per_side=2,
+        pred_iou_thresh=100.0,
+        crop_n_layers=1,
+        with_masks=True,
+    )
+    assert len(regions) == 0
+    assert regions.pred_masks.shape == (0, 30, 20)
+
+
+def test_automatic_boxes_refuse_what_they_do_not_know(tiny_localizer: torch.nn.Module) -> None:
+    image = torch.zeros(3, 30, 20)
+    with pytest.raises(TypeError, match="points_per_row"):
+        automatic_boxes(tiny_localizer, image, points_per_row=2)
+    with pytest.raises(TypeError, match="MODEL.LOCALIZER.NAME: Linear"):
+        automatic_boxes(torch.nn.Linear(1, 1), image)
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--source", "glip"], "--source glip needs --boxes"),
+        (["--source", "sam"], "--source sam needs --config-file"),
+        (["--source", "gt", "--num-gpus", "2"], "runs in one process"),
+    ],
+)
+def test_incomplete_commands(
+    tool: ModuleType, arguments: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit):
+        tool.invoke_main(["--dataset", "mine", "--output", "x.pkl", *arguments])
+    assert message in capsys.readouterr().err

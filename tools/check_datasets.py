@@ -1,0 +1,167 @@
+#!/usr/bin/env python
+"""Says which datasets are there: files, numbers of images and boxes, images that cannot be read.
+
+    tools/check_datasets.py                                  # all datasets of the project
+    tools/check_datasets.py --dataset lvis_v1_val --dataset coco_2017_val --sample 500
+    tools/check_datasets.py --dataset mine DATASETS.COCO_FORMAT "[['mine', 'mine/val.json', 'mine/images']]"
+
+With --dataset the exit status is 1 if one of them is missing or damaged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.file_io import PathManager
+from PIL import Image
+from tabulate import tabulate
+
+from regionspot_d2 import add_regionspot_config
+from regionspot_d2.data import ODINW_13, ODINW_35, register_coco_format
+from regionspot_d2.data.datasets import source_file
+
+_NAMED_OFFENDERS = 3
+
+
+class Report(NamedTuple):
+    """What was found of one dataset. ``problems`` is empty if all is well."""
+
+    name: str
+    split: str
+    images: int | None
+    boxes: int | None
+    classes: int | None
+    problems: list[str]
+
+
+def dataset_names() -> list[str]:
+    """COCO, LVIS and the datasets this project registers; of ODinW the splits that are evaluated."""
+    prefixes = ("objects365_", "openimages_", "v3det_")
+    training = [name for name in DatasetCatalog.list() if name.startswith(prefixes)]
+    coco_and_lvis = [
+        "coco_2017_train",
+        "coco_2017_val",
+        "lvis_v1_train",
+        "lvis_v1_train_base",
+        "lvis_v1_val",
+        "lvis_v1_minival",
+    ]
+    return coco_and_lvis + sorted(training) + list(dict.fromkeys(ODINW_13 + ODINW_35))
+
+
+def check_dataset(name: str, sample: int) -> Report:
+    """Looks at the files of a dataset.
+
+    Args:
+        name: a registered dataset.
+        sample: open this many of its images, spread over the dataset.
+    """
+    metadata = MetadataCatalog.get(name)
+    split = metadata.get("split", "")
+    paths = (metadata.get("json_file"), metadata.get("image_root"))
+    json_file, image_root = (path and os.fspath(path) for path in paths)
+    missing = []
+    if json_file and not PathManager.exists(json_file):
+        missing.append(source_file(json_file))
+    if image_root and not PathManager.exists(image_root):
+        missing.append(image_root)
+    if missing:
+        return Report(name, split, None, None, None, [f"missing: {', '.join(missing)}"])
+    try:
+        records = DatasetCatalog.get(name)
+    except Exception as error:  # whatever is wrong with one dataset, the others are worth a look
+        return Report(name, split, None, None, None, [f"{type(error).__name__}: {error}"])
+    boxes = sum(len(record.get("annotations", [])) for record in records)
+    classes = len(metadata.get("thing_classes", []))
+    return Report(name, split, len(records), boxes, classes, _check_images(records, sample))
+
+
+def _check_images(records: Sequence[dict[str, Any]], sample: int) -> list[str]:
+    chosen = np.linspace(0, len(records) - 1, min(sample, len(records))).round().astype(int)
+    offenders = []
+    for index in chosen:
+        problem = _image_problem(records[index])
+        if problem:
+            offenders.append(f"image '{records[index]['image_id']}': {problem}")
+    named = offenders[:_NAMED_OFFENDERS]
+    if len(offenders) > len(named):
+        named.append(f"and {len(offenders) - len(named)} more of {len(chosen)} images looked at")
+    return named
+
+
+def _image_problem(record: dict[str, Any]) -> str:
+    try:
+        with PathManager.open(record["file_name"], "rb") as file:
+            image = Image.open(file)
+            # As Detectron2 reads it: turned the way its EXIF data says.
+            turned = image.getexif().get(0x0112, 1) >= 5
+            image.load()
+    except FileNotFoundError:
+        return f"missing: {record['file_name']}"
+    except OSError as error:
+        return f"unreadable: {record['file_name']} ({error})"
+    width, height = image.size[::-1] if turned else image.size
+    if (width, height) != (record["width"], record["height"]):
+        return (
+            f"{record['file_name']} is {width} x {height}, the annotations say "
+            f"{record['width']} x {record['height']}"
+        )
+    return ""
+
+
+def table(reports: Sequence[Report]) -> str:
+    """The reports as text: a table, then the problems."""
+    rows = [
+        (
+            report.name,
+            report.split,
+            *("" if n is None else f"{n:,}" for n in report[2:5]),
+            "ok" if not report.problems else "missing" if report.images is None else "damaged",
+        )
+        for report in reports
+    ]
+    headers = ("dataset", "split", "images", "boxes", "classes", "state")
+    lines = [tabulate(rows, headers, colalign=("left", "left", "right", "right", "right", "left"))]
+    for report in reports:
+        if report.problems:
+            lines.append(f"{report.name}: {'; '.join(report.problems)}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", default="", help="a config with own data")
+    parser.add_argument("--dataset", action="append", default=[], help="only this one; repeatable")
+    parser.add_argument("--sample", type=int, default=20, help="images to open, per dataset")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
+    args = parser.parse_args()
+    cfg = get_cfg()
+    add_regionspot_config(cfg)
+    if args.config_file:
+        cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    register_coco_format(cfg.DATASETS.COCO_FORMAT)
+
+    own = [entry[0] for entry in cfg.DATASETS.COCO_FORMAT]
+    names = args.dataset or own + dataset_names()
+    unknown = [name for name in names if name not in DatasetCatalog]
+    if unknown:
+        parser.error(f"not registered: {', '.join(unknown)}")
+    reports = [check_dataset(name, args.sample) for name in names]
+    print(f"Datasets in {os.path.expanduser(os.getenv('DETECTRON2_DATASETS', 'datasets'))}")
+    print(table(reports))
+    if args.dataset and any(report.problems for report in reports):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

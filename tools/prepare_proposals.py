@@ -1,0 +1,291 @@
+#!/usr/bin/env python
+"""Writes the proposal file of a dataset, from any source of regions.
+
+    # ground truth
+    tools/prepare_proposals.py --dataset lvis_v1_val --source gt --output lvis_v1_val_gt.pkl
+    # GLIP's boxes, or any detector's results json
+    tools/prepare_proposals.py --dataset lvis_v1_val --source glip --boxes glip.json --output lvis_v1_val_glip.pkl
+    tools/prepare_proposals.py --dataset coco_2017_val --source results --boxes coco_instances_results.json \\
+        --topk 100 --min-score 0.05 --output coco_2017_val_detector.pkl
+    # SAM's automatic masks, the localizer of a RegionSpot config; an interrupted run goes on when it is started again
+    tools/prepare_proposals.py --dataset lvis_v1_minival --source sam --config-file configs/regionspot_B.yaml \\
+        --points-per-side 32 --num-gpus 8 --output lvis_v1_minival_sam.pkl
+    # any Detectron2 model: a yaml or LazyConfig file with its weights, or a name of the model zoo
+    tools/prepare_proposals.py --dataset coco_2017_val --source detector --num-gpus 8 \\
+        --config-file COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml --output coco_2017_val_frcnn.pkl
+    # an existing proposal file: choose among its boxes, see their recall
+    tools/prepare_proposals.py --dataset lvis_v1_val --source proposals --boxes all.pkl --topk 100 --output top100.pkl
+
+Own data needs no code: DATASETS.COCO_FORMAT "[['mine', 'mine/val.json', 'mine/images']]" at the end of the command.
+Evaluation reads the file with MODEL.LOAD_PROPOSALS True DATASETS.PROPOSAL_FILES_TEST "('lvis_v1_val_gt.pkl',)".
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2 import model_zoo
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data.detection_utils import check_image_size, read_image
+from detectron2.engine import launch
+from detectron2.modeling import build_model
+from detectron2.structures import Instances
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from regionspot_d2 import add_regionspot_config
+from regionspot_d2.data import register_coco_format
+from regionspot_d2.data.partial_proposals import PartialProposals
+from regionspot_d2.data.proposal_sources import (
+    from_glip_json,
+    from_ground_truth,
+    from_instances,
+    from_results_json,
+)
+from regionspot_d2.data.proposals import (
+    DatasetDict,
+    ProposalsByImage,
+    fit_to_dataset,
+    read_proposals,
+    select,
+    write_proposals,
+)
+from regionspot_d2.modeling.automatic_masks import AutomaticMaskSettings, automatic_boxes
+from regionspot_d2.modeling.localizer import LOCALIZER_REGISTRY
+
+logger = logging.getLogger("regionspot_d2.prepare_proposals")
+
+_FILES = {
+    "glip": from_glip_json,
+    "results": from_results_json,
+    "proposals": lambda path: read_proposals(path)[0],
+}
+_MODELS = ("sam", "detector")
+
+FindRegions = Callable[[DatasetDict], Instances]
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dataset", required=True, help="a registered dataset")
+    parser.add_argument("--source", required=True, choices=["gt", *_FILES, *_MODELS])
+    parser.add_argument("--output", required=True, help="the proposal file (.pkl) to write")
+    parser.add_argument("--boxes", help="the file of --source glip, results or proposals")
+    parser.add_argument("--topk", type=int, help="keep this many boxes per image")
+    parser.add_argument("--min-score", type=float, help="leave out boxes with a lower score")
+    parser.add_argument(
+        "--nms", type=float, help="leave out boxes that overlap a better one by more than this IoU"
+    )
+
+    models = parser.add_argument_group("models (--source sam, detector)")
+    models.add_argument("--config-file", default="", help="config of the model")
+    models.add_argument(
+        "--num-gpus", type=int, default=1, help="processes per machine, also on a CPU"
+    )
+    models.add_argument("--num-machines", type=int, default=1)
+    models.add_argument("--machine-rank", type=int, default=0)
+    models.add_argument("--dist-url", default="auto", help="needed with several machines")
+
+    sam = parser.add_argument_group("SAM's automatic mask generator (--source sam)")
+    for field in dataclasses.fields(AutomaticMaskSettings):
+        sam.add_argument(
+            "--" + field.name.replace("_", "-"),
+            type=type(field.default),
+            default=field.default,
+            help=f"default {field.default:.4g}",
+        )
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
+    return parser
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """The config of the model, or for other sources of the datasets alone. LazyConfigs are read by the detector."""
+    cfg = get_cfg()
+    if args.source == "detector":
+        # A detector's config is Detectron2's own: RegionSpot's defaults (RGB images) are not for it.
+        cfg.DATASETS.COCO_FORMAT = []
+    else:
+        add_regionspot_config(cfg)
+    if not _is_lazy(args.config_file):
+        if os.path.exists(args.config_file):
+            cfg.merge_from_file(args.config_file)
+        elif args.config_file:
+            cfg.merge_from_file(model_zoo.get_config_file(args.config_file))
+            cfg.MODEL.WEIGHTS = model_zoo.get_checkpoint_url(args.config_file)
+        cfg.merge_from_list(args.opts)
+    register_coco_format(cfg.DATASETS.COCO_FORMAT)
+    return cfg
+
+
+def _is_lazy(config_file: str) -> bool:
+    return config_file.endswith(".py")
+
+
+def sam_regions(args: argparse.Namespace, cfg: CfgNode) -> FindRegions:
+    """Regions by the automatic mask generator on the localizer of a RegionSpot config."""
+    localizer = LOCALIZER_REGISTRY.get(cfg.MODEL.LOCALIZER.NAME)(cfg).to(cfg.MODEL.DEVICE)
+    settings = _sam_settings(args)
+
+    def find(record: DatasetDict) -> Instances:
+        image = read_image(record["file_name"], format="RGB")
+        check_image_size(record, image)
+        return automatic_boxes(localizer, torch.tensor(image).permute(2, 0, 1), **settings)
+
+    return find
+
+
+def _sam_settings(args: argparse.Namespace) -> dict[str, Any]:
+    names = [field.name for field in dataclasses.fields(AutomaticMaskSettings)]
+    return {name: getattr(args, name) for name in names}
+
+
+def detector_regions(args: argparse.Namespace, cfg: CfgNode) -> FindRegions:
+    """Regions by any Detectron2 model: detections, or the proposals of a model that only proposes."""
+    if _is_lazy(args.config_file):
+        lazy = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
+        model = instantiate(lazy.model).to(lazy.train.device)
+        mapper = instantiate(lazy.dataloader.test.mapper)
+        weights = lazy.train.init_checkpoint
+    else:
+        model = build_model(cfg)
+        mapper = DatasetMapper(cfg, is_train=False)
+        weights = cfg.MODEL.WEIGHTS
+    if not weights:
+        logger.warning("The config names no weights (MODEL.WEIGHTS): these boxes are random.")
+    DetectionCheckpointer(model).load(weights)
+    model.eval()
+
+    @torch.no_grad()
+    def find(record: DatasetDict) -> Instances:
+        output = model([mapper(record)])[0]
+        return output["instances"] if "instances" in output else output["proposals"]
+
+    return find
+
+
+def run_model(
+    args: argparse.Namespace, cfg: CfgNode, records: list[DatasetDict], folder: str
+) -> ProposalsByImage:
+    """Runs a model over this process's share of the images.
+
+    Args:
+        args: the command line.
+        cfg: the config of the model.
+        records: all images of the dataset.
+        folder: where finished images are kept until all are.
+
+    Returns:
+        In the main process the regions of all images, in the others nothing.
+    """
+    config = Path(args.config_file).read_text() if _is_lazy(args.config_file) else cfg.dump()
+    settings = {
+        "dataset": args.dataset,
+        "source": args.source,
+        "config_file": args.config_file,
+        "config_sha1": hashlib.sha1(config.encode()).hexdigest(),
+        "opts": args.opts,
+        **(_sam_settings(args) if args.source == "sam" else {}),
+    }
+    finished = PartialProposals(folder, settings)
+    done = finished.load()
+    # Nobody may write before all have read, or the processes would divide different lists.
+    comm.synchronize()
+    todo = [record for record in records if str(record["image_id"]) not in done]
+    logger.info(f"{len(done)} images are done, {len(todo)} are left.")
+    share = todo[comm.get_rank() :: comm.get_world_size()]
+    if todo:
+        find = (sam_regions if args.source == "sam" else detector_regions)(args, cfg)
+        start = time.monotonic()
+        for number, record in enumerate(share, start=1):
+            finished.append(comm.get_rank(), record["image_id"], from_instances(find(record)))
+            if number % 50 == 0 or number == len(share):
+                seconds = (time.monotonic() - start) / number
+                left = seconds * (len(share) - number) / 60
+                logger.info(
+                    f"{number}/{len(share)} images, {seconds:.2f} s each, {left:.0f} min left"
+                )
+    comm.synchronize()
+    return finished.load() if comm.is_main_process() else {}
+
+
+def main(args: argparse.Namespace) -> None:
+    setup_logger(distributed_rank=comm.get_rank(), name="regionspot_d2")
+    setup_logger(distributed_rank=comm.get_rank())
+    cfg = setup(args)
+    records = DatasetCatalog.get(args.dataset)
+    unfinished = f"{args.output}.parts"
+    info: dict[str, Any] = {"dataset": args.dataset, "source": args.source}
+    if args.source == "gt":
+        proposals, origin = from_ground_truth(records), args.dataset
+    elif args.source in _FILES:
+        proposals, origin = _FILES[args.source](args.boxes), args.boxes
+        info["file"] = Path(args.boxes).name
+    else:
+        proposals, origin = run_model(args, cfg, records, unfinished), args.config_file
+        info["config"] = args.config_file
+        if args.source == "sam":
+            info["settings"] = _sam_settings(args)
+    if not comm.is_main_process():
+        return
+    info.update(topk=args.topk, min_score=args.min_score, nms=args.nms)
+    chosen = {
+        image_id: select(regions, topk=args.topk, min_score=args.min_score, nms_threshold=args.nms)
+        for image_id, regions in fit_to_dataset(proposals, records, origin).items()
+    }
+    print(summary(args.output, write_proposals(args.output, records, chosen, info)))
+    if args.source in _MODELS:
+        shutil.rmtree(unfinished)
+
+
+def summary(output: str, info: Mapping[str, Any]) -> str:
+    """What is in a proposal file, in a few lines."""
+    per_image = info["boxes"] / max(info["images"], 1)
+    text = (
+        f"{output}: {info['boxes']} boxes of {info['dataset']} from {info['source']}\n"
+        f"  images: {info['images']}, without boxes: {info['images_without_boxes']}, "
+        f"boxes per image: {per_image:.1f}\n"
+    )
+    recall = info["recall"]
+    if recall is None:
+        return text + "  recall: unknown, the dataset has no annotated boxes"
+    return text + (
+        f"  recall of {recall['objects']} annotated boxes: {100 * recall['recall_50']:.1f} % at IoU 0.5, "
+        f"{100 * recall['recall_50_95']:.1f} % at IoU 0.5:0.95"
+    )
+
+
+def invoke_main(arguments: list[str] | None = None) -> None:
+    parser = argument_parser()
+    args = parser.parse_args(arguments)
+    if args.source in _FILES and not args.boxes:
+        parser.error(f"--source {args.source} needs --boxes FILE")
+    if args.source in _MODELS and not args.config_file:
+        parser.error(f"--source {args.source} needs --config-file")
+    if args.source not in _MODELS and args.num_gpus * args.num_machines > 1:
+        parser.error(f"--source {args.source} runs in one process; leave out --num-gpus")
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
+
+
+if __name__ == "__main__":
+    invoke_main()
