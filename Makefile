@@ -1,0 +1,69 @@
+# Each target sets up what it needs, once, in a virtual environment of its own: `make help`.
+
+VENV ?= .venv
+# The first Python that is new enough; another one: make PYTHON=/path/to/python3
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.10; do \
+	$$python -c '$(IS_NEW_ENOUGH)' 2>/dev/null && echo $$python && break; done)
+# Another torch, from the default index or another one, see INSTALL.md.
+TORCH_SPEC ?= torch==2.14.1 torchvision==0.29.1
+TORCH_INDEX ?=
+# Versions proven together. Empty (CONSTRAINTS=): keep whatever the environment has.
+CONSTRAINTS ?= tools/setup/constraints.txt
+
+PY = $(VENV)/bin/python
+READY = $(VENV)/.regionspot_d2-ready
+PIP_INSTALL = $(PY) -m pip --disable-pip-version-check install
+WITH_CONSTRAINTS = $(addprefix --constraint ,$(CONSTRAINTS))
+SOURCES = $(wildcard *.py datasets/*.py) regionspot_d2 demo tests tools
+DEMO = $(PY) demo/demo.py --config-file configs/mini/regionspot_mini.yaml \
+	--input demo/photos.json --output output/demo
+
+IS_NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 10))
+# A pair that does not fit together imports, but fails at its first operator.
+TORCH_WORKS = import torch, torchvision; \
+	torchvision.ops.nms(torch.rand(1, 4), torch.rand(1), 0.5)
+
+.PHONY: help setup demo test lint clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
+
+setup: $(READY)  ## set up the virtual environment, about 4 minutes and 6 GB the first time
+
+demo: $(READY)  ## name regions of real photos, into output/demo
+	$(DEMO)
+
+# One thread: on few shared cores, OpenMP's waiting threads make a step up to ten times slower.
+test: export OMP_NUM_THREADS ?= 1
+test: $(READY)  ## run the tests
+	$(PY) -m pytest -q
+
+lint: $(READY)  ## check format and types
+	$(PY) -m black --check -l 100 $(SOURCES)
+	$(PY) -m isort --check $(SOURCES)
+	$(PY) -m ruff check $(SOURCES)
+	$(PY) -m mypy regionspot_d2
+
+clean:  ## remove the virtual environment .venv, output and every cache of the tools
+	rm -rf .venv output build regionspot_d2.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -f $(READY)
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Every step first looks whether its work is done, so an interrupted set-up goes on where it was.
+# The stamp comes last; it is renewed when a file that decides over the set-up changes.
+$(READY): setup.py pyproject.toml Makefile $(wildcard tools/setup/*)
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -c '$(IS_NEW_ENOUGH)' || { echo \
+		"regionspot_d2 needs Python 3.10 or newer ($(or $(PYTHON),python3) is not):" \
+		"make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) -q $(WITH_CONSTRAINTS) "setuptools>=77.0.3,<82" wheel
+	$(PY) -c '$(TORCH_WORKS)' 2>/dev/null \
+		|| $(PIP_INSTALL) $(TORCH_SPEC) $(addprefix --index-url ,$(TORCH_INDEX))
+	$(PY) -c "import cv2" 2>/dev/null \
+		|| $(PIP_INSTALL) -q $(WITH_CONSTRAINTS) opencv-python-headless
+	$(PIP_INSTALL) -q $(WITH_CONSTRAINTS) --no-build-isolation --editable ".[all]"
+	@# lvis, a reference for the tests, would bring a second OpenCV.
+	$(PIP_INSTALL) -q $(WITH_CONSTRAINTS) --no-deps lvis
+	$(PY) tools/setup/install_detectron2.py $(WITH_CONSTRAINTS)
+	touch $@

@@ -1,0 +1,224 @@
+"""What the package declares and ships, and the parts of the set-up that need no network."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from detectron2.config import get_cfg
+
+import regionspot_d2
+from regionspot_d2 import add_regionspot_config
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "regionspot_d2"
+
+# Needed, but left to the user: setup.py says why.
+UNDECLARED = {"torch", "torchvision", "detectron2", "opencv-python", "opencv-python-headless"}
+# Imported where asked for, with an error that names what to install.
+OPTIONAL_MODULES = {"lvis", "supervision", "transformers", "onnx", "onnxruntime", "onnxscript"}
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package as `setup.py` builds it, in a Python whose torch and detectron2 fail to import."""
+    folder = tmp_path_factory.mktemp("build")
+    for module in ("torch", "torchvision", "detectron2", "regionspot_d2"):
+        (folder / f"{module}.py").write_text("raise ImportError('a build must not need this')\n")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(PACKAGE, source / PACKAGE.name)
+    subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "egg_info", "build", "--build-lib", folder / "lib"],
+        cwd=source,
+        env={"PYTHONPATH": str(folder)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def metadata(build: Path) -> importlib.metadata.Distribution:
+    return importlib.metadata.Distribution.at(build / "source" / "regionspot_d2.egg-info")
+
+
+def normal(requirement: str) -> str:
+    """The name in a requirement, as pip compares names."""
+    name = re.match(r"[\w.-]+", requirement)
+    assert name is not None
+    return re.sub(r"[-_.]+", "-", name.group()).lower()
+
+
+def test_the_version_is_read_without_importing_the_package(metadata) -> None:
+    assert metadata.version == regionspot_d2.__version__
+
+
+def test_the_build_has_every_file_of_the_package_and_nothing_else(build: Path) -> None:
+    def files(root: Path) -> set[str]:
+        found = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+        return {name for name in found if "__pycache__" not in name}
+
+    built = files(build / "lib")
+    assert built == {f"regionspot_d2/{name}" for name in files(PACKAGE)}
+
+
+def test_extras(metadata) -> None:
+    extras = {"all", "demo", "dev", "onnx", "slurm"}
+    assert set(metadata.metadata.get_all("Provides-Extra")) == extras
+    wanted: dict[str, set[str]] = {extra: set() for extra in extras}
+    for requirement in metadata.requires:
+        if marker := re.search(r"""extra == ['"](\w+)['"]""", requirement):
+            wanted[marker.group(1)].add(normal(requirement))
+    assert wanted["all"] == wanted["demo"] | wanted["dev"] | wanted["onnx"] | wanted["slurm"]
+    assert {"matplotlib", "scikit-image"} <= wanted["demo"]
+    assert {"black", "isort", "mypy", "pytest", "ruff"} <= wanted["dev"]
+
+
+def test_nothing_is_declared_that_could_replace_a_working_torch_or_opencv(metadata) -> None:
+    assert not {normal(requirement) for requirement in metadata.requires} & UNDECLARED
+
+
+def test_everything_the_package_imports_is_declared(metadata) -> None:
+    declared = {normal(requirement) for requirement in metadata.requires if ";" not in requirement}
+    providers = importlib.metadata.packages_distributions()
+    missing = {}
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                modules = [node.module]
+            else:
+                continue
+            for module in {name.partition(".")[0] for name in modules} - OPTIONAL_MODULES:
+                owners = {normal(owner) for owner in providers.get(module, [module])}
+                owners |= {"detectron2"} if module == "detectron2" else set()
+                if module in sys.stdlib_module_names or module == "regionspot_d2":
+                    continue
+                if not owners & (declared | UNDECLARED):
+                    missing[module] = file.relative_to(ROOT).as_posix()
+    assert not missing
+
+
+@pytest.mark.parametrize(
+    "file", [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("configs/**/*.yaml"))]
+)
+def test_every_config_loads_with_its_base(file: str) -> None:
+    cfg = get_cfg()
+    add_regionspot_config(cfg)
+    cfg.merge_from_file(str(ROOT / file))
+    assert cfg.MODEL.META_ARCHITECTURE
+
+
+def test_modules_that_two_packages_could_claim_have_one_owner() -> None:
+    providers = importlib.metadata.packages_distributions()
+    assert len(set(providers["clip"])) == 1, providers["clip"]
+    assert len(set(providers["cv2"])) == 1, providers["cv2"]
+
+
+@pytest.fixture(scope="module")
+def setup_script() -> ModuleType:
+    file = ROOT / "tools" / "setup" / "install_detectron2.py"
+    spec = importlib.util.spec_from_file_location("install_detectron2", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_trimmed_wheel_has_no_foreign_tools_and_no_foreign_binary(
+    setup_script: ModuleType, tmp_path: Path
+) -> None:
+    wheel = tmp_path / "sal_detectron2-0.7.2-cp310-none-any.whl"
+    record = "sal_detectron2-0.7.2.dist-info/RECORD"
+    kept = {"detectron2/__init__.py": b"x = 1\n", "detectron2/tools/a.py": b"", record: b""}
+    dropped = ["tools/__init__.py", "tools/train.py", "detectron2/_C.cpython-310-x86_64.so"]
+    names = [*kept, *dropped]
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in names:
+            lines = "".join(f"{listed},,\n" for listed in names)
+            archive.writestr(name, lines if name == record else kept.get(name, b"other"))
+
+    (tmp_path / "trimmed").mkdir()
+    trimmed = setup_script.trim_wheel(wheel, tmp_path / "trimmed")
+
+    assert trimmed.name == "sal_detectron2-0.7.2-py3-none-any.whl"
+    with zipfile.ZipFile(trimmed) as archive:
+        assert set(archive.namelist()) == set(kept)
+        assert archive.read("detectron2/__init__.py") == kept["detectron2/__init__.py"]
+        assert archive.read(record).decode().split() == [f"{name},," for name in kept]
+
+
+def test_a_download_with_another_content_is_refused(
+    setup_script: ModuleType, tmp_path: Path
+) -> None:
+    file = tmp_path / "sal_detectron2-0.7.2-cp310-none-any.whl"
+    file.write_bytes(b"abc")
+    found = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    setup_script.check_sha256(file, found)
+    with pytest.raises(setup_script.SetupError, match=f"{file.name}.* sha256 {found}, expected 12"):
+        setup_script.check_sha256(file, "12" * 32)
+
+
+def test_an_import_is_tried_in_a_fresh_python(setup_script: ModuleType) -> None:
+    assert setup_script.import_error("json", "zipfile") is None
+    error = setup_script.import_error("json", "no_such_module")
+    assert error == "ModuleNotFoundError: No module named 'no_such_module'"
+
+
+def test_a_detectron2_that_works_is_kept(
+    setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(setup_script, "pip", lambda *_: pytest.fail("pip was called"))
+    monkeypatch.setattr(setup_script, "import_error", lambda *_: None)
+    setup_script.install(constraints=[])
+    assert "keeping" in capsys.readouterr().out
+
+
+def test_a_detectron2_built_for_another_torch_is_named_not_overwritten(
+    setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup_script, "pip", lambda *_: pytest.fail("pip was called"))
+    monkeypatch.setattr(setup_script, "import_error", lambda *_: None)
+    monkeypatch.setattr(setup_script, "detectron2_error", lambda: "ImportError: undefined symbol")
+    monkeypatch.setattr(setup_script.importlib.metadata, "version", lambda _: "0.6")
+    with pytest.raises(
+        setup_script.SetupError, match="(?s)0.6 is installed.*symbol.*Build it again"
+    ):
+        setup_script.install(constraints=[])
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_without_a_target_lists_the_targets() -> None:
+    done = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = {line.split()[0] for line in done.stdout.splitlines()}
+    assert {"help", "setup", "demo", "test", "lint", "clean"} <= listed
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_a_python_that_is_too_old_is_an_error_that_says_so(tmp_path: Path) -> None:
+    old = tmp_path / "python3.8"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    done = subprocess.run(
+        ["make", "setup", f"PYTHON={old}", f"VENV={tmp_path / 'venv'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert f"needs Python 3.10 or newer ({old} is not)" in done.stderr
+    assert not (tmp_path / "venv").exists()
