@@ -8,13 +8,13 @@ from typing import Any, Union
 
 import numpy as np
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 from torch import Tensor
 
+from .checkpoint import RegionSpotCheckpointer
 from .data.images import read_image, to_rgb_array
 from .modeling.regionspot import EncodedImages, RegionSpot
 from .modeling.vocabulary import check_names
@@ -45,7 +45,7 @@ class RegionSpotPredictor:
         if isinstance(model, CfgNode):
             weights = model.MODEL.WEIGHTS
             model = build_model(model)
-            DetectionCheckpointer(model).load(weights)
+            RegionSpotCheckpointer(model).load(weights)
         self.model: RegionSpot = model.eval()
         self.vocabulary: list[str] = []
         if vocabulary is not None:

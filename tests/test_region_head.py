@@ -88,3 +88,24 @@ def test_pooling_answers_for_boxes_without_area_and_skips_the_class_token():
 def test_pooling_without_boxes_says_what_to_do():
     with pytest.raises(ValueError, match="RegionSpotHead"):
         pooled((2, 2))([torch.zeros(1, 1)], torch.zeros(1, 4, 4))
+
+
+def test_without_image_tokens_regions_see_each_other_alone():
+    torch.manual_seed(0)
+    head = RegionSpotHead(
+        token_dim=12,
+        image_dim=16,
+        text_dim=10,
+        depth=2,
+        num_heads=4,
+        ffn_dim=24,
+        with_image_tokens=False,
+    ).eval()
+    tokens = [torch.randn(n, 12) for n in (3, 0, 5)]
+    found = head(tokens, torch.randn(3, 5, 16))
+    for one, other in zip(found, head(tokens, torch.randn(3, 5, 16))):
+        assert torch.equal(one, other)
+    torch.testing.assert_close(head([tokens[0]], torch.randn(1, 5, 16))[0], found[0])
+    assert not torch.allclose(head([tokens[0][:1]], torch.randn(1, 5, 16))[0], found[0][:1])
+    head.train()([t.requires_grad_() for t in tokens], torch.randn(3, 5, 16))[0].sum().backward()
+    assert all(p.grad is not None for p in head.parameters())

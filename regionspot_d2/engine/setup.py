@@ -117,7 +117,7 @@ def _explained(cfg: CfgNode, where: str) -> Iterator[None]:
 
 
 def _keys(cfg: CfgNode, prefix: str = "") -> list[str]:
-    keys = []
+    keys: list[str] = []
     for key, value in cfg.items():
         keys += _keys(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else [prefix + key]
     return keys

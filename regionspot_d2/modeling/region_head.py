@@ -36,6 +36,7 @@ class RegionSpotHead(nn.Module):
         num_heads: int = 8,
         ffn_dim: int = 2048,
         dropout: float = 0.1,
+        with_image_tokens: bool = True,
     ) -> None:
         """
         Args:
@@ -46,16 +47,25 @@ class RegionSpotHead(nn.Module):
             num_heads: attention heads of each layer.
             ffn_dim: width of the feed-forward part of each layer.
             dropout: of each layer.
+            with_image_tokens: False leaves the cross-attention out, for the ablation: regions then see each other
+                alone. (The paper does not say how it took the image tokens away; this is the plainest way.)
         """
         super().__init__()
         self.to_clip = nn.Linear(token_dim, image_dim)
-        layer = nn.TransformerDecoderLayer(
-            image_dim, num_heads, dim_feedforward=ffn_dim, dropout=dropout, batch_first=True
-        )
-        self.decoder = nn.TransformerDecoder(layer, depth, norm=nn.LayerNorm(image_dim))
+        sizes = {"dim_feedforward": ffn_dim, "dropout": dropout, "batch_first": True}
+        norm = nn.LayerNorm(image_dim)
+        self.decoder: nn.TransformerDecoder | nn.TransformerEncoder
+        if with_image_tokens:
+            layer = nn.TransformerDecoderLayer(image_dim, num_heads, **sizes)
+            self.decoder = nn.TransformerDecoder(layer, depth, norm=norm)
+        else:
+            self_attention = nn.TransformerEncoderLayer(image_dim, num_heads, **sizes)
+            self.decoder = nn.TransformerEncoder(
+                self_attention, depth, norm=norm, enable_nested_tensor=False
+            )
         self.projector = nn.Linear(image_dim, text_dim)
         for parameter in self.decoder.parameters():
-            # nn.TransformerDecoder copies one layer; each starts from weights of its own.
+            # Torch copies one layer; each starts from weights of its own.
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 
@@ -69,6 +79,7 @@ class RegionSpotHead(nn.Module):
             "num_heads": cfg.MODEL.REGION_HEAD.NUM_HEADS,
             "ffn_dim": cfg.MODEL.REGION_HEAD.FFN_DIM,
             "dropout": cfg.MODEL.REGION_HEAD.DROPOUT,
+            "with_image_tokens": cfg.MODEL.REGION_HEAD.IMAGE_TOKENS,
         }
 
     def forward(
@@ -100,11 +111,12 @@ class RegionSpotHead(nn.Module):
         # Padding is hidden from the regions. An image without any keeps one visible row, or its softmax
         # would be over nothing; that row is dropped below.
         padding = places[None] >= lengths.clamp(min=1)[:, None]
-        decoded = self.decoder(
-            self.to_clip(queries),
-            image_tokens,
-            tgt_key_padding_mask=padding if padding.any() else None,
-        )
+        hidden = padding if padding.any() else None
+        queries = self.to_clip(queries)
+        if isinstance(self.decoder, nn.TransformerEncoder):
+            decoded = self.decoder(queries, src_key_padding_mask=hidden)
+        else:
+            decoded = self.decoder(queries, image_tokens, tgt_key_padding_mask=hidden)
         regions = self.projector(decoded)
         return [F.normalize(region[:count], dim=-1) for region, count in zip(regions, counts)]
 
