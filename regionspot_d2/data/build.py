@@ -1,0 +1,273 @@
+"""Train and test loaders: Detectron2's builders and samplers, over datasets with vocabularies of their own."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import (
+    build_detection_test_loader,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.utils import comm
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+
+from .datasets import class_names
+from .mapper import RegionMapper
+from .token_cache import (
+    AnyTokenCache,
+    TokenCache,
+    cache_manifest,
+    module_sha256,
+    open_token_cache,
+)
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+
+
+def load_records(
+    dataset_name: str, *, filter_empty: bool = False, proposal_file: str | None = None
+) -> list[Record]:
+    """Loads a dataset and checks its classes.
+
+    Args:
+        dataset_name: a registered dataset.
+        filter_empty: whether images without annotations, or with crowds alone, are left out.
+        proposal_file: of regions, in Detectron2's format.
+
+    Returns:
+        Records in Detectron2's format, each with ``dataset_name``.
+
+    Raises:
+        ValueError: naming the first annotation whose class the dataset has not, or the first image without proposals.
+    """
+    try:
+        # Alone: Detectron2 refuses to load datasets of different classes together.
+        records = get_detection_dataset_dicts(
+            [dataset_name],
+            filter_empty=filter_empty,
+            proposal_files=None if proposal_file is None else [proposal_file],
+            check_consistency=False,
+        )
+    except KeyError as error:
+        if proposal_file is None:
+            raise
+        raise ValueError(
+            f"The proposal file '{proposal_file}' has no image {error} of the dataset '{dataset_name}'. Was it made "
+            "for another dataset?"
+        ) from error
+    num_classes = len(class_names(dataset_name))
+    for record in records:
+        for annotation in record.get("annotations", ()):
+            if not 0 <= annotation["category_id"] < num_classes:
+                raise ValueError(
+                    f"The image {record['image_id']!r} of the dataset '{dataset_name}' has an annotation of class "
+                    f"{annotation['category_id']}; its {num_classes} classes are 0 to {num_classes - 1}."
+                )
+    return [{**record, "dataset_name": dataset_name} for record in records]
+
+
+def build_train_loader(cfg: CfgNode, *, first_iteration: int = 0) -> DataLoader:
+    """Builds an endless loader over all of ``DATASETS.TRAIN``; a batch may mix them.
+
+    An iteration sees the same images whatever the number of processes, and however often training was stopped and
+    resumed before it. (A random augmentation, or an image that had to be skipped, does not repeat itself.)
+
+    Args:
+        cfg: ``DATASETS.TRAIN`` and ``TRAIN_RATIOS``, ``DATALOADER``, ``INPUT`` and ``SEED`` matter.
+        first_iteration: number of the first batch; see :func:`start_at`.
+
+    Returns:
+        A loader of lists of dicts, see :class:`~regionspot_d2.data.mapper.RegionMapper`. Each has ``dataset_name``.
+
+    Raises:
+        ValueError: a config key does not fit, or a dataset cannot be trained on.
+    """
+    names = list(cfg.DATASETS.TRAIN)
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"DATASETS.TRAIN is {names}; one or more different datasets are expected.")
+    caches = open_token_caches(cfg) if cfg.INPUT.TOKEN_CACHE else {}
+    parts = [
+        load_records(name, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS) for name in names
+    ]
+    for name, records in zip(names, parts):
+        if "annotations" not in records[0]:
+            raise ValueError(f"The dataset '{name}' has no annotations to train on.")
+        logger.info(f"'{name}': {len(records)} images, {len(class_names(name))} classes.")
+    factors = repeat_factors(cfg, parts)
+    # Our caches know regions better than the annotations, which would fill the memory of every process.
+    for part, name in enumerate(names):
+        if isinstance(caches.get(name), TokenCache):
+            parts[part] = [_without_annotations(record) for record in parts[part]]
+    records = list(itertools.chain.from_iterable(parts))
+    # Without a seed in the config a fixed one: a resumed run has to find the same order.
+    seed = max(cfg.SEED, 0)
+    sampler: Sampler = (
+        TrainingSampler(len(records), seed=seed)
+        if factors is None
+        else _FastRepeatFactorSampler(factors, seed=seed)
+    )
+    loader = build_detection_train_loader(
+        records,
+        mapper=RegionMapper(cfg, True, token_caches=caches),
+        sampler=ResumableSampler(sampler),
+        total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
+        # Every image ends as the same square; grouping would only stir the order.
+        aspect_ratio_grouping=False,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        # The seeds of the workers, apart from the random numbers of the model.
+        seed=seed + comm.get_rank(),
+    )
+    start_at(loader, first_iteration)
+    return loader
+
+
+def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
+    """Builds a loader that gives every image of a dataset once, spread over the processes.
+
+    Args:
+        cfg: with ``MODEL.LOAD_PROPOSALS``, ``DATASETS.PROPOSAL_FILES_TEST`` names a file for each of
+            ``DATASETS.TEST``. ``TEST.IMS_PER_BATCH`` images are in a batch.
+        dataset_name: a registered dataset.
+
+    Returns:
+        A loader of lists of dicts, see :class:`~regionspot_d2.data.mapper.RegionMapper`. Each has ``dataset_name``.
+
+    Raises:
+        ValueError: there is no proposal file for the dataset, or it lacks an image.
+    """
+    proposal_file = None
+    if cfg.MODEL.LOAD_PROPOSALS:
+        files = dict(zip(cfg.DATASETS.TEST, cfg.DATASETS.PROPOSAL_FILES_TEST))
+        if dataset_name not in files:
+            raise ValueError(
+                f"MODEL.LOAD_PROPOSALS is on, but DATASETS.PROPOSAL_FILES_TEST has no file for '{dataset_name}': "
+                f"DATASETS.TEST is {list(cfg.DATASETS.TEST)} and the files are "
+                f"{list(cfg.DATASETS.PROPOSAL_FILES_TEST)}, one for each in the same order."
+            )
+        proposal_file = files[dataset_name]
+    records = load_records(dataset_name, proposal_file=proposal_file)
+    return build_detection_test_loader(
+        [_without_annotations(record) for record in records],
+        mapper=RegionMapper(cfg, False),
+        batch_size=cfg.TEST.IMS_PER_BATCH,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
+
+
+def start_at(loader: DataLoader, iteration: int) -> None:
+    """Lets a train loader begin where an interrupted training stopped, before its first batch is taken.
+
+    Args:
+        loader: from :func:`build_train_loader`.
+        iteration: number of the next batch, 0 for the first of all.
+    """
+    stream: Any = loader.dataset
+    assert loader.batch_size is not None
+    stream.sampler.skip = iteration * loader.batch_size
+
+
+def open_token_caches(cfg: CfgNode, localizer: nn.Module | None = None) -> dict[str, AnyTokenCache]:
+    """Opens the token caches of ``DATASETS.TRAIN``.
+
+    Args:
+        cfg: ``INPUT.TOKEN_CACHE`` is their folder; they must fit ``MODEL.LOCALIZER`` and the datasets.
+        localizer: if given, its weights must be those that made the tokens.
+
+    Raises:
+        TokenCacheError: a cache is missing, unfinished, or does not fit.
+    """
+    weights = None if localizer is None else module_sha256(localizer)
+    return {
+        name: open_token_cache(cfg.INPUT.TOKEN_CACHE, cache_manifest(cfg, name, weights))
+        for name in cfg.DATASETS.TRAIN
+    }
+
+
+def repeat_factors(cfg: CfgNode, datasets: Sequence[Sequence[Record]]) -> Tensor | None:
+    """How often each image is seen, relative to the rarest.
+
+    ``DATALOADER.SAMPLER_TRAIN: RepeatFactorTrainingSampler`` repeats images of rare classes within a dataset;
+    ``DATASETS.TRAIN_RATIOS`` then balances the datasets as wholes.
+
+    Args:
+        cfg: a config.
+        datasets: the records of each of ``DATASETS.TRAIN``.
+
+    Returns:
+        A factor, at least 1, for each record, or None if all are seen alike.
+
+    Raises:
+        ValueError: a config key does not fit.
+    """
+    names, ratios = list(cfg.DATASETS.TRAIN), list(cfg.DATASETS.TRAIN_RATIOS)
+    samplers = ("TrainingSampler", "RepeatFactorTrainingSampler")
+    if cfg.DATALOADER.SAMPLER_TRAIN not in samplers:
+        raise ValueError(
+            f"DATALOADER.SAMPLER_TRAIN is '{cfg.DATALOADER.SAMPLER_TRAIN}'; it must be one of {samplers}."
+        )
+    if ratios and (len(ratios) != len(names) or min(ratios) <= 0):
+        raise ValueError(
+            f"DATASETS.TRAIN_RATIOS is {ratios}; a positive number for each of the {len(names)} datasets in "
+            "DATASETS.TRAIN is expected, or none at all."
+        )
+    repeated = list(cfg.DATALOADER.REPEAT_DATASETS) or names
+    if not set(repeated) <= set(names):
+        raise ValueError(
+            f"DATALOADER.REPEAT_DATASETS is {repeated}, which is not part of DATASETS.TRAIN, {names}."
+        )
+    by_class = cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler"
+    if not ratios and not by_class:
+        return None
+    factors = []
+    for name, records in zip(names, datasets):
+        factors.append(torch.ones(len(records), dtype=torch.float64))
+        if by_class and name in repeated:
+            factors[-1] *= RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+                records, cfg.DATALOADER.REPEAT_THRESHOLD
+            )
+    if ratios:
+        factors = [factor * (ratio / factor.sum()) for factor, ratio in zip(factors, ratios)]
+    together = torch.cat(factors)
+    return together / together.min()
+
+
+class ResumableSampler(Sampler[int]):
+    """An endless sampler that can begin later in its stream.
+
+    Attributes:
+        skip: how many indices of this process are left out.
+    """
+
+    def __init__(self, sampler: Sampler[int]) -> None:
+        """
+        Args:
+            sampler: endless, and the same each time it is iterated.
+        """
+        self.sampler = sampler
+        self.skip = 0
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.islice(iter(self.sampler), self.skip, None)
+
+
+class _FastRepeatFactorSampler(RepeatFactorTrainingSampler):
+    """Detectron2's sampler without its loop over the images, which takes many seconds for some millions."""
+
+    def _get_epoch_indices(self, generator: torch.Generator) -> Tensor:
+        chance = torch.rand(len(self._frac_part), generator=generator)
+        repeats = self._int_part + (chance < self._frac_part)
+        return torch.arange(len(repeats)).repeat_interleave(repeats.long())
+
+
+def _without_annotations(record: Record) -> Record:
+    return {key: value for key, value in record.items() if key != "annotations"}

@@ -1,0 +1,91 @@
+#!/usr/bin/env python
+"""Extracts mask tokens once, so that training never runs the localizer.
+
+    python tools/extract_tokens.py --config-file configs/regionspot_L.yaml --num-gpus 8 \
+        --dataset objects365_train --output datasets/mask_tokens/vit_b
+
+Training then reads them with ``INPUT.TOKEN_CACHE datasets/mask_tokens/vit_b``. Killed at any moment, the same command
+goes on where it stopped, with any number of processes. Without a GPU, ``--num-gpus`` counts processes on the CPU. On
+several machines (``--num-machines``, ``--machine-rank``, ``--dist-url``) the output is a folder that all of them see.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser, launch
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from regionspot_d2.data.datasets import register_coco_format
+from regionspot_d2.data.token_extraction import extract_tokens
+from regionspot_d2.engine import ConfigError, load_config
+from regionspot_d2.modeling.localizer import LOCALIZER_REGISTRY
+from regionspot_d2.modeling.weights import WeightsNotFoundError
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = default_argument_parser(epilog=__doc__)
+    parser.add_argument(
+        "--dataset", nargs="+", help="registered datasets; by default those of DATASETS.TRAIN"
+    )
+    parser.add_argument(
+        "--output", help="folder, gets one folder per dataset; by default INPUT.TOKEN_CACHE"
+    )
+    parser.add_argument("--images-per-batch", type=int, default=1, help="for the localizer")
+    parser.add_argument(
+        "--images-per-shard", type=int, default=4096, help="so many images are lost by a kill"
+    )
+    parser.add_argument("--amp", action="store_true", help="run the localizer in half precision")
+    return parser
+
+
+def main(args: argparse.Namespace, cfg: CfgNode) -> None:
+    """What each process does."""
+    setup_logger(distributed_rank=comm.get_rank())
+    setup_logger(distributed_rank=comm.get_rank(), name="regionspot_d2")
+    register_coco_format(cfg.DATASETS.COCO_FORMAT)
+    localizer = LOCALIZER_REGISTRY.get(cfg.MODEL.LOCALIZER.NAME)(cfg).to(cfg.MODEL.DEVICE)
+    for name in cfg.DATASETS.TRAIN:
+        extract_tokens(
+            cfg,
+            localizer,
+            name,
+            cfg.INPUT.TOKEN_CACHE,
+            images_per_batch=args.images_per_batch,
+            images_per_shard=args.images_per_shard,
+            amp=args.amp,
+        )
+
+
+def invoke_main(arguments: list[str] | None = None) -> None:
+    """Reads the command line and starts the processes."""
+    args = argument_parser().parse_args(arguments)
+    opts = [*args.opts, "DATASETS.TEST", "()"]
+    if args.dataset:
+        opts += ["DATASETS.TRAIN", repr(tuple(args.dataset))]
+    if args.output:
+        opts += ["INPUT.TOKEN_CACHE", args.output]
+    try:
+        cfg = load_config(args.config_file, opts)
+        if not cfg.INPUT.TOKEN_CACHE:
+            raise ConfigError("INPUT.TOKEN_CACHE is empty; --output says where the tokens go.")
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args, cfg),
+            # A process that is through with its shards waits for the slowest one.
+            timeout=datetime.timedelta(days=1),
+        )
+    except (ConfigError, WeightsNotFoundError) as error:
+        sys.exit(f"extract_tokens.py: {error}")
+
+
+if __name__ == "__main__":
+    invoke_main()
