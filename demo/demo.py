@@ -6,11 +6,13 @@ import argparse
 import glob
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.structures import Instances
 from detectron2.utils.logger import setup_logger
@@ -123,7 +125,7 @@ class Regions:
             entry = self.by_name[path.name]
             scores = entry.get("scores")
             return entry["boxes"], None if scores is None else np.asarray(scores, dtype=np.float32)
-        found = automatic_boxes(self.localizer, image)
+        found = automatic_boxes(self.localizer, torch.from_numpy(image).permute(2, 0, 1))
         return found.proposal_boxes.tensor, found.objectness_logits.cpu().numpy()
 
 
@@ -210,6 +212,8 @@ def main() -> int:
         raise SystemExit(f"error: {error}") from error
     regions = Regions(args, predictor)
 
+    # Pictures are called after their images; images of the same name get a number.
+    names_seen: Counter[str] = Counter()
     rows, images, annotations, failures = [], [], [], []
     for path in tqdm(paths, desc="Naming regions", unit="image"):
         try:
@@ -226,8 +230,9 @@ def main() -> int:
             found.scores = found.scores * found.scores.new_tensor(scores)[index]
         found = found[found.scores >= args.confidence_threshold]
         names = predictor.vocabulary
-        # The name keeps its suffix: a.jpg and a.png may lie side by side.
-        draw(image, found, names, output / f"{path.name}.png")
+        names_seen[path.name] += 1
+        number = f"-{names_seen[path.name]}" if names_seen[path.name] > 1 else ""
+        draw(image, found, names, output / f"{path.name}{number}.png")
         images.append(
             {
                 "id": len(images) + 1,

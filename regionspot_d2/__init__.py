@@ -3,7 +3,8 @@
 from . import modeling as _  # only registration
 from .config import add_regionspot_config
 from .predictor import RegionSpotPredictor
+from .wrapper import OpenVocabularyDetector, wrap
 
 __version__ = "0.1.0"
 
-__all__ = ["RegionSpotPredictor", "add_regionspot_config"]
+__all__ = ["OpenVocabularyDetector", "RegionSpotPredictor", "add_regionspot_config", "wrap"]

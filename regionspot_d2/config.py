@@ -50,6 +50,10 @@ def add_regionspot_config(cfg: CN) -> None:
     cfg.MODEL.REGION_HEAD.FOCAL_ALPHA = 0.25
     cfg.MODEL.REGION_HEAD.FOCAL_GAMMA = 2.0
 
+    # With ROI_HEADS.NAME RegionSpotROIHeads: the ROI heads whose detections are named, such as StandardROIHeads; empty
+    # names the proposals.
+    cfg.MODEL.ROI_HEADS.HOST = ""
+
     # Published order of scoring: keep this many (region, name) pairs by softmax alone before the box score is
     # multiplied in; the authors used 900. 0 multiplies first.
     cfg.TEST.KEEP_BEFORE_PROPOSAL_SCORE = 0

@@ -154,6 +154,35 @@ class RegionSpotPredictor:
         [embeddings], _ = self.model.embed(self._image(), [found_boxes], [tokens])
         return embeddings
 
+    @torch.no_grad()
+    def attention_maps(
+        self,
+        *,
+        boxes: Any | None = None,
+        points: Any | None = None,
+        point_labels: Any | None = None,
+        masks: Any | None = None,
+    ) -> Tensor:
+        """Where the trained head looks to name each region (paper, Figure 4).
+
+        Args:
+            boxes, points, point_labels, masks: as for :meth:`predict`.
+
+        Returns:
+            (R, rows, columns) over the grid of image tokens, which covers the whole image. Each map sums to 1, less
+            what a class token takes.
+
+        Raises:
+            ValueError: if the region head has no attention, as :class:`PooledRegionHead`.
+        """
+        head = self.model.region_head
+        if not hasattr(head, "attention"):
+            raise ValueError(f"{type(head).__name__} is not a trained head and has no attention.")
+        tokens, _, _ = self._localize(boxes, points, point_labels, masks)
+        maps = head.attention(tokens, self._image().image_tokens)
+        prefix = self.model.vision_language.num_prefix_tokens
+        return maps[:, prefix:].reshape(len(maps), *self.model.vision_language.grid_size)
+
     def predict_batch(
         self,
         images: Sequence[ImageLike],

@@ -116,6 +116,13 @@ def test_region_embeddings_have_unit_length(predictor, boxes):
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(7))
 
 
+def test_attention_maps_cover_the_grid(predictor, boxes):
+    maps = predictor.attention_maps(boxes=boxes)
+    assert maps.shape == (7, 4, 4)
+    # The class token takes the rest.
+    assert (maps > 0).all() and (maps.sum((1, 2)) < 1).all()
+
+
 def test_zero_boxes(predictor):
     found = predictor.predict(boxes=[])
     assert len(found) == 0 and found.pred_masks.shape == (0, 90, 120)

@@ -65,6 +65,27 @@ def test_empty_images_give_finite_gradients_for_all_parameters(counts):
         assert parameter.grad.isfinite().all(), name
 
 
+def test_attention_is_a_distribution_over_the_image_tokens():
+    head = small_head().eval()
+    tokens, image = torch.randn(3, 12), torch.randn(1, 5, 16)
+    weights = head.attention(tokens, image)
+    torch.testing.assert_close(weights.sum(1), torch.ones(3))
+    assert head.attention(tokens[:0], image).shape == (0, 5)
+    assert weights.shape == (3, 5) and (weights > 0).all() and weights.std() > 1e-4
+    # What the attention reads is what the answer is made of.
+    changed = image.clone()
+    changed[0, weights.mean(0).argmax()] += 1
+    assert not torch.allclose(head([tokens], changed)[0], head([tokens], image)[0])
+
+
+def test_attention_without_image_tokens_is_refused():
+    head = RegionSpotHead(
+        token_dim=12, image_dim=16, text_dim=10, num_heads=4, ffn_dim=24, with_image_tokens=False
+    )
+    with pytest.raises(ValueError, match="IMAGE_TOKENS"):
+        head.attention(torch.randn(3, 12), torch.randn(1, 5, 16))
+
+
 def pooled(grid: tuple[int, int], prefix: int = 0) -> PooledRegionHead:
     model = SimpleNamespace(grid_size=grid, num_prefix_tokens=prefix, project=lambda tokens: tokens)
     return PooledRegionHead(vision_language=model)

@@ -120,6 +120,34 @@ class RegionSpotHead(nn.Module):
         regions = self.projector(decoded)
         return [F.normalize(region[:count], dim=-1) for region, count in zip(regions, counts)]
 
+    @torch.no_grad()
+    def attention(self, tokens: Tensor, image_tokens: Tensor) -> Tensor:
+        """Where the regions of an image look: the last layer's attention to the image tokens (paper, Figure 4).
+
+        Args:
+            tokens: (R, token_dim).
+            image_tokens: (1, L, W).
+
+        Returns:
+            (R, L), averaged over the heads; rows sum to 1.
+
+        Raises:
+            ValueError: if the head was built without image tokens.
+        """
+        if isinstance(self.decoder, nn.TransformerEncoder):
+            raise ValueError("A head with MODEL.REGION_HEAD.IMAGE_TOKENS: False looks at no image.")
+        if len(tokens) == 0:
+            return image_tokens.new_zeros(0, image_tokens.shape[1])
+        attend = self.decoder.layers[-1].multihead_attn
+        seen: list[Tensor] = []
+        hook = attend.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[:3]))
+        try:
+            self([tokens], image_tokens)
+        finally:
+            hook.remove()
+        # The layer itself does not ask for the weights: without them attention is faster.
+        return attend(*seen, need_weights=True)[1][0]
+
 
 @REGION_HEAD_REGISTRY.register()
 class PooledRegionHead(nn.Module):
