@@ -1,4 +1,4 @@
-"""SAM's mask decoder over many prompts of one image, with the image's side computed once."""
+"""SAM's mask decoder over many prompts of one image, without the work that a token does not need."""
 
 from __future__ import annotations
 
@@ -9,27 +9,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class _SharedLayer(NamedTuple):
-    """The image's side of the first layer, the same for all prompts; each (1, heads, hw, channels / heads)."""
-
-    token_to_image_key: Tensor
-    token_to_image_value: Tensor
-    image_to_token_query: Tensor
-
-
 class MaskTokenDecoder(nn.Module):
     """Mask tokens of many prompts of one image, from the weights of a stock SAM mask decoder.
 
-    It gives what ``mask_decoder(..., multimask_output=False)`` gives (to 1e-5), and the mask token behind it, with a
-    fraction of the work: the image's side of the first layer is computed once per image, large projections are moved
-    to the few tokens, and only the wanted outputs are computed. It has no weights of its own. Any class with the
-    attribute names of ``segment_anything.modeling.MaskDecoder`` will do.
+    It gives what ``mask_decoder(..., multimask_output=False)`` gives, to 1e-5, and the mask token
+    behind it. The image's side of the first layer is computed once for all prompts, the later
+    projections of the image are moved over to the few tokens, and only the outputs asked for are
+    computed. All of it is exact algebra. Any class with the attribute names of
+    ``segment_anything.modeling.MaskDecoder`` will do.
     """
 
     def __init__(self, mask_decoder: nn.Module) -> None:
         """
         Args:
-            mask_decoder: a ``segment_anything.modeling.MaskDecoder`` or a class like it; referenced, not copied.
+            mask_decoder: holds the weights; referenced, not copied.
         """
         super().__init__()
         self.mask_decoder = mask_decoder
@@ -48,38 +41,37 @@ class MaskTokenDecoder(nn.Module):
         Args:
             image_embedding: float (1, C, h, w), one image, as SAM's image encoder gives it.
             image_pe: float (1, C, h, w), from ``prompt_encoder.get_dense_pe()``.
-            sparse: float (R, N, C), the embedded points and box corners of R prompts. R and N may be 0.
-            dense: float (R, C, h, w), the embedded mask prompts; or (1, C, h, w) where all prompts share one. The
-                expanded view that SAM's prompt encoder returns without mask prompts counts as shared.
+            sparse: float (R, N, C), the embedded points and box corners of R prompts. R and N may
+                be 0.
+            dense: float (R, C, h, w), the embedded mask prompts; or (1, C, h, w) where all prompts
+                share one. The expanded view that SAM's prompt encoder returns without mask prompts
+                counts as shared.
             with_masks: False skips the up-sampling.
-            chunk_size: prompts decoded at a time, which bounds the memory; None decodes all at once. The image's
-                side is computed once per call either way.
+            chunk_size: prompts decoded at a time, which bounds the memory; None decodes all at
+                once. What the prompts share is computed once either way.
 
         Returns:
-            The mask tokens (R, C); the mask logits (R, 1, 4h, 4w), or None without masks; the predicted IoU (R,).
+            The mask tokens (R, C); the logits of the masks (R, 1, 4h, 4w), or None without masks;
+            the predicted IoU (R,).
         """
-        num_prompts, channels = len(sparse), image_embedding.shape[1]
-        grid = image_embedding.shape[-2:]
+        num_prompts, grid = len(sparse), image_embedding.shape[-2:]
         if num_prompts == 0:
             masks = image_embedding.new_empty((0, 1, 4 * grid[0], 4 * grid[1]))
-            tokens = image_embedding.new_empty((0, channels))
+            tokens = image_embedding.new_empty((0, image_embedding.shape[1]))
             return tokens, masks if with_masks else None, image_embedding.new_empty(0)
         if len(dense) > 1 and dense.stride(0) == 0:
             dense = dense[:1]
-        image_pe = image_pe.flatten(2).transpose(1, 2)
-        dense = dense.flatten(2).transpose(1, 2)
-        image = image_embedding.flatten(2).transpose(1, 2)
-
+        image, image_pe = _channels_last(image_embedding), _channels_last(image_pe)
         shared = None
         if len(dense) == 1:
-            image = image + dense
-            shared = _project_image(self.mask_decoder.transformer.layers[0], image, image_pe)
+            image = image + _channels_last(dense)
+            shared = _share(self.mask_decoder.transformer.layers[0], image, image_pe)
 
         outputs = []
         chunk_size = chunk_size or num_prompts
         for start in range(0, num_prompts, chunk_size):
             chunk = slice(start, start + chunk_size)
-            keys = image if shared else image + dense[chunk]
+            keys = image if shared else image + _channels_last(dense[chunk])
             tokens, keys = self._transform(keys, image_pe, sparse[chunk], shared)
             masks = self._masks(tokens[:, 1], keys, grid) if with_masks else None
             ious = self.mask_decoder.iou_prediction_head(tokens[:, 0])[:, 0]
@@ -88,127 +80,173 @@ class MaskTokenDecoder(nn.Module):
         return torch.cat(tokens), torch.cat(masks) if with_masks else None, torch.cat(ious)
 
     def _transform(
-        self, keys: Tensor, key_pe: Tensor, sparse: Tensor, shared: _SharedLayer | None
+        self, keys: Tensor, key_pe: Tensor, sparse: Tensor, shared: _Shared | None
     ) -> tuple[Tensor, Tensor]:
         """Runs the two-way transformer.
 
         Returns:
-            The IoU token and the first mask token (R, 2, C), and the image as each prompt sees it (R, hw, C).
+            The IoU token and the first mask token (R, 2, C); the image as each prompt leaves it
+            (R, hw, C).
         """
-        decoder = self.mask_decoder
+        decoder, transformer = self.mask_decoder, self.mask_decoder.transformer
         output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
         query_pe = torch.cat([output_tokens.expand(len(sparse), -1, -1), sparse], dim=1)
         queries = query_pe
-        for layer in decoder.transformer.layers:
+        for layer in transformer.layers:
             if layer.skip_first_layer_pe:
                 queries = layer.norm1(_attend(layer.self_attn, queries, queries, queries))
             else:
                 q = queries + query_pe
                 queries = layer.norm1(queries + _attend(layer.self_attn, q, q, queries))
 
-            attention = layer.cross_attn_token_to_image
             q = queries + query_pe
             if shared:
-                found = _attend_to_shared_image(attention, q, shared)
+                found = _attend_to_shared_image(layer.cross_attn_token_to_image, q, shared)
             else:
-                found = _attend_to_image(attention, q, keys, key_pe)
+                keys_with_pe = keys + key_pe
+                found = _attend_to_image(layer.cross_attn_token_to_image, q, keys_with_pe, keys)
             queries = layer.norm2(queries + found)
             queries = layer.norm3(queries + layer.mlp(queries))
 
-            attention = layer.cross_attn_image_to_token
             q = queries + query_pe
-            keys = layer.norm4(
-                _add_attention_to_tokens(attention, keys, key_pe, q, queries, shared)
-            )
-            shared = None
+            if shared:
+                scores = _score_shared_image(layer.cross_attn_image_to_token, q, shared)
+                shared = None  # from here on each prompt has an image of its own
+            else:
+                scores = _score_image(layer.cross_attn_image_to_token, q, keys_with_pe)
+            found = _attend_to_tokens(layer.cross_attn_image_to_token, scores, queries)
+            keys = layer.norm4(keys + found)
 
-        # Each token attends alone here, so those that nobody reads need not.
+        # Here each token attends for itself, so the tokens that nobody reads are left out.
         queries, q = queries[:, :2], (queries + query_pe)[:, :2]
-        attention = decoder.transformer.final_attn_token_to_image
-        found = _attend_to_image(attention, q, keys, key_pe)
-        return decoder.transformer.norm_final_attn(queries + found), keys
+        found = _attend_to_image(transformer.final_attn_token_to_image, q, keys + key_pe, keys)
+        return transformer.norm_final_attn(queries + found), keys
 
-    def _masks(self, token: Tensor, keys: Tensor, grid: torch.Size) -> Tensor:
-        """(R, C) first mask tokens and (R, hw, C) images -> (R, 1, 4h, 4w) logits of the first mask."""
-        upscaled = self.mask_decoder.output_upscaling(keys.transpose(1, 2).unflatten(2, grid))
-        weights = self.mask_decoder.output_hypernetworks_mlps[0](token)
-        return (weights[:, None] @ upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:])
+    def _masks(self, tokens: Tensor, keys: Tensor, grid: torch.Size) -> Tensor:
+        """First mask tokens (R, C) and images (R, hw, C) -> logits (R, 1, 4h, 4w).
 
-
-def _heads(x: Tensor, attention: nn.Module) -> Tensor:
-    """(B, n, channels) -> (B, heads, n, channels / heads)."""
-    return x.unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
-
-
-def _weight_heads(linear: nn.Linear, attention: nn.Module) -> Tensor:
-    """The weight of a projection into heads: (heads, channels / heads, C)."""
-    return linear.weight.unflatten(0, (attention.num_heads, -1))
+        The image stays channels-last up to the last product, so that one channel is put in order
+        instead of many.
+        """
+        conv1, norm, activation1, conv2, activation2 = self.mask_decoder.output_upscaling
+        x = _double(conv1, keys)
+        x = activation1(F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps))
+        x = activation2(_double(conv2, x))
+        x = x @ self.mask_decoder.output_hypernetworks_mlps[0](tokens)[:, :, None]
+        # (row, column, 2x2 of the first doubling, 2x2 of the second) -> (rows, columns)
+        x = x.view(-1, *grid, 2, 2, 2, 2).permute(0, 1, 3, 5, 2, 4, 6)
+        return x.reshape(-1, 1, 4 * grid[0], 4 * grid[1])
 
 
-def _attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """SAM's ``Attention`` through PyTorch's fused attention."""
-    q, k, v = attention.q_proj(q), attention.k_proj(k), attention.v_proj(v)
-    out = F.scaled_dot_product_attention(*(_heads(x, attention) for x in (q, k, v)))
-    return attention.out_proj(out.transpose(1, 2).flatten(2))
+class _Shared(NamedTuple):
+    """The image in the first layer's attentions, the same for all prompts: (1, heads, hw, d)."""
+
+    token_to_image_key: Tensor
+    token_to_image_value: Tensor
+    image_to_token_query: Tensor
 
 
-def _project_image(layer: nn.Module, image: Tensor, pe: Tensor) -> _SharedLayer:
+def _share(layer: nn.Module, image: Tensor, pe: Tensor) -> _Shared:
     to_image, to_token = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
-    return _SharedLayer(
+    return _Shared(
         token_to_image_key=_heads(to_image.k_proj(image + pe), to_image),
         token_to_image_value=_heads(to_image.v_proj(image), to_image),
         image_to_token_query=_heads(to_token.q_proj(image + pe), to_token),
     )
 
 
-def _attend_to_shared_image(attention: nn.Module, q: Tensor, shared: _SharedLayer) -> Tensor:
-    """Tokens (R, T, C) of all prompts attend to the one image as if they were of one prompt."""
-    num_prompts, num_tokens, _ = q.shape
-    q = _heads(attention.q_proj(q).flatten(0, 1)[None], attention)
-    out = F.scaled_dot_product_attention(q, shared.token_to_image_key, shared.token_to_image_value)
-    out = out.transpose(1, 2).flatten(2).view(num_prompts, num_tokens, -1)
-    return attention.out_proj(out)
+def _channels_last(x: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, hw, C), in memory too: the layer norms would copy it otherwise."""
+    return x.flatten(2).transpose(1, 2).contiguous()
 
 
-def _attend_to_image(attention: nn.Module, q: Tensor, keys: Tensor, key_pe: Tensor) -> Tensor:
-    """Tokens (R, T, C) attend to the image of their own prompt (R, hw, C), which is not projected.
+def _double(conv: nn.ConvTranspose2d, x: Tensor) -> Tensor:
+    """A transposed convolution of kernel 2 and stride 2 sends each place to 2x2 places of its own.
 
-    A head's score q . (K x + b) equals (K^T q) . x + q . b. The last term is the same at all places, and the softmax
-    ignores it. The weights a_i sum to one, so that sum a_i (V x_i + b) equals V (sum a_i x_i) + b. K and V thus meet
-    heads * T vectors instead of hw, and all heads share the image as their keys and values.
+    It is a linear layer from (R, n, channels) to (R, n * 2 * 2, channels).
+    """
+    weight = conv.weight.permute(2, 3, 1, 0).flatten(0, 2)
+    return F.linear(x, weight, conv.bias.repeat(4)).reshape(len(x), -1, conv.out_channels)
+
+
+def _heads(x: Tensor, attention: nn.Module) -> Tensor:
+    """(B, n, heads * d) -> (B, heads, n, d)."""
+    return x.unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
+
+
+def _through_weight(x: Tensor, projection: nn.Linear) -> Tensor:
+    """Moves a projection to the other side of a product: (R, heads, T, d) -> (R, heads * T, C)."""
+    weight = projection.weight.unflatten(0, (x.shape[1], -1))
+    return torch.einsum("rhtd,hdc->rhtc", x, weight).flatten(1, 2)
+
+
+def _attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """SAM's ``Attention`` through PyTorch's own."""
+    q, k, v = attention.q_proj(q), attention.k_proj(k), attention.v_proj(v)
+    out = F.scaled_dot_product_attention(*(_heads(x, attention) for x in (q, k, v)))
+    return attention.out_proj(out.transpose(1, 2).flatten(2))
+
+
+def _attend_to_shared_image(attention: nn.Module, q: Tensor, shared: _Shared) -> Tensor:
+    """Tokens (R, T, C) of all prompts attend to the one image as if they were one prompt's."""
+    out = F.scaled_dot_product_attention(
+        _heads(attention.q_proj(q).flatten(0, 1)[None], attention),
+        shared.token_to_image_key,
+        shared.token_to_image_value,
+    )
+    return attention.out_proj(out.transpose(1, 2).flatten(2)).view(q.shape)
+
+
+def _attend_to_image(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Tokens (R, T, C) attend to the image of their own prompt (R, hw, C), left unprojected.
+
+    A head's score q . (K x + b) is (K^T q) . x + q . b, whose last term a softmax over the places
+    ignores. Its weights a_i sum to one, so that sum a_i (V x_i + b) is V (sum a_i x_i) + b. K and
+    V thus meet heads * T vectors instead of hw, and all heads read the same keys and values.
     """
     q = _heads(attention.q_proj(q), attention)
-    scale = q.shape[-1] ** -0.5
-    q = torch.einsum("rhtd,hdc->rhtc", q, _weight_heads(attention.k_proj, attention))
     out = F.scaled_dot_product_attention(
-        q.flatten(1, 2)[:, None], (keys + key_pe)[:, None], keys[:, None], scale=scale
-    ).view(q.shape)
-    out = torch.einsum("rhtc,hdc->rthd", out, _weight_heads(attention.v_proj, attention))
-    return attention.out_proj(out.flatten(2) + attention.v_proj.bias)
+        _through_weight(q, attention.k_proj)[:, None],
+        k[:, None],
+        v[:, None],
+        scale=q.shape[-1] ** -0.5,
+    )
+    out = out[:, 0].unflatten(1, q.shape[1:3])
+    weight = attention.v_proj.weight.unflatten(0, (attention.num_heads, -1))
+    out = torch.einsum("rhtc,hdc->rthd", out, weight).flatten(2)
+    return attention.out_proj(out + attention.v_proj.bias)
 
 
-def _add_attention_to_tokens(
-    attention: nn.Module,
-    keys: Tensor,
-    key_pe: Tensor,
-    k: Tensor,
-    v: Tensor,
-    shared: _SharedLayer | None,
-) -> Tensor:
-    """The image (R or 1, hw, C) plus what it finds at the tokens (R, T, C): (R, hw, C), before the norm."""
-    num_heads = attention.num_heads
+def _score_shared_image(attention: nn.Module, k: Tensor, shared: _Shared) -> Tensor:
+    """Scores of the one image's places at all tokens (R, T, C): (R, heads, T, hw)."""
+    num_prompts, num_tokens, _ = k.shape
+    k = _heads(attention.k_proj(k).flatten(0, 1)[None], attention)
+    scores = (k * k.shape[-1] ** -0.5) @ shared.image_to_token_query.transpose(2, 3)
+    return scores[0].unflatten(1, (num_prompts, num_tokens)).transpose(0, 1)
+
+
+def _score_image(attention: nn.Module, k: Tensor, q: Tensor) -> Tensor:
+    """Scores of each prompt's image (R, hw, C) at its tokens (R, T, C): (R, heads, T, hw).
+
+    As above, but the softmax will be over the tokens, so the bias of q's projection stays.
+    """
     k = _heads(attention.k_proj(k), attention)
     k = k * k.shape[-1] ** -0.5
-    if shared:
-        scores = k @ shared.image_to_token_query.transpose(2, 3)
-    else:
-        # As above, q's projection moves to the few tokens. Its bias differs from token to token and stays.
-        bias = torch.einsum("rhtd,hd->rht", k, attention.q_proj.bias.view(num_heads, -1))
-        k = torch.einsum("rhtd,hdc->rhtc", k, _weight_heads(attention.q_proj, attention))
-        scores = k @ (keys + key_pe)[:, None].transpose(2, 3) + bias[..., None]
+    bias = k @ attention.q_proj.bias.view(attention.num_heads, -1, 1)
+    k_without_heads = _through_weight(k, attention.q_proj)
+    scores = torch.baddbmm(bias.flatten(1, 2), k_without_heads, q.transpose(1, 2))
+    return scores.unflatten(1, k.shape[1:3])
+
+
+def _attend_to_tokens(attention: nn.Module, scores: Tensor, v: Tensor) -> Tensor:
+    """What each place finds at the tokens (R, T, C): (R, hw, C).
+
+    The output projection moves to the tokens; each head's weights sum to one, so each head brings
+    its share of the bias. The softmax stands here on its own because it is over so few tokens:
+    with the places last in memory it runs at full speed, with the tokens last it does not.
+    """
     weights = scores.softmax(dim=2).flatten(1, 2)
-    # The output projection moves to the tokens too; each head's weights sum to one, so each may bring a share of the bias.
     v = _heads(attention.v_proj(v), attention)
-    v = torch.einsum("rhtd,chd->rhtc", v, attention.out_proj.weight.unflatten(1, (num_heads, -1)))
-    v = (v + attention.out_proj.bias / num_heads).flatten(1, 2)
-    return keys + weights.transpose(1, 2) @ v
+    weight = attention.out_proj.weight.unflatten(1, (attention.num_heads, -1))
+    v = torch.einsum("rhtd,chd->rhtc", v, weight) + attention.out_proj.bias / attention.num_heads
+    return weights.transpose(1, 2) @ v.flatten(1, 2)
