@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 import torch
 from detectron2.evaluation import LVISEvaluator
 from detectron2.structures import Instances
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 
@@ -139,11 +142,28 @@ class LVISAPEvaluator(LVISEvaluator):
             counts |= _ranks(classes, scores) < self._max_dets_per_class
         return [result for result, count in zip(results, counts) if count]
 
+    def evaluate(self) -> dict[str, dict[str, float]] | None:
+        """Computes AP over the images of all processes; None in all processes but the first.
+
+        Unlike Detectron2's evaluator it does not write ``instances_predictions.pth``, the results json over again,
+        which takes longer than the evaluation.
+        """
+        predictions = self._predictions
+        if self._distributed:
+            comm.synchronize()
+            predictions = list(itertools.chain(*comm.gather(predictions, dst=0)))
+            if not comm.is_main_process():
+                return None
+        self._results = OrderedDict()
+        self._eval_predictions(predictions)
+        return copy.deepcopy(self._results)
+
     def _eval_predictions(self, predictions: list[dict[str, Any]]) -> None:
         results = self._counted(predictions)
         for result in results:
             result["category_id"] = self._category_ids[result["category_id"]]
         if self._output_dir:
+            PathManager.mkdirs(self._output_dir)
             path = os.path.join(self._output_dir, "lvis_instances_results.json")
             self._logger.info(f"Saving results to {path}")
             with PathManager.open(path, "w") as file:
@@ -175,9 +195,12 @@ class LVISAPEvaluator(LVISEvaluator):
             self._logger.warning("There are no predictions.")
             names = ["AP", "AP50", "AP75", *areas, *(f"AP{group}" for group in self._groups)]
             return dict.fromkeys(names, float("nan"))
-        # The reference library writes into what it is given, and takes areas from boxes where there are any.
-        unwanted = "bbox" if task == "segm" else "segmentation"
-        results = [{k: v for k, v in result.items() if k != unwanted} for result in results]
+        if task == "segm":
+            # Areas are those of the boxes where there are any.
+            results = [{k: v for k, v in result.items() if k != "bbox"} for result in results]
+        elif self._backend == "reference":
+            # The library writes into what it is given.
+            results = [dict(result) for result in results]
         with lvis_library(self._backend):
             from lvis import LVISEval, LVISResults
 

@@ -1,0 +1,283 @@
+#!/usr/bin/env python
+"""Draws results beside the ground truth, and plots where a model is right and where it goes wrong.
+
+    tools/visualize_results.py --dataset coco_2017_val --output pictures \\
+        --input output/inference/coco_2017_val/coco_instances_results.json
+    tools/visualize_results.py --dataset lvis_v1_val --output pictures --images 50 --threshold 0.1 \\
+        --input ours/lvis_instances_results.json --compare others/lvis_instances_results.json
+    tools/visualize_results.py --dataset mine --output pictures --input results.json \\
+        DATASETS.COCO_FORMAT "[['mine', 'mine/val.json', 'mine/images']]"
+
+A picture shows, from left to right, ground truth, --input and --compare; of each region the best name alone. The plots
+of each results file: precision and recall, AP of groups of classes, TIDE's errors, and the most frequent confusions
+of one class with another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hotcoco
+import hotcoco.plot
+import numpy as np
+import torch
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.visualizer import Visualizer
+from PIL import Image, ImageDraw
+from pycocotools import mask as mask_api
+
+from regionspot_d2 import add_regionspot_config
+from regionspot_d2.data import register_coco_format
+from regionspot_d2.data.images import read_image
+
+_TITLE_HEIGHT = 24
+_GROUPS = {
+    True: {"rare": "APr", "common": "APc", "frequent": "APf"},
+    False: {"small": "APs", "medium": "APm", "large": "APl"},
+}
+
+
+def best_names(results: Sequence[Mapping[str, Any]], threshold: float) -> list[Mapping[str, Any]]:
+    """Of each region, which may have several names, the result with the highest score.
+
+    Args:
+        results: those of one image, in COCO format.
+        threshold: regions whose best name has a lower score are left out.
+    """
+    best: dict[tuple[float, ...], Mapping[str, Any]] = {}
+    for result in results:
+        known = best.get(tuple(result["bbox"]))
+        if known is None or result["score"] > known["score"]:
+            best[tuple(result["bbox"])] = result
+    return [result for result in best.values() if result["score"] >= threshold]
+
+
+def to_instances(
+    results: Sequence[Mapping[str, Any]],
+    image_size: tuple[int, int],
+    contiguous_ids: Mapping[int, int],
+) -> Instances:
+    """Results in COCO format as Detectron2 draws them."""
+    found = Instances(image_size)
+    boxes = np.array([result["bbox"] for result in results]).reshape(-1, 4)
+    found.pred_boxes = Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS))
+    found.scores = torch.tensor([result["score"] for result in results])
+    found.pred_classes = torch.tensor([contiguous_ids[r["category_id"]] for r in results]).long()
+    if results and all("segmentation" in result for result in results):
+        found.pred_masks = np.stack([mask_api.decode(r["segmentation"]) for r in results])
+    return found
+
+
+def side_by_side(pictures: Mapping[str, np.ndarray]) -> Image.Image:
+    """Pictures of one size in a row, each under its title."""
+    height, width = next(iter(pictures.values())).shape[:2]
+    row = Image.new("RGB", (width * len(pictures), height + _TITLE_HEIGHT), "white")
+    for i, (title, picture) in enumerate(pictures.items()):
+        row.paste(Image.fromarray(picture), (i * width, _TITLE_HEIGHT))
+        ImageDraw.Draw(row).text((i * width + 6, 6), title, fill="black")
+    return row
+
+
+def draw_images(
+    dataset: str,
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    output: Path,
+    image_ids: Sequence[Any],
+    threshold: float,
+) -> None:
+    """Writes ``<image id>.jpg`` for each of the images.
+
+    Args:
+        dataset: a registered dataset.
+        runs: results by title.
+        output: an existing folder.
+        image_ids: the images to draw.
+        threshold: of the scores.
+    """
+    metadata = MetadataCatalog.get(dataset)
+    wanted = set(image_ids)
+    records = [r for r in DatasetCatalog.get(dataset) if r["image_id"] in wanted]
+    contiguous_ids = dataset_ids(dataset)
+    by_image: dict[tuple[str, Any], list[Mapping[str, Any]]] = {}
+    for title, results in runs.items():
+        for result in results:
+            if result["image_id"] in wanted:
+                by_image.setdefault((title, result["image_id"]), []).append(result)
+    for record in records:
+        image = read_image(record["file_name"])
+        truth = Visualizer(image, metadata).draw_dataset_dict(record)
+        pictures = {"ground truth": truth.get_image()}
+        for title in runs:
+            best = best_names(by_image.get((title, record["image_id"]), []), threshold)
+            found = to_instances(best, image.shape[:2], contiguous_ids)
+            drawn = Visualizer(image, metadata).draw_instance_predictions(found)
+            pictures[title] = drawn.get_image()
+        side_by_side(pictures).save(output / f"{record['image_id']}.jpg", quality=90)
+
+
+def dataset_ids(dataset: str) -> Mapping[int, int]:
+    """From the category ids of the annotation file to contiguous ones."""
+    metadata = MetadataCatalog.get(dataset)
+    ids = metadata.get("thing_dataset_id_to_contiguous_id")
+    # LVIS counts from 1.
+    return ids or {i + 1: i for i in range(len(metadata.thing_classes))}
+
+
+def evaluate(
+    annotations: hotcoco.COCO, results: Sequence[Mapping[str, Any]], task: str, is_lvis: bool
+) -> hotcoco.COCOeval:
+    """Evaluates results with the rules of LVIS or of COCO, ready for hotcoco's plots."""
+    unwanted = "bbox" if task == "segm" else "segmentation"
+    found = [{k: v for k, v in result.items() if k != unwanted} for result in results]
+    evaluation = hotcoco.COCOeval(
+        annotations, annotations.load_res(found), task, lvis_style=is_lvis
+    )
+    evaluation.run()
+    return evaluation
+
+
+def confusions(
+    annotations: hotcoco.COCO, results: Sequence[Mapping[str, Any]], task: str
+) -> dict[str, Any]:
+    """What each object was taken for, as hotcoco plots it.
+
+    The background is left out: a second name of a region that was found is no false alarm.
+    """
+    by_image: dict[Any, list[Mapping[str, Any]]] = {}
+    for result in results:
+        by_image.setdefault(result["image_id"], []).append(result)
+    best = [result for found in by_image.values() for result in best_names(found, 0)]
+    found = evaluate(annotations, best, task, is_lvis=False).confusion_matrix()
+    for key in ("matrix", "normalized"):
+        found[key] = np.array(found[key])
+        found[key][-1] = found[key][:, -1] = 0
+    return found
+
+
+def plot_run(
+    annotations: hotcoco.COCO,
+    results: Sequence[Mapping[str, Any]],
+    evaluation: hotcoco.COCOeval,
+    task: str,
+    output: Path,
+) -> None:
+    """Plots of one run: precision and recall, TIDE's errors, confusions.
+
+    Args:
+        annotations: the ground truth.
+        results: those of one file.
+        evaluation: of these results.
+        task: "bbox" or "segm".
+        output: an existing folder.
+    """
+    hotcoco.plot.pr_curve(
+        evaluation, iou_thrs=[0.5, 0.75, 0.9], save_path=output / "precision_recall.png"
+    )
+    hotcoco.plot.tide_errors(evaluation.tide_errors(), save_path=output / "tide_errors.png")
+    hotcoco.plot.top_confusions(
+        confusions(annotations, results, task), save_path=output / "top_confusions.png"
+    )
+
+
+def plot_groups(runs: Mapping[str, hotcoco.COCOeval], is_lvis: bool, output: Path) -> None:
+    """AP by frequency (LVIS) or by size of the objects, one bar per run."""
+    import matplotlib.pyplot as plt
+
+    groups = {"all": "AP", **_GROUPS[is_lvis]}
+    figure, axes = plt.subplots(figsize=(6, 4))
+    width = 0.8 / len(runs)
+    for i, (title, evaluation) in enumerate(runs.items()):
+        metrics = evaluation.get_results()
+        # -1 stands for a group without objects.
+        values = [max(100 * metrics[name], 0) for name in groups.values()]
+        bars = axes.bar(np.arange(len(groups)) + i * width, values, width, label=title)
+        axes.bar_label(bars, fmt="%.1f")
+    axes.set_xticks(np.arange(len(groups)) + width * (len(runs) - 1) / 2, list(groups))
+    axes.set_ylabel("AP")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1))
+    figure.savefig(output / "ap_by_group.png", dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+def titles(paths: Sequence[str]) -> list[str]:
+    """The names of files, or of the first of their folders, from the file up, that tell them apart."""
+    parts = [Path(path).absolute().with_suffix("").parts[::-1] for path in paths]
+    return next(
+        (list(names) for names in zip(*parts) if len(set(names)) == len(paths)), list(paths)
+    )
+
+
+def read_results(path: str) -> list[dict[str, Any]]:
+    """Reads a results json.
+
+    Raises:
+        ValueError: if it is of another form.
+    """
+    with PathManager.open(path) as file:
+        results = json.load(file)
+    needed = {"image_id", "category_id", "bbox", "score"}
+    if not isinstance(results, list) or (results and not needed <= results[0].keys()):
+        raise ValueError(f"{path} is not a results json: a list of dicts with {sorted(needed)}.")
+    if not results:
+        raise ValueError(f"{path} has no results.")
+    return results
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dataset", required=True, help="a registered dataset")
+    parser.add_argument("--input", required=True, help="results json of an evaluation")
+    parser.add_argument("--compare", help="a second results json on the same dataset")
+    parser.add_argument("--output", required=True, help="folder for pictures and plots")
+    parser.add_argument("--images", type=int, default=20, help="how many to draw, at random")
+    parser.add_argument("--image-id", action="append", default=[], help="draw this one; repeatable")
+    parser.add_argument("--threshold", type=float, default=0.2, help="lowest score that is drawn")
+    parser.add_argument("--task", choices=["bbox", "segm"], default="bbox", help="of the plots")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = get_parser().parse_args(arguments)
+    cfg = get_cfg()
+    add_regionspot_config(cfg)
+    cfg.merge_from_list(args.opts)
+    register_coco_format(cfg.DATASETS.COCO_FORMAT)
+
+    paths = [args.input, args.compare] if args.compare else [args.input]
+    runs = {title: read_results(path) for title, path in zip(titles(paths), paths)}
+    records = DatasetCatalog.get(args.dataset)
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+
+    ids = [record["image_id"] for record in records]
+    chosen = [image_id for image_id in ids if str(image_id) in args.image_id]
+    if not args.image_id:
+        chosen = random.Random(0).sample(ids, min(args.images, len(ids)))
+    draw_images(args.dataset, runs, output, chosen, args.threshold)
+
+    metadata = MetadataCatalog.get(args.dataset)
+    is_lvis = metadata.evaluator_type == "lvis"
+    annotations = hotcoco.COCO(PathManager.get_local_path(metadata.json_file))
+    evaluations = {}
+    for i, (title, results) in enumerate(runs.items()):
+        evaluations[title] = evaluate(annotations, results, args.task, is_lvis)
+        folder = output / ("compare" if i else "input")
+        folder.mkdir(exist_ok=True)
+        plot_run(annotations, results, evaluations[title], args.task, folder)
+    plot_groups(evaluations, is_lvis, output)
+    print(f"{len(chosen)} pictures and the plots are in {output}.")
+
+
+if __name__ == "__main__":
+    main()
