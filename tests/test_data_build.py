@@ -52,7 +52,8 @@ def register(tmp_path: Path, empty_cache: Path) -> Iterator[Register]:
         name: str, count: int, categories: tuple[str, ...] = ("cat", "dog"), boxes: Any = None
     ):
         folder = tmp_path / name
-        images, annotations = [], []
+        images: list[Any] = []
+        annotations: list[Any] = []
         for first in range(0, count, len(SIZES)):
             names = [f"{first + i}.png" for i in range(min(len(SIZES), count - first))]
             entries = write_images(folder / "images", names)
@@ -61,8 +62,8 @@ def register(tmp_path: Path, empty_cache: Path) -> Iterator[Register]:
             category = 1 + image["id"] % len(categories)
             for box in boxes or [[4, 6, 20, 30], [30, 20, 500, 9]]:
                 annotations.append(annotation(len(annotations) + 1, image["id"], box, category))
-        names = [{"id": i, "name": name} for i, name in enumerate(categories, start=1)]
-        text = {"images": images, "annotations": annotations, "categories": names}
+        words = [{"id": i, "name": name} for i, name in enumerate(categories, start=1)]
+        text = {"images": images, "annotations": annotations, "categories": words}
         (folder / "ann.json").write_text(json.dumps(text))
         register_coco_format([[name, str(folder / "ann.json"), str(folder / "images")]])
         made.append(name)
@@ -146,6 +147,29 @@ def test_images_without_annotations(register: Register) -> None:
     cfg = loader_cfg("one", DATALOADER__FILTER_EMPTY_ANNOTATIONS=False)
     sizes = {x["image_id"]: len(x["instances"]) for x in next(iter(build_train_loader(cfg)))}
     assert sizes == {0: 2, 1: 0, 2: 0, 3: 0}
+
+
+def test_datasets_made_by_a_function(tmp_path: Path, tiny_models: None) -> None:
+    record = write_images(tmp_path, ["a.png"])[0]
+    record = {**record, "file_name": str(tmp_path / "a.png"), "image_id": "a"}
+    DatasetCatalog.register("made", lambda: [record])
+    MetadataCatalog.get("made").thing_classes = ["cat"]
+    try:
+        cfg = loader_cfg("made", batch=1)
+        for use in (build_train_loader, lambda cfg: extract_tokens(cfg, None, "made", tmp_path)):
+            with pytest.raises(ValueError, match="'made' has no annotations"):
+                use(cfg)
+        record["annotations"] = [{"bbox": [1, 2, 9, 9], "bbox_mode": 0, "category_id": 0}]
+        extract_tokens(cfg, build_model(cfg).localizer, "made", tmp_path)
+        cfg.INPUT.TOKEN_CACHE = str(tmp_path)
+        (x,) = next(iter(build_train_loader(cfg)))
+        assert x["instances"].gt_boxes.tensor.tolist() == [[1, 2, 9, 9]]
+        record["annotations"][0]["bbox"] = [1, 2, 9, 8]
+        with pytest.raises(TokenCacheError, match="sha256 of the annotations"):
+            build_train_loader(cfg)
+    finally:
+        DatasetCatalog.remove("made")
+        MetadataCatalog.remove("made")
 
 
 def test_a_class_outside_the_vocabulary_is_named(register: Register) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,16 +116,30 @@ def test_readers_travel_as_a_path(tmp_path: Path) -> None:
     assert cache.read(30).tokens.abs().sum() > 0
 
 
-def test_more_shards_than_may_be_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_cache, "_MAX_MAPPED_SHARDS", 2)
+def test_mapped_shards_are_not_kept_open(tmp_path: Path) -> None:
     writing = writer(tmp_path, images_per_shard=1)
     fill(writing)
     writing.finish()
     cache = TokenCache(tmp_path)
-    for _ in range(2):
-        for place, image_id in enumerate(IDS):
-            expected = regions(COUNTS[place], seed=place)
-            assert torch.equal(cache.read(image_id).tokens, expected.tokens)
+    for place, image_id in enumerate(IDS):
+        assert torch.equal(cache.read(image_id).tokens, regions(COUNTS[place], seed=place).tokens)
+    mapped = Path("/proc/self/maps")
+    if not mapped.exists():
+        pytest.skip("needs Linux's /proc")
+    # A shard without any region has its file mapped too.
+    assert mapped.read_text().count(str(tmp_path / "shard-")) == 5
+    opened = [os.path.realpath(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")]
+    assert not any(path.startswith(str(tmp_path)) for path in opened)
+
+
+def test_a_shard_that_was_cut_off_is_noticed(tmp_path: Path) -> None:
+    writing = writer(tmp_path)
+    fill(writing)
+    writing.finish()
+    path = tmp_path / "shard-00000" / "regions.npy"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(RuntimeError, match="regions.npy"):
+        TokenCache(tmp_path).read(30)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +187,8 @@ def test_missing_and_unfinished_caches_are_refused(
         writing.finish()
     fill(writing, range(2, 3))
     writing.finish()
-    assert len(open_token_cache(tmp_path, MANIFEST)) == 5 and has_tokens(tmp_path, "mine")
+    assert isinstance(open_token_cache(tmp_path, MANIFEST), TokenCache)
+    assert has_tokens(tmp_path, "mine")
     (tmp_path / "mine" / "manifest.json").write_text("{")
     with pytest.raises(TokenCacheError, match="not the manifest"):
         open_token_cache(tmp_path, MANIFEST)
@@ -291,14 +307,17 @@ class FakeLocalizer(torch.nn.Module):
 
 def register_noise(folder: Path, name: str, count: int) -> None:
     """Images of noise, each with a good box, one over the edge, one without area, and a crowd; every fifth has none."""
-    images, annotations = [], []
+    images: list[Any] = []
+    annotations: list[Any] = []
     if not (folder / "ann.json").exists():
         for first in range(0, count, len(SIZES)):
             names = [f"{first + i}.png" for i in range(len(SIZES))]
             entries = write_images(folder / "images", names)
             images += [{**entry, "id": 3 * (first + i)} for i, entry in enumerate(entries)]
         for image in images:
-            for box in [[4.5, 6, 20, 30], [30, 20, 500, 9], [3, 3, 0, 5]] * (image["id"] % 5 > 0):
+            for box in [[4.5, 6.0, 20, 30], [30.0, 20, 500, 9], [3.0, 3, 0, 5]] * (
+                image["id"] % 5 > 0
+            ):
                 number = len(annotations) + 1
                 annotations.append(annotation(number, image["id"], box, category=1 + number % 2))
             annotations.append(
@@ -343,6 +362,8 @@ def test_extraction(noise: Path) -> None:
     again = FakeLocalizer()
     extract_tokens(extraction_cfg(), again, "noise", noise / "out")
     assert again.calls == []
+    with pytest.raises(TokenCacheError, match="precision: the cache has 'float32', 'bfloat16' is"):
+        extract_tokens(extraction_cfg(), again, "noise", noise / "out", amp=True)
     with torch.no_grad():
         again.scale += 1
     with pytest.raises(TokenCacheError, match="localizer's weights"):
@@ -365,6 +386,7 @@ def test_unreadable_images_are_marked(noise: Path) -> None:
 _KILLED = """
 import sys
 from pathlib import Path
+from typing import Any
 from tests import test_token_cache as t
 folder = Path(sys.argv[1])
 t.register_noise(folder, "noise", 24)

@@ -35,12 +35,17 @@ Record = dict[str, Any]
 
 
 def load_records(
-    dataset_name: str, *, filter_empty: bool = False, proposal_file: str | None = None
+    dataset_name: str,
+    *,
+    with_annotations: bool = False,
+    filter_empty: bool = False,
+    proposal_file: str | None = None,
 ) -> list[Record]:
     """Loads a dataset and checks its classes.
 
     Args:
         dataset_name: a registered dataset.
+        with_annotations: whether the dataset must have any.
         filter_empty: whether images without annotations, or with crowds alone, are left out.
         proposal_file: of regions, in Detectron2's format.
 
@@ -48,7 +53,8 @@ def load_records(
         Records in Detectron2's format, each with ``dataset_name``.
 
     Raises:
-        ValueError: naming the first annotation whose class the dataset has not, or the first image without proposals.
+        ValueError: the dataset has no annotations; or naming the first annotation whose class the dataset has not, or
+            the first image without proposals.
     """
     try:
         # Alone: Detectron2 refuses to load datasets of different classes together.
@@ -65,6 +71,10 @@ def load_records(
             f"The proposal file '{proposal_file}' has no image {error} of the dataset '{dataset_name}'. Was it made "
             "for another dataset?"
         ) from error
+    if with_annotations and "annotations" not in records[0]:
+        raise ValueError(
+            f"The dataset '{dataset_name}' has no annotations; training and token extraction need boxes."
+        )
     num_classes = len(class_names(dataset_name))
     for record in records:
         for annotation in record.get("annotations", ()):
@@ -97,11 +107,14 @@ def build_train_loader(cfg: CfgNode, *, first_iteration: int = 0) -> DataLoader:
         raise ValueError(f"DATASETS.TRAIN is {names}; one or more different datasets are expected.")
     caches = open_token_caches(cfg) if cfg.INPUT.TOKEN_CACHE else {}
     parts = [
-        load_records(name, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS) for name in names
+        load_records(
+            name,
+            with_annotations=True,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        )
+        for name in names
     ]
     for name, records in zip(names, parts):
-        if "annotations" not in records[0]:
-            raise ValueError(f"The dataset '{name}' has no annotations to train on.")
         logger.info(f"'{name}': {len(records)} images, {len(class_names(name))} classes.")
     factors = repeat_factors(cfg, parts)
     # Our caches know regions better than the annotations, which would fill the memory of every process.

@@ -20,6 +20,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -46,8 +47,6 @@ _UNREADABLE = -1
 _PARTIAL = ".partial-"
 # What a reader takes for the sign of a finished cache.
 _LAST_FILE = "image_rows.npy"
-# A map holds a file descriptor, and 1024 of those is a common limit. Mapping a shard again takes some 100 us.
-_MAX_MAPPED_SHARDS = 256
 # For how long a network disk may hide what another machine has written.
 _PATIENCE_SECONDS = 60
 
@@ -151,7 +150,9 @@ def _annotations_sha256(dataset_name: str) -> str:
     if json_file is None:
         # A dataset made by a function of the user's.
         for record in DatasetCatalog.get(dataset_name):
-            regions = [(a["category_id"], *map(float, a["bbox"])) for a in record["annotations"]]
+            regions = [
+                (a["category_id"], *map(float, a["bbox"])) for a in record.get("annotations", ())
+            ]
             sha256.update(repr((record["image_id"], regions)).encode())
     else:
         with PathManager.open(json_file, "rb") as file:
@@ -300,7 +301,7 @@ class TokenCacheWriter:
             if not final.is_dir():
                 raise
             # Another process was faster, as an orphan of a killed run can be. Its content is the same.
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
 
     def finish(self) -> None:
         """Writes the index, in one process, after all shards are written.
@@ -331,9 +332,9 @@ class TokenCacheWriter:
             _write_atomically(self.folder / name, functools.partial(_save, array))
         for leftover in self.folder.glob(f"{_PARTIAL}*"):
             if leftover.is_dir():
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)
             else:
-                leftover.unlink()
+                leftover.unlink(missing_ok=True)
         unreadable = int((rows[:, 2] == _UNREADABLE).sum())
         logger.info(
             f"'{self.folder}': {self.num_images} images, {int(rows[:, 2].clip(min=0).sum())} regions, "
@@ -377,13 +378,15 @@ class TokenCache:
     def _open(self) -> None:
         self._keys = _map(self.folder / "image_ids.npy")
         self._rows = _map(self.folder / _LAST_FILE)
-        self._shard = functools.lru_cache(_MAX_MAPPED_SHARDS)(self._map_shard)
+        self._shards: dict[int, np.ndarray] = {}
 
-    def _map_shard(self, shard: int) -> np.ndarray:
-        return _map(self.folder / f"shard-{shard:05d}" / "regions.npy")
+    def _shard(self, shard: int) -> np.ndarray:
+        if shard not in self._shards:
+            self._shards[shard] = _map(self.folder / f"shard-{shard:05d}" / "regions.npy")
+        return self._shards[shard]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_keys", "_rows", "_shard")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_keys", "_rows", "_shards")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -508,8 +511,17 @@ def _as_keys(image_ids: Sequence[Any]) -> np.ndarray:
 
 
 def _map(path: Path) -> np.ndarray:
-    # As a plain array: np.memmap makes every slice a slow object of its own.
-    return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+    """Maps a file of ``np.save``, as ``np.load(mmap_mode="r")`` does, but without keeping it open.
+
+    A large data set has more shards than a process may have open files.
+    """
+    with open(path, "rb") as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        start = file.tell()
+    size = start + math.prod(shape) * dtype.itemsize
+    content = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    return content.numpy()[start:].view(dtype).reshape(shape)
 
 
 def _manifest_fields(content: dict[str, Any]) -> dict[str, Any]:

@@ -67,9 +67,11 @@ def extract_tokens(
         The finished cache.
 
     Raises:
+        ValueError: the dataset has no annotations, or one of a class it has not.
         TokenCacheError: the folder holds tokens of something else.
         RuntimeError: too many images cannot be read.
     """
+    loaded = load_records(dataset_name, with_annotations=True)
     device = next(localizer.parameters()).device
     autocast = torch.autocast(device.type, enabled=amp)
     manifest = dataclasses.replace(
@@ -78,7 +80,7 @@ def extract_tokens(
     )
     folder = Path(root) / dataset_name
     token_dim: Any = localizer.token_dim
-    records = [_boxes_alone(record) for record in load_records(dataset_name)]
+    records = [_boxes_alone(record) for record in loaded]
     writer = TokenCacheWriter(
         folder,
         manifest,
