@@ -154,7 +154,7 @@ class LVISAPEvaluator(LVISEvaluator):
             predictions = list(itertools.chain(*comm.gather(predictions, dst=0)))
             if not comm.is_main_process():
                 return None
-        self._results = OrderedDict()
+        self._results: OrderedDict[str, dict[str, float]] = OrderedDict()
         self._eval_predictions(predictions)
         return copy.deepcopy(self._results)
 
