@@ -15,8 +15,8 @@ READY = $(VENV)/.regionspot_d2-ready
 PIP_INSTALL = $(PY) -m pip --disable-pip-version-check install
 WITH_CONSTRAINTS = $(addprefix --constraint ,$(CONSTRAINTS))
 SOURCES = $(wildcard *.py datasets/*.py) regionspot_d2 demo tests tools
-DEMO = $(PY) demo/demo.py --config-file configs/mini/regionspot_mini.yaml \
-	--input demo/photos.json --output output/demo
+DEMO = $(PY) demo/demo.py --input $$($(PY) demo/photos.py) --proposals demo/boxes.json \
+	--vocabulary lvis --output output/demo
 
 IS_NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 10))
 # A pair that does not fit together imports, but fails at its first operator.
