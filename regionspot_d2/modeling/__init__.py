@@ -1,3 +1,4 @@
+from . import embedded as _  # only registration
 from .frozen import FrozenModule
 from .localizer import LOCALIZER_REGISTRY, Localizer, PointPrompts, SamLocalizer
 from .region_head import REGION_HEAD_REGISTRY, PooledRegionHead, RegionSpotHead

@@ -1,0 +1,130 @@
+"""The embedded vision-language model: an ImageNet classifier that speaks in CLIP's words."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.utils.file_io import PathManager
+from torch import Tensor, nn
+
+from ..vision_language import VISION_LANGUAGE_REGISTRY, VisionLanguageModel
+from .efficientnet import DenseEfficientNetLite
+from .text_vectors import TextVectors
+
+_IMAGENET_NAMES = Path(__file__).with_name("imagenet_names.json")
+# A larger side finds more small objects, in time that grows with its square.
+_SIDE = 512
+# Softness of the classifier's answers and how many of them count, chosen by zero-shot accuracy on COCO boxes.
+_TEMPERATURE = 2.0
+_CLASSES_PER_CELL = 50
+# Bring both parts of an image token to a standard deviation of about 1.
+_CONSE_SCALE = 150.0
+_FEATURE_SCALE = 0.4
+# Without what all names have in common, cosines spread five times wider than CLIP's own, whose factor is 100.
+_LOGIT_SCALE = math.log(20)
+
+
+@VISION_LANGUAGE_REGISTRY.register()
+class MiniVisionLanguage(VisionLanguageModel):
+    """A small stand-in for CLIP, for trying, testing and teaching. It is not CLIP.
+
+    Images: EfficientNet-Lite2 classifies each cell of the image, and the CLIP text vectors of its ImageNet classes are
+    averaged by their probabilities ("ConSE", Norouzi et al., ICLR 2014, per cell). An image token is that average beside the
+    features of the classifier's last block. Words: CLIP ViT-B/32's vectors of the names of LVIS, COCO, Objects365 and
+    OpenImages, and no others.
+
+    ``MODEL.VISION_LANGUAGE.ARCH`` and ``.WEIGHTS`` are not read: models and weights are those of pinned packages.
+    """
+
+    num_prefix_tokens = 0
+    templates = ("{}",)
+
+    @configurable
+    def __init__(
+        self, *, classifier: nn.Module, class_vectors: Tensor, text_vectors: TextVectors, side: int
+    ) -> None:
+        """
+        Args:
+            classifier: a :class:`DenseEfficientNetLite` or its like.
+            class_vectors: (K, D), the place of each of the classifier's classes in text space; zero for a class without.
+            text_vectors: embeds names.
+            side: height and width of the images that ``classifier`` takes.
+        """
+        super().__init__()
+        self.classifier = classifier
+        self.text_vectors = text_vectors
+        self.side = side
+        self.text_dim = class_vectors.shape[1]
+        self.image_dim = self.text_dim + classifier.feature_dim
+        self.grid_size = (side // classifier.stride, side // classifier.stride)
+        self.fingerprint = f"{type(self).__name__}-{text_vectors.fingerprint}"
+        self.register_buffer("class_vectors", class_vectors, persistent=False)
+        self.register_buffer("logit_scale", torch.tensor(_LOGIT_SCALE), persistent=False)
+        self.freeze()
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        text_vectors = TextVectors.from_package()
+        return {
+            "classifier": DenseEfficientNetLite(_SIDE),
+            "class_vectors": imagenet_vectors(text_vectors),
+            "text_vectors": text_vectors,
+            "side": _SIDE,
+        }
+
+    @torch.no_grad()
+    def forward(self, images: list[Tensor]) -> Tensor:
+        rows, columns = self.grid_size
+        if not images:
+            return self.class_vectors.new_zeros(0, rows * columns, self.image_dim)
+        features, logits = self.classifier(torch.stack([self._squash(image) for image in images]))
+        conse = self._conse(logits.flatten(2).transpose(1, 2))
+        features = features.flatten(2).transpose(1, 2)
+        return torch.cat([conse * _CONSE_SCALE, features * _FEATURE_SCALE], dim=2)
+
+    def project(self, image_tokens: Tensor) -> Tensor:
+        return image_tokens[..., : self.text_dim]
+
+    def encode_text(self, texts: list[str]) -> Tensor:
+        return self.text_vectors(texts).to(self.logit_scale.device)
+
+    def _squash(self, image: Tensor) -> Tensor:
+        size = (self.side, self.side)
+        image = image.to(self.logit_scale.device, self.class_vectors.dtype)[None]
+        return F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)[0]
+
+    def _conse(self, logits: Tensor) -> Tensor:
+        """Class logits (B, L, K) -> vectors in text space (B, L, D)."""
+        probabilities = (logits / _TEMPERATURE).softmax(-1)
+        top, classes = probabilities.topk(min(_CLASSES_PER_CELL, logits.shape[-1]))
+        top = top / top.sum(-1, keepdim=True)
+        return torch.zeros_like(probabilities).scatter(-1, classes, top) @ self.class_vectors
+
+
+def imagenet_vectors(text_vectors: TextVectors) -> Tensor:
+    """The place of each ImageNet class in text space.
+
+    The mean vector of all names is taken off. A box holds many half-right guesses, whose average comes close to that mean
+    and hence to the names that lie nearest to it; what is left tells the names apart.
+
+    Args:
+        text_vectors: embeds the names that stand for the classes.
+
+    Returns:
+        (1000, dim), zero for the few classes (scenes, mostly) that no name stands for.
+    """
+    with PathManager.open(str(_IMAGENET_NAMES)) as file:
+        table = json.load(file)
+    vectors = torch.zeros(len(table), text_vectors.dim)
+    for vector, row in zip(vectors, table):
+        if row["names"]:
+            weights = torch.tensor(list(row["names"].values()))
+            mixed = weights @ text_vectors(list(row["names"]))
+            vector.copy_(F.normalize(mixed, dim=0) - text_vectors.mean)
+    return vectors
