@@ -21,6 +21,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from regionspot_d2.data.datasets import register_coco_format
+from regionspot_d2.data.token_cache import TokenCacheError
 from regionspot_d2.data.token_extraction import extract_tokens
 from regionspot_d2.engine import ConfigError, load_config
 from regionspot_d2.modeling.localizer import LOCALIZER_REGISTRY
@@ -83,7 +84,7 @@ def invoke_main(arguments: list[str] | None = None) -> None:
             # A process that is through with its shards waits for the slowest one.
             timeout=datetime.timedelta(days=1),
         )
-    except (ConfigError, WeightsNotFoundError) as error:
+    except (ConfigError, TokenCacheError, WeightsNotFoundError) as error:
         sys.exit(f"extract_tokens.py: {error}")
 
 
