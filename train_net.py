@@ -18,12 +18,12 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from regionspot_d2.engine import ConfigError, RegionSpotTrainer, launch, load_config
+from regionspot_d2.engine import ConfigError, RegionSpotTrainer, load_config
 from regionspot_d2.modeling.weights import WeightsNotFoundError
 
 

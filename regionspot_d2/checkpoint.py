@@ -79,7 +79,8 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
                     "MODEL.WEIGHTS is empty: the region head starts from random weights."
                 )
             return {}
-        return super().load(str(local_weights(path, "MODEL.WEIGHTS")), *args, **kwargs)
+        self._path = str(local_weights(path, "MODEL.WEIGHTS"))
+        return super().load(self._path, *args, **kwargs)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
@@ -108,14 +109,14 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
         missing = [key for key in wanted if key not in state]
         if missing:
             raise ValueError(
-                f"The file does not hold the region head of this model: {_some(missing)} not in it. "
+                f"'{self._path}' does not hold the region head of this model: {_some(missing)} not in it. "
                 f"It holds {_some(state)}. MODEL.REGION_HEAD and the file must belong together."
             )
         for key in wanted:
             found = tuple(state[key].shape)
             if found != tuple(expected[key].shape):
                 raise ValueError(
-                    f"The region head in the file does not fit this model: {key} is {found} in the file and "
+                    f"The region head in '{self._path}' does not fit this model: {key} is {found} in the file and "
                     f"{tuple(expected[key].shape)} in the model. Was it trained with another MODEL.VISION_LANGUAGE, "
                     "MODEL.LOCALIZER or MODEL.REGION_HEAD?"
                 )

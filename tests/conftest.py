@@ -16,8 +16,7 @@ def tiny_models() -> Iterator[None]:
     import segment_anything
     from open_clip import factory
 
-    segment_anything.sam_model_registry["tiny"] = tiny.build_tiny_sam
-    factory._MODEL_CONFIGS["tiny"] = tiny.OPEN_CLIP_CONFIG
+    tiny.register_tiny_models()
     yield
     del segment_anything.sam_model_registry["tiny"]
     factory._MODEL_CONFIGS.pop("tiny", None)

@@ -147,6 +147,15 @@ def tiny_openai_clip() -> nn.Module:
     return fill_golden(model)
 
 
+def register_tiny_models() -> None:
+    """Lets configs name "tiny" as the architecture of SAM and of CLIP; processes of a test's own need it too."""
+    import segment_anything
+    from open_clip import factory
+
+    segment_anything.sam_model_registry["tiny"] = build_tiny_sam
+    factory._MODEL_CONFIGS["tiny"] = OPEN_CLIP_CONFIG
+
+
 def tiny_cfg() -> CfgNode:
     """A config of tiny towers on the CPU. Building from it needs the fixture ``tiny_models``."""
     cfg = get_cfg()

@@ -84,9 +84,9 @@ class TrainStep(SimpleTrainer):
         # A step waits for the slowest loader.
         storage.put_scalar("data_time", max(each["data_time"] for each in everyone))
         means = {k: sum(each["losses"][k] for each in everyone) / len(everyone) for k in values}
-        storage.put_scalar("total_loss", sum(means.values()))
-        if len(means) > 1:
-            storage.put_scalars(**means)
+        means = {"total_loss": sum(means.values()), **(means if len(means) > 1 else {})}
+        # As they are in the files, so that a resumed run writes the same; the log still shows medians.
+        storage.put_scalars(**means, smoothing_hint=False)
 
     def _stop(self, broken: list[dict[str, Any]]) -> None:
         path = os.path.join(self._output_dir, "nonfinite_batch.json")

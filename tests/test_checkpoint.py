@@ -1,0 +1,141 @@
+"""Checkpoints: whole or not at all, in the formats people have, refused if they do not fit."""
+
+from __future__ import annotations
+
+import logging
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from regionspot_d2.checkpoint import RegionSpotCheckpointer
+from regionspot_d2.modeling import RegionSpotHead
+from regionspot_d2.modeling.weights import WeightsNotFoundError
+
+
+def head(image_dim: int = 16) -> RegionSpotHead:
+    return RegionSpotHead(
+        token_dim=12, image_dim=image_dim, text_dim=10, depth=1, num_heads=4, ffn_dim=24
+    )
+
+
+class Model(nn.Module):
+    def __init__(self, image_dim: int = 16) -> None:
+        super().__init__()
+        self.region_head = head(image_dim)
+
+
+class Detector(nn.Module):
+    """The head inside another model, beside parameters of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Linear(2, 2)
+        self.roi_heads = Model()
+
+
+def assert_loaded(model: nn.Module, expected: RegionSpotHead) -> None:
+    for name, value in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[f"region_head.{name}"], value)
+
+
+def test_round_trip_with_other_state(tmp_path):
+    model, optimizer = Model(), torch.optim.AdamW([nn.Parameter(torch.ones(1))], lr=0.5)
+    RegionSpotCheckpointer(model, str(tmp_path), optimizer=optimizer).save("last", iteration=7)
+    other, fresh = Model(), torch.optim.AdamW([nn.Parameter(torch.ones(1))], lr=0.1)
+    checkpointer = RegionSpotCheckpointer(other, str(tmp_path), optimizer=fresh)
+    rest = checkpointer.resume_or_load("", resume=True)
+    assert_loaded(other, model.region_head)
+    assert rest["iteration"] == 7 and fresh.param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.parametrize("prefix", ["", "region_head."])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_files_of_a_head_alone(tmp_path, prefix, suffix):
+    trained = head()
+    state = {prefix + name: value for name, value in trained.state_dict().items()}
+    path = tmp_path / f"head{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(state, path)
+    model, detector = Model(), Detector()
+    RegionSpotCheckpointer(model).load(str(path))
+    assert_loaded(model, trained)
+    RegionSpotCheckpointer(detector).load(str(path))
+    assert_loaded(detector.roi_heads, trained)
+
+
+def test_half_precision_files_load(tmp_path):
+    trained = head().half()
+    save_file(trained.state_dict(), tmp_path / "head.safetensors")
+    model = Model()
+    RegionSpotCheckpointer(model).load(str(tmp_path / "head.safetensors"))
+    assert_loaded(model, trained.float())
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    model = Model()
+    checkpointer = RegionSpotCheckpointer(model, str(tmp_path))
+    checkpointer.save("model", iteration=1)
+    before = (tmp_path / "model.pth").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match="Cannot save '.*model.pth'.*--resume"):
+            checkpointer.save("model", iteration=2)
+        with pytest.raises(OSError, match="Cannot save '.*other.pth'"):
+            checkpointer.save("other", iteration=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last_checkpoint", "model.pth"]
+    assert (tmp_path / "model.pth").read_bytes() == before
+    found = RegionSpotCheckpointer(Model(), str(tmp_path)).resume_or_load("", resume=True)
+    assert found["iteration"] == 1
+
+
+def test_a_head_of_another_size_is_refused(tmp_path):
+    save_file(head(32).state_dict(), tmp_path / "head.safetensors")
+    model = Model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"to_clip.weight is \(32, 12\) in the file and \(16, 12\)"
+    ):
+        RegionSpotCheckpointer(model).load(str(tmp_path / "head.safetensors"))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_file_without_the_whole_head_is_refused(tmp_path):
+    state = head().state_dict()
+    del state["projector.bias"]
+    save_file(state, tmp_path / "head.safetensors")
+    with pytest.raises(ValueError, match="region_head.projector.bias not in it"):
+        RegionSpotCheckpointer(Model()).load(str(tmp_path / "head.safetensors"))
+    torch.save({"model": {"backbone.weight": torch.ones(2)}}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="It holds backbone.weight"):
+        RegionSpotCheckpointer(Model()).load(str(tmp_path / "other.pth"))
+
+
+@pytest.mark.parametrize("name", ["head.safetensors", "head.pth", "head.pkl"])
+def test_a_damaged_file_is_named(tmp_path, name):
+    path = tmp_path / name
+    torch.save(head().state_dict(), path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=f"{name}' is not a checkpoint, or damaged"):
+        RegionSpotCheckpointer(Model()).load(str(path))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(
+        WeightsNotFoundError, match="MODEL.WEIGHTS names a weights file that does not"
+    ):
+        RegionSpotCheckpointer(Model()).load(str(tmp_path / "head.pth"))
+
+
+def test_no_file_warns_of_random_weights(caplog):
+    with caplog.at_level(logging.WARNING):
+        RegionSpotCheckpointer(Model()).load("")
+        assert "random weights" in caplog.text
+        caplog.clear()
+        RegionSpotCheckpointer(nn.Linear(2, 2)).load("")
+        assert not caplog.text
