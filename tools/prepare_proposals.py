@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import hashlib
 import logging
 import os
@@ -127,8 +128,16 @@ def setup(args: argparse.Namespace) -> CfgNode:
             cfg.merge_from_file(model_zoo.get_config_file(args.config_file))
             cfg.MODEL.WEIGHTS = model_zoo.get_checkpoint_url(args.config_file)
         cfg.merge_from_list(args.opts)
+    cfg.MODEL.DEVICE = _device(cfg.MODEL.DEVICE)
     register_coco_format(cfg.DATASETS.COCO_FORMAT)
     return cfg
+
+
+def _device(name: str) -> str:
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        logger.warning("There is no GPU: the model runs on the CPU.")
+        return "cpu"
+    return name
 
 
 def _is_lazy(config_file: str) -> bool:
@@ -157,7 +166,7 @@ def detector_regions(args: argparse.Namespace, cfg: CfgNode) -> FindRegions:
     """Regions by any Detectron2 model: detections, or the proposals of a model that only proposes."""
     if _is_lazy(args.config_file):
         lazy = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
-        model = instantiate(lazy.model).to(lazy.train.device)
+        model = instantiate(lazy.model).to(_device(lazy.train.device))
         mapper = instantiate(lazy.dataloader.test.mapper)
         weights = lazy.train.init_checkpoint
     else:
@@ -226,6 +235,12 @@ def main(args: argparse.Namespace) -> None:
     setup_logger(distributed_rank=comm.get_rank(), name="regionspot_d2")
     setup_logger(distributed_rank=comm.get_rank())
     cfg = setup(args)
+    if args.dataset not in DatasetCatalog:
+        similar = difflib.get_close_matches(args.dataset, DatasetCatalog.list())
+        raise SystemExit(
+            f"There is no dataset '{args.dataset}'. Similar names: {', '.join(similar) or 'none'}. "
+            "Own data is registered by DATASETS.COCO_FORMAT."
+        )
     records = DatasetCatalog.get(args.dataset)
     unfinished = f"{args.output}.parts"
     info: dict[str, Any] = {"dataset": args.dataset, "source": args.source}

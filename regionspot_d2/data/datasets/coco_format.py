@@ -38,11 +38,18 @@ def register_corrected_coco(
     )
 
 
+def expand_root(path: str) -> str:
+    """Puts the folder of all datasets in the place of ``$DETECTRON2_DATASETS``, "datasets" if it is not set."""
+    root = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
+    return path.replace("$DETECTRON2_DATASETS", root)
+
+
 def register_coco_format(entries: Sequence[Sequence[str]]) -> None:
     """Registers the datasets that ``cfg.DATASETS.COCO_FORMAT`` lists. The same list may be registered again.
 
     Args:
-        entries: ``[name, COCO-format json, image folder]`` of each dataset.
+        entries: ``[name, COCO-format json, image folder]`` of each dataset; ``$DETECTRON2_DATASETS`` in a path is the
+            folder of all datasets.
 
     Raises:
         ValueError: if an entry has another form, or its name belongs to another dataset.
@@ -58,7 +65,7 @@ def register_coco_format(entries: Sequence[Sequence[str]]) -> None:
             raise ValueError(
                 f"{key} is {entry!r}; it must be [name, COCO-format json, image folder]."
             )
-        name, json_file, image_root = map(os.fspath, entry)
+        name, json_file, image_root = (expand_root(os.fspath(part)) for part in entry)
         if not PathManager.isfile(json_file):
             raise FileNotFoundError(f"{key} ('{name}'): there is no annotation file '{json_file}'.")
         if not PathManager.isdir(image_root):

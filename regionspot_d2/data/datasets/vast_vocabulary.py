@@ -6,13 +6,14 @@ import os
 
 from detectron2.data.datasets import register_coco_instances
 
+# As github.com/bethgelab/openimages2coco converts Open Images' csv files.
 _PREDEFINED_SPLITS_OPENIMAGES = {
     "openimages_v6_train": (
         "openimages/train",
         "openimages/annotations/openimages_v6_train_bbox.json",
     ),
     "openimages_v6_val": (
-        "openimages/validation",
+        "openimages/val",
         "openimages/annotations/openimages_v6_val_bbox.json",
     ),
 }
