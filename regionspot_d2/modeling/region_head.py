@@ -15,6 +15,7 @@ from .vision_language import VisionLanguageModel
 REGION_HEAD_REGISTRY = Registry("REGION_HEAD")
 REGION_HEAD_REGISTRY.__doc__ = """
 Region heads, built as ``REGION_HEAD_REGISTRY.get(name)(cfg, localizer, vision_language)``.
+One that never reads mask tokens says so with ``uses_mask_tokens = False``; the localizer then runs for masks alone.
 """
 
 
@@ -24,6 +25,8 @@ class RegionSpotHead(nn.Module):
 
     Parameter names are those of the published checkpoints.
     """
+
+    uses_mask_tokens = True
 
     @configurable
     def __init__(
@@ -157,6 +160,8 @@ class PooledRegionHead(nn.Module):
     however small, has an answer.
     """
 
+    uses_mask_tokens = False
+
     @configurable
     def __init__(self, *, vision_language: VisionLanguageModel) -> None:
         """
@@ -187,21 +192,101 @@ class PooledRegionHead(nn.Module):
         Raises:
             ValueError: if there are no boxes.
         """
+        model = self._vision_language[0]
+        pooled = self.pool(model.project(image_tokens[:, model.num_prefix_tokens :]), boxes)
+        return [F.normalize(region, dim=-1) for region in pooled]
+
+    def pool(self, grid: Tensor, boxes: list[Tensor] | None) -> list[Tensor]:
+        """Averages the cells of a grid over boxes.
+
+        Args:
+            grid: (B, rows * columns, C), row by row.
+            boxes: per image (R, 4), XYXY in 0..1 of the image.
+
+        Returns:
+            Per image (R, C).
+
+        Raises:
+            ValueError: if there are no boxes.
+        """
         if boxes is None:
             raise ValueError(
-                "PooledRegionHead averages over boxes and was given none; "
+                f"{type(self).__name__} averages over boxes and was given none; "
                 "MODEL.REGION_HEAD.NAME: RegionSpotHead works on mask tokens alone."
             )
-        model = self._vision_language[0]
-        rows, columns = model.grid_size
-        grid = model.project(image_tokens[:, model.num_prefix_tokens :])
-        regions = []
+        rows, columns = self._vision_language[0].grid_size
+        pooled = []
         for cells, box in zip(grid, boxes):
             across = _coverage(box[:, 0], box[:, 2], columns)
             down = _coverage(box[:, 1], box[:, 3], rows)
             weights = torch.einsum("rh,rw->rhw", down, across).flatten(1)
-            regions.append(F.normalize(weights.to(cells.dtype) @ cells, dim=-1))
-        return regions
+            pooled.append(weights.to(cells.dtype) @ cells)
+        return pooled
+
+
+@REGION_HEAD_REGISTRY.register()
+class LinearRegionHead(PooledRegionHead):
+    """The baseline with a learned correction, for a few hundred labelled boxes and no GPU.
+
+    A region's embedding is a share of the baseline's plus a linear function of the box: of its averaged image tokens, its
+    size and its place. Untrained it is the baseline. Regions do not see each other.
+    """
+
+    share: Tensor
+
+    @configurable
+    def __init__(self, *, vision_language: VisionLanguageModel) -> None:
+        """
+        Args:
+            vision_language: brings image tokens into text space. It stays the property of the model beside.
+        """
+        super().__init__(vision_language=vision_language)
+        self.correction = nn.Linear(
+            vision_language.image_dim + _GEOMETRY_DIM, vision_language.text_dim
+        )
+        nn.init.zeros_(self.correction.weight)
+        nn.init.zeros_(self.correction.bias)
+        # Of the baseline's unit vector; belongs to the correction as fitted.
+        self.register_buffer("share", torch.tensor(1.0))
+
+    def describe(
+        self, image_tokens: Tensor, boxes: list[Tensor] | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """What the correction is a function of.
+
+        Args:
+            image_tokens: (B, L, W).
+            boxes: per image (R, 4), XYXY in 0..1 of the image.
+
+        Returns:
+            Per image the baseline's embeddings (R, D), rows of unit length, and the features (R, W + 10).
+        """
+        cells = image_tokens[:, self._vision_language[0].num_prefix_tokens :]
+        baseline = super().forward([], image_tokens, boxes)
+        pooled = self.pool(cells, boxes)
+        return [
+            (base, torch.cat([tokens, _geometry(box).to(tokens.dtype)], dim=1))
+            for base, tokens, box in zip(baseline, pooled, boxes or [])
+        ]
+
+    def forward(
+        self, tokens: list[Tensor], image_tokens: Tensor, boxes: list[Tensor] | None = None
+    ) -> list[Tensor]:
+        return [
+            F.normalize(self.share * baseline + self.correction(features), dim=-1)
+            for baseline, features in self.describe(image_tokens, boxes)
+        ]
+
+
+_GEOMETRY_DIM = 10
+
+
+def _geometry(boxes: Tensor) -> Tensor:
+    """Size and place of boxes, XYXY in 0..1 of the image: (R, 4) -> (R, 10)."""
+    size = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0.01).log()
+    centre = (boxes[:, :2] + boxes[:, 2:]) / 2
+    area, shape = size.sum(1, keepdim=True), size[:, :1] - size[:, 1:]
+    return torch.cat([size, area, shape, centre, (centre - 0.5) ** 2, size**2], dim=1)
 
 
 def _coverage(start: Tensor, end: Tensor, cells: int) -> Tensor:

@@ -35,12 +35,15 @@ class EncodedImages:
     Attributes:
         image_sizes: (H, W) of each image.
         image_tokens: (B, L, W) of the vision-language model.
-        embeddings: one of the localizer per image; empty where mask tokens are at hand already.
+        embeddings: one of the localizer per image; empty where mask tokens are at hand already, or until a mask is
+            asked for if the region head reads no mask tokens.
+        images: the images themselves, for a localizer that runs late.
     """
 
     image_sizes: list[tuple[int, int]]
     image_tokens: Tensor
     embeddings: list[Tensor]
+    images: list[Tensor]
 
 
 @META_ARCH_REGISTRY.register()
@@ -211,12 +214,18 @@ class RegionSpot(nn.Module):
             images: RGB, 0..255, each (3, H, W) of its own size, on the model's device.
             with_localizer: False where mask tokens are at hand.
         """
+        with_localizer = with_localizer and (self._uses_mask_tokens or self.with_masks)
         with torch.no_grad():
             return EncodedImages(
                 image_sizes=[(image.shape[-2], image.shape[-1]) for image in images],
                 image_tokens=self.vision_language(images),
                 embeddings=self.localizer.encode_image(images) if with_localizer else [],
+                images=images,
             )
+
+    @property
+    def _uses_mask_tokens(self) -> bool:
+        return getattr(self.region_head, "uses_mask_tokens", True)
 
     def classify(
         self,
@@ -273,7 +282,16 @@ class RegionSpot(nn.Module):
     def localize(
         self, images: EncodedImages, regions: list[Prompts], *, with_masks: bool
     ) -> tuple[list[Tensor], list[Tensor] | None]:
-        """Runs the localizer's decoder: ``Localizer.forward`` on images that are encoded already."""
+        """Runs the localizer's decoder: ``Localizer.forward`` on images that are encoded already.
+
+        It does not run for a region head that reads no mask tokens, unless masks are wanted; the tokens are then zeros.
+        """
+        if not (with_masks or self._uses_mask_tokens):
+            width = self.localizer.token_dim
+            return [images.image_tokens.new_zeros(len(region), width) for region in regions], None
+        if not images.embeddings:
+            with torch.no_grad():
+                images.embeddings = self.localizer.encode_image(images.images)
         found = [
             self.localizer.decode(*args, with_masks=with_masks)
             for args in zip(images.embeddings, images.image_sizes, regions)
