@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode, get_cfg
 from detectron2.structures import Instances
 from detectron2.utils.logger import setup_logger
 from detectron2.utils.visualizer import Visualizer
@@ -21,8 +20,9 @@ from pycocotools import mask as mask_api
 from tabulate import tabulate
 from tqdm import tqdm
 
-from regionspot_d2 import RegionSpotPredictor, add_regionspot_config
+from regionspot_d2 import RegionSpotPredictor
 from regionspot_d2.data.images import ImageReadError, read_image
+from regionspot_d2.engine import load_config
 from regionspot_d2.modeling.automatic_masks import automatic_boxes
 from regionspot_d2.modeling.embedded import VOCABULARIES, known_vocabulary
 
@@ -65,18 +65,6 @@ def parse_arguments() -> argparse.Namespace:
         "--opts", nargs=argparse.REMAINDER, default=[], help="config changes: KEY VALUE ..."
     )
     return parser.parse_args()
-
-
-def load_config(args: argparse.Namespace) -> CfgNode:
-    cfg = get_cfg()
-    add_regionspot_config(cfg)
-    try:
-        cfg.merge_from_file(args.config_file)
-        cfg.merge_from_list(args.opts)
-    except (AssertionError, KeyError, OSError, ValueError) as error:
-        raise SystemExit(f"error: {args.config_file} or --opts: {error}") from error
-    cfg.freeze()
-    return cfg
 
 
 def find_images(patterns: list[str]) -> list[Path]:
@@ -205,8 +193,8 @@ def main() -> int:
     paths = find_images(args.input)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    cfg = load_config(args)
     try:
+        cfg = load_config(args.config_file, args.opts, training=False)
         predictor = RegionSpotPredictor(cfg, vocabulary=read_vocabulary(args.vocabulary))
     except (OSError, KeyError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error

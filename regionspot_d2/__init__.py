@@ -1,5 +1,6 @@
 """RegionSpot for Detectron2: any region of an image, named with any words."""
 
+from . import data as _  # only registration
 from . import modeling as _  # only registration
 from .config import add_regionspot_config
 from .predictor import RegionSpotPredictor
