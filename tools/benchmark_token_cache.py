@@ -112,6 +112,6 @@ if __name__ == "__main__":
     )
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--boxes", type=int, default=12, help="per image, on average")
-    parser.add_argument("--images-per-shard", type=int, default=4096)
+    parser.add_argument("--images-per-shard", type=int, default=1024)
     parser.add_argument("--folder", help="disk to measure on; by default that of temporary files")
     main(parser.parse_args())

@@ -38,7 +38,7 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--images-per-batch", type=int, default=1, help="for the localizer")
     parser.add_argument(
-        "--images-per-shard", type=int, default=4096, help="so many images are lost by a kill"
+        "--images-per-shard", type=int, help="what a kill loses at most; by default 1024 or fewer"
     )
     parser.add_argument("--amp", action="store_true", help="run the localizer in half precision")
     return parser

@@ -189,7 +189,7 @@ class TokenCacheWriter:
         image_ids: Sequence[int] | Sequence[str],
         *,
         token_dim: int = 256,
-        images_per_shard: int = 4096,
+        images_per_shard: int = 1024,
     ) -> None:
         """
         Args:

@@ -18,6 +18,7 @@ from detectron2.data import DatasetFromList, MapDataset
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.utils import comm
+from detectron2.utils.logger import log_every_n_seconds
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -34,6 +35,8 @@ from .token_cache import (
 
 logger = logging.getLogger(__name__)
 
+_SHARDS_AT_LEAST = 64
+
 
 @torch.no_grad()
 def extract_tokens(
@@ -43,7 +46,7 @@ def extract_tokens(
     root: str | os.PathLike[str],
     *,
     images_per_batch: int = 1,
-    images_per_shard: int = 4096,
+    images_per_shard: int | None = None,
     amp: bool = False,
 ) -> TokenCache:
     """Extracts the mask tokens of a dataset's annotated boxes, and reads those that are there already.
@@ -60,7 +63,8 @@ def extract_tokens(
         root: folder of caches, for ``INPUT.TOKEN_CACHE``. The dataset gets a folder in it. All machines must see it.
         images_per_batch: images that the localizer takes at a time. Images of a batch share its rounding errors, so
             another number may change the last digit of a token.
-        images_per_shard: see :class:`TokenCacheWriter`.
+        images_per_shard: see :class:`TokenCacheWriter`. By default 1024, or fewer for a small dataset, so that there
+            are shards for many processes.
         amp: whether the localizer runs under autocast, in float16 on a GPU.
 
     Returns:
@@ -86,7 +90,7 @@ def extract_tokens(
         manifest,
         [record["image_id"] for record in records],
         token_dim=token_dim,
-        images_per_shard=images_per_shard,
+        images_per_shard=images_per_shard or min(1024, -(-len(records) // _SHARDS_AT_LEAST)),
     )
     # All look before anyone writes, or they would not agree on who does what.
     missing = writer.missing_shards()
@@ -123,12 +127,22 @@ def _write_shards(
     images = 0
     for done, shard in enumerate(shards, start=1):
         places = writer.shard_images(shard)
-        writer.write_shard(shard, list(itertools.islice(regions, len(places))))
+        writer.write_shard(shard, list(_reported(shard, len(places), regions)))
         images += len(places)
         seconds = time.perf_counter() - start
         eta = datetime.timedelta(seconds=int(seconds / done * (len(shards) - done)))
         logger.info(
             f"Wrote shard {shard} ({done} of {len(shards)}), {images / seconds:.1f} images/s, eta {eta}."
+        )
+
+
+def _reported(
+    shard: int, images: int, regions: Iterator[CachedRegions | None]
+) -> Iterator[CachedRegions | None]:
+    for number, found in enumerate(itertools.islice(regions, images), start=1):
+        yield found
+        log_every_n_seconds(
+            logging.INFO, f"Shard {shard}: {number} of {images} images.", 60, name=__name__
         )
 
 
