@@ -1,4 +1,4 @@
-"""SAM's mask decoder over many prompts of one image, without the work that a token does not need."""
+"""SAM's mask decoder over many prompts of one image, without the work a token does not need."""
 
 from __future__ import annotations
 
