@@ -48,15 +48,15 @@ lint: $(READY)  ## check format and types
 clean:  ## remove the virtual environment .venv, output and every cache of the tools
 	rm -rf .venv output build regionspot_d2.egg-info .mypy_cache .pytest_cache .ruff_cache
 	rm -f $(READY)
-	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Every step first looks whether its work is done, so an interrupted set-up goes on where it was.
 # The stamp comes last; it is renewed when a file that decides over the set-up changes.
-$(READY): setup.py pyproject.toml Makefile $(wildcard tools/setup/*)
+$(READY): setup.py Makefile $(wildcard tools/setup/*)
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -c '$(IS_NEW_ENOUGH)' || { echo \
 		"regionspot_d2 needs Python 3.10 or newer ($(or $(PYTHON),python3) is not):" \
 		"make PYTHON=/path/to/python3" >&2; exit 1; }
-	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) -q $(WITH_CONSTRAINTS) "setuptools>=77.0.3,<82" wheel
 	$(PY) -c '$(TORCH_WORKS)' 2>/dev/null \
 		|| $(PIP_INSTALL) $(TORCH_SPEC) $(addprefix --index-url ,$(TORCH_INDEX))
@@ -64,6 +64,6 @@ $(READY): setup.py pyproject.toml Makefile $(wildcard tools/setup/*)
 		|| $(PIP_INSTALL) -q $(WITH_CONSTRAINTS) opencv-python-headless
 	$(PIP_INSTALL) -q $(WITH_CONSTRAINTS) --no-build-isolation --editable ".[all]"
 	@# lvis, a reference for the tests, would bring a second OpenCV.
-	$(PIP_INSTALL) -q $(WITH_CONSTRAINTS) --no-deps lvis
+	$(PIP_INSTALL) -q $(WITH_CONSTRAINTS) --no-deps lvis==0.5.3
 	$(PY) tools/setup/install_detectron2.py $(WITH_CONSTRAINTS)
 	touch $@

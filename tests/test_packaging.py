@@ -24,6 +24,14 @@ PACKAGE = ROOT / "regionspot_d2"
 
 # Needed, but left to the user: setup.py says why.
 UNDECLARED = {"torch", "torchvision", "detectron2", "opencv-python", "opencv-python-headless"}
+# Of modules that are not called like the distribution they come in.
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "clip": "clip-anytorch",
+    "cv2": "opencv-python",
+    "open_clip": "open-clip-torch",
+    "yaml": "pyyaml",
+}
 # Imported where asked for, with an error that names what to install.
 OPTIONAL_MODULES = {"lvis", "supervision", "transformers", "onnx", "onnxruntime", "onnxscript"}
 
@@ -93,7 +101,7 @@ def test_nothing_is_declared_that_could_replace_a_working_torch_or_opencv(metada
 
 def test_everything_the_package_imports_is_declared(metadata) -> None:
     declared = {normal(requirement) for requirement in metadata.requires if ";" not in requirement}
-    providers = importlib.metadata.packages_distributions()
+    expected = declared | UNDECLARED | {"regionspot-d2"}
     missing = {}
     for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -103,12 +111,10 @@ def test_everything_the_package_imports_is_declared(metadata) -> None:
                 modules = [node.module]
             else:
                 continue
-            for module in {name.partition(".")[0] for name in modules} - OPTIONAL_MODULES:
-                owners = {normal(owner) for owner in providers.get(module, [module])}
-                owners |= {"detectron2"} if module == "detectron2" else set()
-                if module in sys.stdlib_module_names or module == "regionspot_d2":
+            for module in {name.partition(".")[0] for name in modules}:
+                if module in sys.stdlib_module_names or module in OPTIONAL_MODULES:
                     continue
-                if not owners & (declared | UNDECLARED):
+                if DISTRIBUTIONS.get(module, normal(module)) not in expected:
                     missing[module] = file.relative_to(ROOT).as_posix()
     assert not missing
 

@@ -117,19 +117,25 @@ def check_sha256(file: Path, expected: str) -> None:
         )
 
 
-def install_official() -> bool:
-    """Builds the official source against the torch that is installed.
+def build_official() -> bool:
+    """Builds and installs the official source, against the torch that is installed.
 
     Returns:
-        Whether the result works.
+        Whether it could be built.
     """
     source = os.environ.get("DETECTRON2_SPEC", OFFICIAL)
     print(f"Detectron2: building {source} (4 to 20 minutes)", flush=True)
     try:
         pip("install", "--no-build-isolation", source)
     except subprocess.CalledProcessError:
+        print(
+            "Detectron2: the official source could not be built (the lines above say why).\n"
+            "The pure-Python one does all that RegionSpot needs, on the GPU too. To try the build\n"
+            "again, uninstall sal-detectron2 and see INSTALL.md.",
+            flush=True,
+        )
         return False
-    return detectron2_error() is None
+    return True
 
 
 def install_pure_python(constraints: list[str]) -> None:
@@ -184,16 +190,8 @@ def install(constraints: list[str]) -> None:
             "Was it built for another torch? Build it again, or uninstall it and run this again."
         )
 
-    if has_nvidia_gpu():
-        if install_official():
-            return
-        print(
-            "Detectron2: the official source could not be built (the lines above say why).\n"
-            "The pure-Python one does all that RegionSpot needs, on the GPU too. To try the build\n"
-            "again, uninstall sal-detectron2 and see INSTALL.md.",
-            flush=True,
-        )
-    install_pure_python(constraints)
+    if not (has_nvidia_gpu() and build_official()):
+        install_pure_python(constraints)
     if error := detectron2_error():
         raise SetupError(f"Detectron2 was installed but does not import: {error}")
 
