@@ -272,10 +272,11 @@ class LinearRegionHead(PooledRegionHead):
     def forward(
         self, tokens: list[Tensor], image_tokens: Tensor, boxes: list[Tensor] | None = None
     ) -> list[Tensor]:
-        return [
-            F.normalize(self.share * baseline + self.correction(features), dim=-1)
-            for baseline, features in self.describe(image_tokens, boxes)
-        ]
+        return [self.embed(*described) for described in self.describe(image_tokens, boxes)]
+
+    def embed(self, baseline: Tensor, features: Tensor) -> Tensor:
+        """From what :meth:`describe` tells of R regions to their embeddings (R, D), rows of unit length."""
+        return F.normalize(self.share * baseline + self.correction(features), dim=-1)
 
 
 _GEOMETRY_DIM = 10
