@@ -23,6 +23,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from regionspot_d2.data.token_cache import TokenCacheError
 from regionspot_d2.engine import ConfigError, RegionSpotTrainer, load_config
 from regionspot_d2.modeling.weights import WeightsNotFoundError
 
@@ -63,7 +64,7 @@ def invoke_main() -> None:
             dist_url=args.dist_url,
             args=(args,),
         )
-    except (ConfigError, WeightsNotFoundError) as error:
+    except (ConfigError, TokenCacheError, WeightsNotFoundError) as error:
         sys.exit(f"train_net.py: {error}")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import resource
-from pathlib import Path
 
 import pytest
 import torch

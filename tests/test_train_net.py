@@ -269,7 +269,7 @@ def test_the_average_is_evaluated_saved_and_resumed(cfg):
     assert run(cfg, "--eval-only")["bbox"]["AP"] != with_average
 
 
-def test_tokens_are_extracted_once_and_give_the_same_loss(cfg, caplog):
+def test_tokens_are_extracted_once_and_give_the_same_loss(cfg, caplog, monkeypatch):
     cfg.SOLVER.MAX_ITER = 3
     live = train(without_tests(cfg, "live")).values
     cached = without_tests(cfg, "cached")
@@ -277,10 +277,15 @@ def test_tokens_are_extracted_once_and_give_the_same_loss(cfg, caplog):
     with caplog.at_level(logging.INFO, "regionspot_d2"):
         # Tokens on disk are float16.
         assert train(cached).values == pytest.approx(live, rel=1e-2)
-        assert "no tokens of 'shapes' yet" in caplog.text
+        assert "no tokens of 'shapes'" in caplog.text
         caplog.clear()
         train(cached)
         assert "no tokens" not in caplog.text
+    # Millions of images are not extracted on the way.
+    monkeypatch.setattr("regionspot_d2.engine.trainer._EXTRACTED_ON_THE_WAY", 3)
+    cached.INPUT.TOKEN_CACHE += "_none"
+    with pytest.raises(train_net.ConfigError, match="12 images of 'shapes'.*extract_tokens.py"):
+        train(cached)
 
 
 def test_a_second_stage_starts_from_the_weights_of_the_first(cfg):

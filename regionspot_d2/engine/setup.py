@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from ..config import add_regionspot_config
-from ..data.datasets import register_coco_format, source_file
-
-logger = logging.getLogger(__name__)
+from ..data.datasets import expand_root, register_coco_format, source_file
 
 
 class ConfigError(ValueError):
@@ -28,7 +24,7 @@ class ConfigError(ValueError):
 def load_config(config_file: str, opts: Sequence[str] = (), *, training: bool = True) -> CfgNode:
     """Reads a config, registers its own data, and checks that the files of its datasets are there.
 
-    Without a GPU, ``MODEL.DEVICE: cuda`` becomes ``cpu``.
+    ``$DETECTRON2_DATASETS`` in the paths of data sets, token caches and proposal files is the folder of all data sets.
 
     Args:
         config_file: a yaml file.
@@ -50,9 +46,8 @@ def load_config(config_file: str, opts: Sequence[str] = (), *, training: bool = 
         cfg.merge_from_list(list(opts))
     with _explained(cfg, ""):
         register_coco_format(cfg.DATASETS.COCO_FORMAT)
-    if torch.device(cfg.MODEL.DEVICE).type == "cuda" and not torch.cuda.is_available():
-        logger.warning("There is no GPU: MODEL.DEVICE becomes 'cpu'.")
-        cfg.MODEL.DEVICE = "cpu"
+    cfg.INPUT.TOKEN_CACHE = expand_root(cfg.INPUT.TOKEN_CACHE)
+    cfg.DATASETS.PROPOSAL_FILES_TEST = tuple(map(expand_root, cfg.DATASETS.PROPOSAL_FILES_TEST))
     _check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
     _check_proposals(cfg)
     if training:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
@@ -24,10 +25,14 @@ from ..evaluation.build import build_evaluator
 from ..evaluation.report import write_report
 from .ema import EMAHook, ModelEMA
 from .hooks import BestCheckpoint, SeedByIteration, Throughput
+from .setup import ConfigError
 from .solver import build_optimizer
 from .train_step import TrainStep
 
 logger = logging.getLogger(__name__)
+
+# More images are a job of their own, for which the other processes would not wait.
+_EXTRACTED_ON_THE_WAY = 10_000
 
 _PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -182,16 +187,21 @@ def _checkpointables(ema: ModelEMA | None) -> dict[str, ModelEMA]:
 
 
 def _complete_token_caches(cfg: CfgNode, localizer: nn.Module) -> None:
-    """Extracts tokens of data sets that have none yet, and checks that all are of this localizer."""
+    """Extracts tokens of small data sets that have none yet, and checks that all are of this localizer."""
     for name in cfg.DATASETS.TRAIN:
         folder = Path(cfg.INPUT.TOKEN_CACHE, name)
         # In our layout or that of the authors.
-        if not (folder / "image_rows.npy").exists() and not any(folder.glob("*.pth")):
-            logger.info(
-                f"INPUT.TOKEN_CACHE has no tokens of '{name}' yet. They are extracted now; tools/extract_tokens.py "
-                "does so ahead of training, on several machines."
+        if (folder / "image_rows.npy").exists() or any(folder.glob("*.pth")):
+            continue
+        images = len(DatasetCatalog.get(name))
+        if images > _EXTRACTED_ON_THE_WAY:
+            raise ConfigError(
+                f"INPUT.TOKEN_CACHE, '{cfg.INPUT.TOKEN_CACHE}', has no tokens of the {images} images of '{name}'. "
+                "tools/extract_tokens.py with the same config file extracts them first; an empty INPUT.TOKEN_CACHE "
+                "runs the localizer in each step."
             )
-            extract_tokens(cfg, localizer, name, cfg.INPUT.TOKEN_CACHE)
+        logger.info(f"INPUT.TOKEN_CACHE has no tokens of '{name}' yet: extracting them.")
+        extract_tokens(cfg, localizer, name, cfg.INPUT.TOKEN_CACHE)
     open_token_caches(cfg, localizer)
 
 

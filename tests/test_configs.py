@@ -1,0 +1,174 @@
+"""Every config: its model is built, of tiny towers, and what it names exists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog
+from detectron2.modeling import build_model
+
+from regionspot_d2 import add_regionspot_config
+from regionspot_d2.engine import build_optimizer
+from regionspot_d2.modeling.weights import WeightsNotFoundError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
+TRAINING = [name for name in FILES if Path(name).name.startswith("train_") or "ablations" in name]
+EVALUATION = [name for name in FILES if Path(name).name.startswith("eval_")]
+
+
+def read(name: str) -> CfgNode:
+    cfg = get_cfg()
+    add_regionspot_config(cfg)
+    cfg.merge_from_file(str(CONFIGS / name))
+    return cfg
+
+
+def with_tiny_towers(cfg: CfgNode) -> CfgNode:
+    cfg.MODEL.DEVICE = "cpu"
+    for key, name in (("LOCALIZER", "SamLocalizer"), ("VISION_LANGUAGE", "OpenClip")):
+        cfg.MODEL[key].NAME = name
+        cfg.MODEL[key].ARCH = "tiny"
+        cfg.MODEL[key].WEIGHTS = ""
+    return cfg
+
+
+def own_data(cfg: CfgNode) -> set[str]:
+    return {entry[0] for entry in cfg.DATASETS.COCO_FORMAT}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_builds_its_model(name, tiny_models, empty_cache):
+    cfg = with_tiny_towers(read(name))
+    model = build_model(cfg)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    head = cfg.MODEL.REGION_HEAD
+    assert type(model.region_head).__name__ == head.NAME
+    if head.NAME == "RegionSpotHead":
+        assert len(model.region_head.decoder.layers) == head.DEPTH
+        assert model.region_head.to_clip.in_features == model.localizer.token_dim
+        assert model.localizer.token_dim == 32 * (2 if cfg.MODEL.LOCALIZER.TOKENS == "both" else 1)
+    if name in TRAINING:
+        optimizer = build_optimizer(cfg, model)
+        assert sum(len(group["params"]) for group in optimizer.param_groups) == len(trained) > 0
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_names_what_exists(name):
+    import open_clip
+    from segment_anything import sam_model_registry
+
+    cfg = read(name)
+    known = set(DatasetCatalog.list()) | own_data(cfg)
+    assert set(cfg.DATASETS.TRAIN) | set(cfg.DATASETS.TEST) <= known
+    if cfg.DATASETS.TRAIN_RATIOS:
+        assert len(cfg.DATASETS.TRAIN_RATIOS) == len(cfg.DATASETS.TRAIN)
+    if cfg.MODEL.LOCALIZER.NAME == "SamLocalizer":
+        assert cfg.MODEL.LOCALIZER.ARCH in sam_model_registry
+        assert f"/sam_{cfg.MODEL.LOCALIZER.ARCH}_" in cfg.MODEL.LOCALIZER.WEIGHTS
+    if cfg.MODEL.VISION_LANGUAGE.NAME == "OpenClip":
+        arch = cfg.MODEL.VISION_LANGUAGE.ARCH
+        model = open_clip.get_model_config(arch)
+        official = open_clip.get_pretrained_url(arch.removesuffix("-quickgelu"), "openai")
+        assert cfg.MODEL.VISION_LANGUAGE.WEIGHTS == official
+        if cfg.INPUT.TOKEN_CACHE:
+            assert cfg.INPUT.CACHED_IMAGE_SIZE == model["vision_cfg"]["image_size"]
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_training_configs(name):
+    cfg = read(name)
+    assert cfg.DATASETS.TRAIN
+    assert max(cfg.SOLVER.STEPS, default=0) < cfg.SOLVER.MAX_ITER
+    # Runs do not write over each other, nor share tokens of different kinds.
+    assert cfg.OUTPUT_DIR.endswith(Path(name).stem)
+    if not name.startswith("mini"):
+        sam, kind = cfg.MODEL.LOCALIZER.ARCH, cfg.MODEL.LOCALIZER.TOKENS
+        suffix = "" if kind == "mask" else f"_{kind}"
+        assert cfg.INPUT.TOKEN_CACHE.endswith(f"mask_tokens/sam_{sam}{suffix}")
+
+
+@pytest.mark.parametrize("name", EVALUATION)
+def test_evaluation_configs(name):
+    cfg = read(name)
+    assert cfg.MODEL.LOAD_PROPOSALS
+    files = cfg.DATASETS.PROPOSAL_FILES_TEST
+    assert len(files) == len(cfg.DATASETS.TEST) > 0
+    source = Path(name).stem.rpartition("_")[2]
+    for dataset, file in zip(cfg.DATASETS.TEST, files):
+        if source in ("gt", "odinw13"):
+            assert file == f"ground_truth://{dataset}"
+        else:
+            assert file == f"$DETECTRON2_DATASETS/proposals/{dataset}_{source}.pkl"
+    # Tokens are of the very images, which the frozen models resize themselves.
+    assert cfg.INPUT.MIN_SIZE_TEST == 0
+
+
+@pytest.mark.parametrize("stage", ["train_o365_{}.yaml", "train_o365_v3det_openimages_{}.yaml"])
+@pytest.mark.parametrize("size", ["B", "L", "L_336"])
+def test_published_schedule(stage, size):
+    cfg = read(stage.format(size))
+    solver = cfg.SOLVER
+    assert (solver.BASE_LR, solver.WEIGHT_DECAY, solver.IMS_PER_BATCH) == (2.5e-5, 1e-4, 16)
+    assert (solver.WARMUP_ITERS, solver.WARMUP_FACTOR) == (1000, 0.01)
+    assert (solver.MAX_ITER, solver.STEPS) == (450_000, (350_000, 420_000))
+    clip = solver.CLIP_GRADIENTS
+    assert (clip.ENABLED, clip.CLIP_TYPE, clip.CLIP_VALUE, clip.NORM_TYPE) == (
+        True,
+        "full_model",
+        1.0,
+        2.0,
+    )
+    assert solver.AMP.ENABLED and not cfg.MODEL.EMA.ENABLED
+    head = cfg.MODEL.REGION_HEAD
+    assert (head.DEPTH, head.NUM_HEADS, head.FFN_DIM, head.DROPOUT) == (3, 8, 2048, 0.1)
+    assert (head.FOCAL_ALPHA, head.FOCAL_GAMMA) == (0.25, 2.0)
+    assert cfg.SEED == 40244023
+    if "v3det" in stage:
+        assert cfg.MODEL.WEIGHTS == f"output/train_o365_{size}/model_final.pth"
+        assert read(f"train_o365_{size}.yaml").OUTPUT_DIR == f"output/train_o365_{size}"
+
+
+@pytest.mark.parametrize("name", [name for name in TRAINING if name.startswith("ablations")])
+def test_an_ablation_changes_one_thing(name):
+    def flat(node: CfgNode, prefix: str = "") -> dict[str, object]:
+        values: dict[str, object] = {}
+        for key, value in node.items():
+            values |= (
+                flat(value, f"{prefix}{key}.")
+                if isinstance(value, CfgNode)
+                else {prefix + key: value}
+            )
+        return values
+
+    standard, changed = flat(read("train_o365_L.yaml")), flat(read(name))
+    different = {key for key in standard if standard[key] != changed[key]}
+    of_the_localizer = {"MODEL.LOCALIZER.ARCH", "MODEL.LOCALIZER.WEIGHTS", "INPUT.TOKEN_CACHE"}
+    assert "OUTPUT_DIR" in different
+    assert len(different - {"OUTPUT_DIR"} - of_the_localizer) <= 1
+    assert len(different) > 1
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_unknown_keys_are_refused(name, tmp_path):
+    text = {"_BASE_": str(CONFIGS / name), "MODEL": {"REGION_HEAD": {"DEPHT": 2}}}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(text))
+    with pytest.raises(KeyError, match="MODEL.REGION_HEAD.DEPHT"):
+        cfg = get_cfg()
+        add_regionspot_config(cfg)
+        cfg.merge_from_file(str(file))
+
+
+def test_embedded_models_train():
+    cfg = read("mini/train_tinycoco.yaml")
+    cfg.MODEL.DEVICE = "cpu"
+    try:
+        model = build_model(cfg)
+    except WeightsNotFoundError as error:
+        pytest.skip(str(error).splitlines()[0])
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert parameters == sum(p.numel() for p in model.region_head.parameters())
