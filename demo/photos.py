@@ -15,14 +15,16 @@ PHOTOS = {
 }
 
 
-def main() -> None:
+def photo_paths() -> list[Path]:
+    """Where the photos are, once their packages are installed."""
+    paths = []
     for package, names in PHOTOS.items():
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
             raise SystemExit(f"{package} is not installed; 'pip install -e .[demo]' brings it.")
-        for name in names:
-            print(Path(spec.origin).parent / name)
+        paths += [Path(spec.origin).parent / name for name in names]
+    return paths
 
 
 if __name__ == "__main__":
-    main()
+    print(*photo_paths(), sep="\n")

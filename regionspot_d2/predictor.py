@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from .modeling.regionspot import EncodedImages, RegionSpot
 from .modeling.vocabulary import check_names
 from .regions import as_boxes, as_masks, as_points
 
-ImageLike = Union[str, os.PathLike, np.ndarray, Image.Image, Tensor]
+ImageLike = str | os.PathLike | np.ndarray | Image.Image | Tensor
 
 
 class RegionSpotPredictor:
@@ -36,7 +36,9 @@ class RegionSpotPredictor:
     The image is encoded once. New regions cost the localizer's decoder, new words a text lookup.
     """
 
-    def __init__(self, model: CfgNode | RegionSpot, *, vocabulary: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, model: CfgNode | RegionSpot, *, vocabulary: Sequence[str] | None = None
+    ) -> None:
         """
         Args:
             model: a config, from which the model is built and its weights loaded; or a model.
@@ -115,14 +117,18 @@ class RegionSpotPredictor:
         if vocabulary is not None:
             self.set_vocabulary(vocabulary)
         if not self.vocabulary:
-            raise ValueError("There are no words yet: pass vocabulary=[...] or call set_vocabulary.")
+            raise ValueError(
+                "There are no words yet: pass vocabulary=[...] or call set_vocabulary."
+            )
         if topk < 1:
             raise ValueError(f"topk is {topk}; at least one name per region is expected.")
         tokens, found_boxes, mask_logits = self._localize(boxes, points, point_labels, masks)
         [embeddings], _ = self.model.embed(self._image(), [found_boxes], [tokens])
         probabilities = self.model.score(embeddings, self.vocabulary).softmax(1)
         scores, classes = probabilities.topk(min(topk, len(self.vocabulary)), dim=1)
-        index = torch.arange(len(tokens), device=scores.device)[:, None].expand_as(classes).flatten()
+        index = (
+            torch.arange(len(tokens), device=scores.device)[:, None].expand_as(classes).flatten()
+        )
         result = Instances(self.image_size)
         result.pred_boxes = found_boxes[index]
         result.scores = scores.flatten()
@@ -253,7 +259,9 @@ class RegionSpotPredictor:
         elif isinstance(image, Image.Image):
             array, channels = to_rgb_array(image), "RGB"
         elif isinstance(image, Tensor):
-            array = image.detach().permute(1, 2, 0).cpu().numpy() if image.dim() == 3 else image.numpy()
+            array = (
+                image.detach().permute(1, 2, 0).cpu().numpy() if image.dim() == 3 else image.numpy()
+            )
         else:
             array = image
         if array.ndim == 2:

@@ -89,7 +89,9 @@ def as_points(
                 f"{said} has {len(region)} points and {len(mark)} labels; as many of both are expected, at least one."
             )
         if not set(mark.tolist()) <= {0, 1}:
-            raise ValueError(f"{said} has the labels {mark.tolist()}; 1 is on the region, 0 beside.")
+            raise ValueError(
+                f"{said} has the labels {mark.tolist()}; 1 is on the region, 0 beside."
+            )
         inside = (region >= 0).all(1) & (region[:, 0] <= width) & (region[:, 1] <= height)
         if not inside.all():
             x, y = region[~inside][0].tolist()

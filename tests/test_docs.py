@@ -34,7 +34,9 @@ def as_a_reader(tmp_path, monkeypatch) -> dict:
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     # The zoo's weights are on a model hub; the detector is Detectron2's own, random.
-    monkeypatch.setattr("detectron2.model_zoo.get", lambda name, trained: build_model(zoo_cfg(name)))
+    monkeypatch.setattr(
+        "detectron2.model_zoo.get", lambda name, trained: build_model(zoo_cfg(name))
+    )
     return {"image": torch.from_numpy(photo).permute(2, 0, 1).flip(0)}
 
 

@@ -53,7 +53,9 @@ def test_a_graph_that_differs_is_not_kept(head, exported, tmp_path, monkeypatch)
         shutil.copy(exported, path)
 
     monkeypatch.setattr(torch.onnx, "export", copy)
-    other = RegionSpotHead(token_dim=12, image_dim=16, text_dim=10, depth=2, num_heads=4, ffn_dim=24)
+    other = RegionSpotHead(
+        token_dim=12, image_dim=16, text_dim=10, depth=2, num_heads=4, ffn_dim=24
+    )
     with pytest.raises(RuntimeError, match="differs from torch"):
         export_onnx.export(other.eval(), torch.tensor(3.0), 10, tmp_path / "head.onnx")
     assert list(tmp_path.iterdir()) == []

@@ -35,9 +35,15 @@ def localizer() -> SamLocalizer:
 @pytest.fixture(scope="module", params=["open_clip", "clip"])
 def model(request: pytest.FixtureRequest, localizer: SamLocalizer) -> RegionSpot:
     if request.param == "open_clip":
-        vision_language = OpenClip(model=tiny.tiny_open_clip(), tokenizer=open_clip.get_tokenizer("ViT-B-32"), image_size=64)
+        vision_language = OpenClip(
+            model=tiny.tiny_open_clip(),
+            tokenizer=open_clip.get_tokenizer("ViT-B-32"),
+            image_size=64,
+        )
     else:
-        vision_language = OpenAIClip(model=tiny.tiny_openai_clip(), tokenizer=clip.tokenize, image_size=64)
+        vision_language = OpenAIClip(
+            model=tiny.tiny_openai_clip(), tokenizer=clip.tokenize, image_size=64
+        )
     assert isinstance(vision_language, OpenClip if request.param == "open_clip" else OpenAIClip)
     head = RegionSpotHead(token_dim=32, image_dim=64, text_dim=40, ffn_dim=96)
     tiny.fill_golden(head)

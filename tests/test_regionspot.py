@@ -116,7 +116,9 @@ def test_scores_are_softmax_times_proposal_score():
     x = random_input(4, (60, 90), 5)
     [result] = model([x])
     found = result["instances"]
-    [logits], _ = model.classify([x["image"]], [x["proposals"].proposal_boxes], [WORDS["regionspot_pets"]])
+    [logits], _ = model.classify(
+        [x["image"]], [x["proposals"].proposal_boxes], [WORDS["regionspot_pets"]]
+    )
     expected = logits.softmax(1) * x["proposals"].objectness_logits[:, None]
     torch.testing.assert_close(found.scores, expected[found.region_index, found.pred_classes])
     assert (found.scores.diff() <= 0).all()
@@ -161,9 +163,7 @@ def test_detected_instances_are_regions_too():
     detected = Instances((60, 90), pred_boxes=x["proposals"].proposal_boxes)
     detected.scores = x["proposals"].objectness_logits
     without = {key: value for key, value in x.items() if key != "proposals"}
-    assert_same(
-        model.inference([without], [detected])[0]["instances"], model([x])[0]["instances"]
-    )
+    assert_same(model.inference([without], [detected])[0]["instances"], model([x])[0]["instances"])
 
 
 def test_masks_off():
@@ -271,7 +271,9 @@ def test_unknown_words_are_asked_for():
 def test_boxes_outside_or_without_area_have_an_answer():
     x = random_input(19, (60, 90), 4)
     x["proposals"].proposal_boxes = Boxes(
-        torch.tensor([[-20.0, -5, 30, 40], [80, 50, 300, 400], [10, 10, 10, 30], [200, 200, 300, 300]])
+        torch.tensor(
+            [[-20.0, -5, 30, 40], [80, 50, 300, 400], [10, 10, 10, 30], [200, 200, 300, 300]]
+        )
     )
     x["proposals"].objectness_logits = torch.ones(4)
     found = tiny_model()([x])[0]["instances"]

@@ -51,7 +51,9 @@ def fcos() -> torch.nn.Module:
     from detectron2.modeling.backbone.fpn import LastLevelP6P7
     from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 
-    bottom = ResNet(BasicStem(), ResNet.make_default_stages(18), out_features=["res3", "res4", "res5"])
+    bottom = ResNet(
+        BasicStem(), ResNet.make_default_stages(18), out_features=["res3", "res4", "res5"]
+    )
     backbone = FPN(bottom, ["res3", "res4", "res5"], 16, top_block=LastLevelP6P7(16, 16, "p5"))
     head = FCOSHead(input_shape=[ShapeSpec(channels=16)] * 5, num_classes=80, conv_dims=[16])
     return FCOS(
@@ -222,7 +224,7 @@ def test_words_are_asked_for():
     cfg.DATASETS.TEST = cfg.DATASETS.TRAIN = ()
     heads = build_model(cfg).roi_heads
     with pytest.raises(ValueError, match="has no words"):
-        heads.words
+        assert heads.words
     heads.vocabulary = ["cat"]
     assert heads.words == ["cat"]
     assert MetadataCatalog.get("regionspot_pets").thing_classes == WORDS["regionspot_pets"]

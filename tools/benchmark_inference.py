@@ -101,7 +101,9 @@ def measure(args: argparse.Namespace, boxes: int, results: Any) -> None:
         totals.append(now() - start)
         outside.append(totals[-1] - sum(watch.seconds for watch in watches.values()))
     parts = {name: watch.seconds for name, watch in watches.items()}
-    results.put((boxes, statistics.median(totals), statistics.median(outside), parts, before, peak_bytes()))
+    results.put(
+        (boxes, statistics.median(totals), statistics.median(outside), parts, before, peak_bytes())
+    )
 
 
 def peak_bytes() -> int:

@@ -30,7 +30,10 @@ FROZEN = ("sam.", "clip_model.")
 # Width of the image tokens and of the text, by which the published models are told apart.
 PUBLISHED = {
     (768, 512): "RegionSpot-BB (configs/regionspot_B.yaml)",
-    (1024, 768): "RegionSpot-BL (configs/regionspot_L.yaml) or -BL@336 (configs/regionspot_L_336.yaml)",
+    (
+        1024,
+        768,
+    ): "RegionSpot-BL (configs/regionspot_L.yaml) or -BL@336 (configs/regionspot_L_336.yaml)",
 }
 
 
@@ -72,7 +75,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if isinstance(data, dict) and isinstance(data.get("model"), dict):
         data = data["model"]
     if not isinstance(data, dict) or not any(isinstance(v, Tensor) for v in data.values()):
-        raise ConversionError(f"{path} holds no state dict: a dict from names to tensors is expected.")
+        raise ConversionError(
+            f"{path} holds no state dict: a dict from names to tensors is expected."
+        )
     return {key: value for key, value in data.items() if isinstance(value, Tensor)}
 
 
@@ -110,7 +115,8 @@ def convert(state: dict[str, Tensor]) -> Conversion:
         lines = [f"  missing: {key}" for key in missing]
         lines += [f"  not known: {key}" for key in strangers]
         lines += [
-            f"  {key}: {tuple(head[key].shape)}, expected {tuple(expected[key].shape)}" for key in wrong
+            f"  {key}: {tuple(head[key].shape)}, expected {tuple(expected[key].shape)}"
+            for key in wrong
         ]
         raise ConversionError("The head in this file is not whole:\n" + "\n".join(lines[:20]))
     return Conversion(head, used, dropped, unknown)

@@ -96,7 +96,9 @@ def export(head: RegionSpotHead, logit_scale: Tensor, text_dim: int, path: Path)
         worst = max(worst, float(np.abs(found - expected.numpy()).max()))
     if worst > TOLERANCE:
         part.unlink()
-        raise RuntimeError(f"The graph differs from torch by {worst:.1e}, more than {TOLERANCE:.0e}.")
+        raise RuntimeError(
+            f"The graph differs from torch by {worst:.1e}, more than {TOLERANCE:.0e}."
+        )
     os.replace(part, path)
     return worst
 
@@ -118,13 +120,17 @@ def main() -> None:
     model = predictor.model
     if not isinstance(model.region_head, RegionSpotHead):
         kind = type(model.region_head).__name__
-        raise SystemExit(f"error: MODEL.REGION_HEAD.NAME is {kind}; only trained heads are exported.")
+        raise SystemExit(
+            f"error: MODEL.REGION_HEAD.NAME is {kind}; only trained heads are exported."
+        )
     args.output.parent.mkdir(parents=True, exist_ok=True)
     scale, width = model.vision_language.logit_scale, model.vision_language.text_dim
     worst = export(model.region_head, scale, width, args.output)
     text = args.output.with_suffix(".npy")
     np.save(text, model.text_embedder(names).numpy())
-    print(f"{args.output}: differs from torch by {worst:.1e} at most. Its {len(names)} names: {text}.")
+    print(
+        f"{args.output}: differs from torch by {worst:.1e} at most. Its {len(names)} names: {text}."
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ class PointPrompts(NamedTuple):
     labels: Tensor
 
 
-Prompts = Union[Boxes, PointPrompts, BitMasks]
+Prompts = Boxes | PointPrompts | BitMasks
 
 
 class Localizer(FrozenModule):
@@ -113,7 +113,9 @@ class Localizer(FrozenModule):
             Per image the mask tokens (R, token_dim), and per image the mask logits (R, 1, h, w) or None.
         """
         decoded = [
-            self.decode(embedding, (image.shape[-2], image.shape[-1]), prompt, with_masks=with_masks)
+            self.decode(
+                embedding, (image.shape[-2], image.shape[-1]), prompt, with_masks=with_masks
+            )
             for image, embedding, prompt in zip(images, self.encode_image(images), prompts)
         ]
         tokens = [token for token, _ in decoded]

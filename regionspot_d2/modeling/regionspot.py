@@ -150,11 +150,10 @@ class RegionSpot(nn.Module):
         if not self.training:
             return self.inference(batched_inputs)
         targets = [x["instances"].to(self.device) for x in batched_inputs]
-        cached = [x.get("mask_tokens") for x in batched_inputs]
         tokens = None
-        if all(token is not None for token in cached):
+        if all("mask_tokens" in x for x in batched_inputs):
             dtype = torch.get_default_dtype()
-            tokens = [token.to(self.device, dtype) for token in cached]
+            tokens = [x["mask_tokens"].to(self.device, dtype) for x in batched_inputs]
         logits, _ = self.classify(
             self._images(batched_inputs),
             [target.gt_boxes for target in targets],

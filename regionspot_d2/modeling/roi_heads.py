@@ -95,7 +95,9 @@ class RegionSpotROIHeads(nn.Module):
         pixels = self._pixels(images)
         if self.training:
             if targets is None:
-                raise ValueError("RegionSpotROIHeads needs targets (gt_boxes, gt_classes) to train.")
+                raise ValueError(
+                    "RegionSpotROIHeads needs targets (gt_boxes, gt_classes) to train."
+                )
             losses: dict[str, Tensor] = {}
             if self.host is not None:
                 proposals, losses = self.host(images, features, proposals, targets)
@@ -163,4 +165,3 @@ class RegionSpotROIHeads(nn.Module):
                 crops = BitMasks(masks).crop_and_resize(boxes[i].tensor, _MASK_SIDE)
                 instances.pred_masks = crops[:, None].float()
         return found
-

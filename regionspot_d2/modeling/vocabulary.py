@@ -118,7 +118,9 @@ def check_names(names: Sequence[str], *, repeats: bool = False) -> None:
     places: dict[str, int] = {}
     for place, name in enumerate(names):
         if not isinstance(name, str) or not clean_name(name):
-            raise ValueError(f"Name {place} of the vocabulary is {name!r}; names are non-empty text.")
+            raise ValueError(
+                f"Name {place} of the vocabulary is {name!r}; names are non-empty text."
+            )
         first = places.setdefault(clean_name(name).lower(), place)
         if first != place and not repeats:
             raise ValueError(
