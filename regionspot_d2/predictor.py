@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from .modeling.regionspot import EncodedImages, RegionSpot
 from .modeling.vocabulary import check_names
 from .regions import as_boxes, as_masks, as_points
 
-ImageLike = str | os.PathLike | np.ndarray | Image.Image | Tensor
+ImageLike: TypeAlias = str | os.PathLike | np.ndarray | Image.Image | Tensor
 
 
 class RegionSpotPredictor:

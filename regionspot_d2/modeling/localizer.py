@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ class PointPrompts(NamedTuple):
     labels: Tensor
 
 
-Prompts = Boxes | PointPrompts | BitMasks
+Prompts: TypeAlias = Boxes | PointPrompts | BitMasks
 
 
 class Localizer(FrozenModule):
