@@ -25,6 +25,7 @@ from regionspot_d2.data.images import ImageReadError, read_image
 from regionspot_d2.engine import load_config
 from regionspot_d2.modeling.automatic_masks import automatic_boxes
 from regionspot_d2.modeling.embedded import VOCABULARIES, known_vocabulary
+from regionspot_d2.modeling.vocabulary import clean_name
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -114,6 +115,11 @@ class Regions:
             scores = entry.get("scores")
             return entry["boxes"], None if scores is None else np.asarray(scores, dtype=np.float32)
         found = automatic_boxes(self.localizer, torch.from_numpy(image).permute(2, 0, 1))
+        if len(found) == 0:
+            raise ValueError(
+                "the automatic mask generator found no region. SAM finds many; the mini localizer, tuned to boxes, "
+                "finds few or none: give --boxes, or another --config-file."
+            )
         return found.proposal_boxes.tensor, found.objectness_logits.cpu().numpy()
 
 
@@ -152,7 +158,7 @@ def draw(image: np.ndarray, found: Instances, names: list[str], path: Path) -> N
     boxes, labels, masks = [], [], []
     for _, region in by_region(found):
         words = [
-            f"{names[c]} {100 * s:.0f}%"
+            f"{clean_name(names[c])} {100 * s:.0f}%"
             for c, s in zip(region.pred_classes.tolist(), region.scores.tolist())
         ]
         boxes.append(region.pred_boxes.tensor[0].cpu().numpy())
@@ -233,7 +239,7 @@ def main() -> int:
         for index, region in by_region(found):
             box = ", ".join(f"{v:.0f}" for v in region.pred_boxes.tensor[0].tolist())
             for c, s in zip(region.pred_classes.tolist(), region.scores.tolist()):
-                rows.append([path.name, index, box, names[c], f"{s:.3f}"])
+                rows.append([path.name, index, box, clean_name(names[c]), f"{s:.3f}"])
 
     results = {
         "images": images,
