@@ -65,7 +65,7 @@ def test_fit_learns_what_is_linear_and_is_exact(count):
     data = RegionTargets(baseline, features, targets, torch.ones(count))
 
     def distance(ridge: float) -> float:
-        fit_linear_head(head, data, share=0.5, ridge=ridge, blocks=[8, 4, 10])
+        fit_linear_head(head, data, share=0.5, prior=0.4, ridge=ridge, blocks=[8, 4, 10])
         return (head.embed(baseline, features) - targets).norm().item()
 
     far, near = distance(1e6), distance(1e-6)
@@ -79,10 +79,15 @@ def test_regions_of_no_weight_do_not_matter():
     head = linear_head()
     [(baseline, features)] = head.describe(torch.randn(1, 16, 12), [boxes(30)])
     data = RegionTargets(baseline, features, torch.randn(30, 8), torch.arange(30).lt(20).float())
-    fit_linear_head(head, data, share=0.5, ridge=1.0, blocks=[8, 4, 10])
+    fit_linear_head(head, data, share=0.5, prior=0.4, ridge=1.0, blocks=[8, 4, 10])
     weight = head.correction.weight.clone()
     fit_linear_head(
-        head, RegionTargets(*(p[:20] for p in data)), share=0.5, ridge=1.0, blocks=[8, 4, 10]
+        head,
+        RegionTargets(*(p[:20] for p in data)),
+        share=0.5,
+        prior=0.4,
+        ridge=1.0,
+        blocks=[8, 4, 10],
     )
     torch.testing.assert_close(head.correction.weight, weight)
 
@@ -90,7 +95,7 @@ def test_regions_of_no_weight_do_not_matter():
 def test_blocks_must_fit():
     data = RegionTargets(torch.ones(3, 8), torch.ones(3, 22), torch.ones(3, 8), torch.ones(3))
     with pytest.raises(ValueError, match="add up to 12; there are 22"):
-        fit_linear_head(linear_head(), data, share=0.5, ridge=1.0, blocks=[8, 4])
+        fit_linear_head(linear_head(), data, share=0.5, prior=0.4, ridge=1.0, blocks=[8, 4])
 
 
 def test_shipped_file():

@@ -43,6 +43,7 @@ class Settings:
     """Hyper-parameters, chosen by cross-validation; the defaults are those of the shipped head."""
 
     share: float = 0.4
+    prior: float = 0.4
     ridge: float = 3.0
     # Of a random box, where a labelled one counts 1.
     teacher_weight: float = 0.5
@@ -221,7 +222,12 @@ def fit(
     vision_language = model.vision_language
     blocks = [vision_language.text_dim, vision_language.image_dim - vision_language.text_dim, 10]
     fit_linear_head(
-        model.region_head, regions, share=settings.share, ridge=settings.ridge, blocks=blocks
+        model.region_head,
+        regions,
+        share=settings.share,
+        prior=settings.prior,
+        ridge=settings.ridge,
+        blocks=blocks,
     )
 
 

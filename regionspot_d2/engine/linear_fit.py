@@ -18,7 +18,7 @@ class RegionTargets(NamedTuple):
         baseline: (R, D), unit rows, from :meth:`LinearRegionHead.describe`.
         features: (R, F), from there too.
         targets: (R, D), directions in text space.
-        weights: (R,), how much each counts; 1 for a labelled region.
+        weights: (R,), how much each counts: 1 for a labelled region, less than 1 for others.
     """
 
     baseline: Tensor
@@ -28,7 +28,13 @@ class RegionTargets(NamedTuple):
 
 
 def fit_linear_head(
-    head: LinearRegionHead, regions: RegionTargets, *, share: float, ridge: float, blocks: list[int]
+    head: LinearRegionHead,
+    regions: RegionTargets,
+    *,
+    share: float,
+    prior: float,
+    ridge: float,
+    blocks: list[int],
 ) -> None:
     """Sets the weights of a head by ridge regression, in place.
 
@@ -40,11 +46,13 @@ def fit_linear_head(
         head: gets the weights.
         regions: training data, from held-in images only.
         share: of the baseline that is kept.
+        prior: what share of the mean correction of the labelled regions every region gets: how much a name that is frequent
+            in training is expected.
         ridge: penalty on the correction; the larger it is, the closer the head stays to the baseline.
         blocks: widths of the parts of the features, in order.
 
     Raises:
-        ValueError: if the blocks do not add up to the features.
+        ValueError: if the blocks do not add up to the features, or no region has the weight 1.
     """
     baseline, features, targets, weights = (part.double() for part in regions)
     if sum(blocks) != features.shape[1]:
@@ -61,6 +69,10 @@ def fit_linear_head(
     )
     x = (features - mean) / scale
     missing = F.normalize(targets, dim=1) - share * baseline
+    if not (weights >= 1).any():
+        raise ValueError("There is no labelled region (one of weight 1) to fit to.")
+    expected = prior * missing[weights >= 1].mean(0)
+    missing = missing - expected
     root = weights.sqrt()[:, None]
     left, right = x * root, missing * root
     penalty = ridge * torch.eye(min(left.shape), dtype=torch.float64)
@@ -72,4 +84,4 @@ def fit_linear_head(
     with torch.no_grad():
         head.share.fill_(share)
         head.correction.weight.copy_(weight.T)
-        head.correction.bias.copy_(-(mean @ weight))
+        head.correction.bias.copy_(expected - mean @ weight)
