@@ -37,7 +37,7 @@ demo: $(READY)  ## name regions of real photos, into output/demo
 # One thread: on few shared cores, OpenMP's waiting threads make a step up to ten times slower.
 test: export OMP_NUM_THREADS ?= 1
 test: $(READY)  ## run the tests
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n auto --dist loadfile
 
 lint: $(READY)  ## check format and types
 	$(PY) -m black --check -l 100 $(SOURCES)

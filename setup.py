@@ -35,12 +35,13 @@ REQUIREMENTS = [
     "segment-anything>=1.0",
     "setuptools>=77.0.3,<82",  # 82 has no pkg_resources, which detectron2.model_zoo and clip import
     "tabulate",
+    "timm>=0.9",  # the embedded localizer's own code imports it
     "tqdm",
 ]
 
 EXTRAS = {
     "demo": ["matplotlib", "scikit-image"],
-    "dev": ["black", "isort", "mypy", "pytest", "ruff", "supervision"],
+    "dev": ["black", "isort", "mypy", "pytest", "pytest-xdist", "ruff", "supervision"],
     "onnx": ["onnx", "onnxruntime", "onnxscript"],
     "slurm": ["submitit"],
 }
