@@ -1,0 +1,69 @@
+#!/usr/bin/env python
+"""Takes tinycoco, 32 photos for trying training and evaluation, out of a copy of COCO 2017 val.
+
+    tools/prepare_tinycoco.py
+
+reads $DETECTRON2_DATASETS/coco/annotations/instances_val2017.json and coco/val2017/, and writes tinycoco/instances.json and
+tinycoco/images/ beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+# fmt: off
+IMAGE_IDS = (
+    6818, 17627, 37777, 41888, 58636, 87038, 143931, 153299, 174482, 181666, 184321, 184791, 226111, 252219, 289393, 296649,
+    303818, 308394, 322864, 331352, 348881, 386912, 397133, 403385, 456496, 458054, 460347, 463730, 480985, 491497, 502136, 522713,
+)
+# fmt: on
+
+
+def subset(annotations: dict[str, Any]) -> dict[str, Any]:
+    """Keeps what belongs to the 32 photos of a COCO json; its categories stay as they are."""
+    chosen = set(IMAGE_IDS)
+    return {
+        **annotations,
+        "images": [image for image in annotations["images"] if image["id"] in chosen],
+        "annotations": [a for a in annotations["annotations"] if a["image_id"] in chosen],
+    }
+
+
+def main() -> None:
+    root = Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--json", type=Path, default=root / "coco" / "annotations" / "instances_val2017.json"
+    )
+    parser.add_argument("--images", type=Path, default=root / "coco" / "val2017")
+    parser.add_argument("--output", type=Path, default=root / "tinycoco")
+    args = parser.parse_args()
+
+    if not args.json.is_file():
+        parser.error(f"{args.json} does not exist; datasets/README.md says where COCO goes.")
+    kept = subset(json.loads(args.json.read_text()))
+    missing = set(IMAGE_IDS) - {image["id"] for image in kept["images"]}
+    if missing:
+        parser.error(
+            f"{args.json} lacks image {min(missing)}; is it COCO's instances_val2017.json?"
+        )
+    folder = args.output / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    for image in kept["images"]:
+        photo = args.images / image["file_name"]
+        if not photo.is_file():
+            parser.error(f"{photo} does not exist.")
+        shutil.copy(photo, folder)
+    (args.output / "instances.json").write_text(json.dumps(kept))
+    print(f"{args.output}: {len(kept['images'])} images, {len(kept['annotations'])} annotations")
+
+
+if __name__ == "__main__":
+    main()
