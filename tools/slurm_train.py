@@ -40,9 +40,9 @@ class Training:
     port: int
 
     def __call__(self) -> None:
-        environment = submitit.JobEnvironment()
         command = [sys.executable, str(TRAIN_NET), "--num-gpus", str(self.num_gpus)]
         if self.nodes > 1:
+            environment = submitit.JobEnvironment()
             master = environment.hostnames[0]
             command += ["--num-machines", str(self.nodes)]
             command += ["--machine-rank", str(environment.node)]
