@@ -47,7 +47,7 @@ def photos(tmp_path) -> Path:
 
 def test_pictures_table_and_coco_results(demo, photos, tmp_path, capsys):
     output = tmp_path / "out"
-    boxes = ["2,3,20,25", "-5,0,1000,30"]
+    boxes = ["2,3,20,25", "0,-5,1000,30"]
     arguments = ["--input", photos, "--output", output, "--boxes", *boxes, "--topk", 2]
     assert demo(*arguments, "--vocabulary", "cat, dog,bird") == 0
     results = json.loads((output / "results.json").read_text())
@@ -117,7 +117,7 @@ def test_a_vocabulary_file(demo, photos, tmp_path):
     ],
 )
 def test_wrong_arguments_give_one_line(demo, photos, tmp_path, arguments, message):
-    base = ["--input", photos / "a.png", "--output", tmp_path / "out"]
+    base = ["--input", photos / "a.png", "--output", tmp_path / "out", "--vocabulary", "cat,dog"]
     with pytest.raises(SystemExit, match=message):
         demo(*base, *arguments)
 
