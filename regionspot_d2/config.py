@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from detectron2.config import CfgNode as CN
 
 
@@ -11,6 +12,10 @@ def add_regionspot_config(cfg: CN) -> None:
     Args:
         cfg: a Detectron2 config, changed in place.
     """
+    # Detectron2's default is "cuda" everywhere.
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+
     # The frozen model that turns regions into mask tokens: a name in LOCALIZER_REGISTRY.
     cfg.MODEL.LOCALIZER = CN()
     cfg.MODEL.LOCALIZER.NAME = "SamLocalizer"
