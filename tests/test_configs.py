@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -172,3 +173,19 @@ def test_embedded_models_train():
         pytest.skip(str(error).splitlines()[0])
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert parameters == sum(p.numel() for p in model.region_head.parameters())
+
+
+@pytest.mark.parametrize("name", ["train_tinycoco", "train_demo_quick"])
+def test_tokens_can_be_extracted_with_a_config_that_evaluates_too(name, tmp_path, monkeypatch):
+    tool = CONFIGS.parent / "tools" / "extract_tokens.py"
+    spec = importlib.util.spec_from_file_location("extract_tokens", tool)
+    extract_tokens = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(extract_tokens)
+    asked = {}
+    monkeypatch.setattr(extract_tokens, "launch", lambda *_, args, **__: asked.update(cfg=args[1]))
+    # The data need not be there.
+    monkeypatch.setattr("regionspot_d2.engine.setup.register_coco_format", lambda entries: None)
+    monkeypatch.setattr("regionspot_d2.engine.setup._check_datasets", lambda key, names: None)
+    file = str(CONFIGS / "mini" / f"{name}.yaml")
+    extract_tokens.invoke_main(["--config-file", file, "--output", str(tmp_path)])
+    assert asked["cfg"].INPUT.TOKEN_CACHE == str(tmp_path) and asked["cfg"].DATASETS.TEST == ()

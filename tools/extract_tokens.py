@@ -65,7 +65,8 @@ def main(args: argparse.Namespace, cfg: CfgNode) -> None:
 def invoke_main(arguments: list[str] | None = None) -> None:
     """Reads the command line and starts the processes."""
     args = argument_parser().parse_args(arguments)
-    opts = [*args.opts, "DATASETS.TEST", "()"]
+    # What a config of training evaluates need not be there yet.
+    opts = [*args.opts, "DATASETS.TEST", "()", "MODEL.LOAD_PROPOSALS", "False"]
     if args.dataset:
         opts += ["DATASETS.TRAIN", repr(tuple(args.dataset))]
     if args.output:
