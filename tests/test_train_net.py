@@ -68,8 +68,13 @@ class Losses(HookBase):
 
 
 def train(cfg: CfgNode, *, resume: bool = False, stop_before: int | None = None) -> Losses:
-    """Trains without evaluation, in this process."""
+    """Loads the config from a file and trains without evaluation, in this process."""
     train_net.load_config(arguments(cfg).config_file)
+    return fit(cfg, resume=resume, stop_before=stop_before)
+
+
+def fit(cfg: CfgNode, *, resume: bool = False, stop_before: int | None = None) -> Losses:
+    """Trains with a config that is loaded: no file is written, so several processes may call it."""
     # The tiny towers have random weights; those of a real one come from a file.
     torch.manual_seed(cfg.SEED)
     trainer = RegionSpotTrainer(cfg)
@@ -176,7 +181,7 @@ def _train_with_losses(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     register_tiny_models()
     cfg = train_net.load_config(args.config_file)
-    losses = train(cfg)
+    losses = fit(cfg)
     if comm.is_main_process():
         Path(cfg.OUTPUT_DIR, "losses.json").write_text(json.dumps(losses.values))
 
