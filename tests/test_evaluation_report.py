@@ -16,7 +16,7 @@ from detectron2.evaluation import DatasetEvaluators
 from regionspot_d2 import add_regionspot_config
 from regionspot_d2.data import ODINW_13, ODINW_35
 from regionspot_d2.data.proposal_sources import from_ground_truth
-from regionspot_d2.data.proposals import Proposals, write_proposals
+from regionspot_d2.data.proposals import Proposals, read_proposals, write_proposals
 from regionspot_d2.evaluation import (
     COCOAPEvaluator,
     LVISAPEvaluator,
@@ -144,6 +144,18 @@ def test_recall_is_that_of_the_boxes_that_are_loaded(cfg: CfgNode) -> None:
     # Two of the six boxes of each image.
     cfg.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST = 2
     assert "| 33.33 " in write_report(cfg, {"bbox": {"AP": 1.0}})
+
+
+@pytest.mark.parametrize("made_for, expected", [(COCO, "100.00"), ("another", "50.00")])
+def test_recall_of_another_dataset_is_not_reported(cfg, made_for, expected) -> None:
+    path = cfg.DATASETS.PROPOSAL_FILES_TEST[1]
+    proposals, _ = read_proposals(path)
+    # A data set of the same images, with those objects only that the boxes are around.
+    records = [{**x, "annotations": x["annotations"][:3]} for x in DatasetCatalog.get(COCO)]
+    write_proposals(path, records, proposals, {"dataset": made_for, "source": "glip"})
+    cfg.DATASETS.TEST = (COCO,)
+    cfg.DATASETS.PROPOSAL_FILES_TEST = (path,)
+    assert f"| {expected} " in write_report(cfg, {"bbox": {"AP": 1.0}})
 
 
 def test_odinw() -> None:

@@ -286,6 +286,10 @@ def test_tokens_are_extracted_once_and_give_the_same_loss(cfg, caplog, monkeypat
         caplog.clear()
         train(cached)
         assert "no tokens" not in caplog.text
+    cached.INPUT.CACHED_IMAGE_SIZE = 32
+    with pytest.raises(train_net.ConfigError, match="CACHED_IMAGE_SIZE is 32, .* 64 x 64"):
+        train(cached)
+    cached.INPUT.CACHED_IMAGE_SIZE = 64
     # Millions of images are not extracted on the way.
     monkeypatch.setattr("regionspot_d2.engine.trainer._EXTRACTED_ON_THE_WAY", 3)
     cached.INPUT.TOKEN_CACHE += "_none"

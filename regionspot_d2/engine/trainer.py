@@ -6,7 +6,6 @@ import contextlib
 import logging
 import weakref
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from ..checkpoint import RegionSpotCheckpointer
 from ..data.build import build_test_loader, build_train_loader, open_token_caches, start_at
+from ..data.token_cache import has_tokens
 from ..data.token_extraction import extract_tokens
 from ..evaluation.build import build_evaluator
 from ..evaluation.report import write_report
@@ -57,6 +57,7 @@ class RegionSpotTrainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         if cfg.INPUT.TOKEN_CACHE:
+            _check_cached_image_size(cfg, model.vision_language)
             _complete_token_caches(cfg, model.localizer)
         self.ema = ModelEMA(model, cfg.MODEL.EMA.DECAY) if cfg.MODEL.EMA.ENABLED else None
         on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
@@ -186,12 +187,21 @@ def _checkpointables(ema: ModelEMA | None) -> dict[str, ModelEMA]:
     return {} if ema is None else {"ema": ema}
 
 
+def _check_cached_image_size(cfg: CfgNode, vision_language: nn.Module) -> None:
+    """Images squashed twice are not the images that the model is tested with."""
+    side = cfg.INPUT.CACHED_IMAGE_SIZE
+    if side and tuple(vision_language.image_size) != (side, side):
+        height, width = vision_language.image_size
+        raise ConfigError(
+            f"INPUT.CACHED_IMAGE_SIZE is {side}, but {cfg.MODEL.VISION_LANGUAGE.NAME} {cfg.MODEL.VISION_LANGUAGE.ARCH} takes "
+            f"images of {height} x {width}: set it to {max(height, width)}, or to 0 to leave images as they are."
+        )
+
+
 def _complete_token_caches(cfg: CfgNode, localizer: nn.Module) -> None:
     """Extracts tokens of small data sets that have none yet, and checks that all are of this localizer."""
     for name in cfg.DATASETS.TRAIN:
-        folder = Path(cfg.INPUT.TOKEN_CACHE, name)
-        # In our layout or that of the authors.
-        if (folder / "image_rows.npy").exists() or any(folder.glob("*.pth")):
+        if has_tokens(cfg.INPUT.TOKEN_CACHE, name):
             continue
         images = len(DatasetCatalog.get(name))
         if images > _EXTRACTED_ON_THE_WAY:

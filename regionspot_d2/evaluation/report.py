@@ -138,7 +138,8 @@ def _describe_boxes(cfg: CfgNode, index: int) -> dict[str, Any]:
     proposals, info = read_proposals(path)
     topk = cfg.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST
     images, recall = info.get("images"), info.get("recall")
-    if not info or any(len(found.boxes) > topk for found in proposals.values()):
+    made_for_another = info.get("dataset") != dataset
+    if made_for_another or any(len(found.boxes) > topk for found in proposals.values()):
         records = DatasetCatalog.get(dataset)
         images = len(records)
         recall = box_recall({k: select(v, topk=topk) for k, v in proposals.items()}, records)

@@ -49,6 +49,7 @@ class VisionLanguageModel(FrozenModule):
     Attributes:
         image_dim: W, the width of an image token.
         text_dim: D, the width of a text embedding.
+        image_size: height and width that images are squashed to.
         grid_size: rows and columns of the grid of image tokens. The image is squashed to the
             model's size, so the grid covers the whole image.
         num_prefix_tokens: tokens before the grid, 1 for a CLS token.
@@ -61,6 +62,7 @@ class VisionLanguageModel(FrozenModule):
 
     image_dim: int
     text_dim: int
+    image_size: tuple[int, int]
     grid_size: tuple[int, int]
     num_prefix_tokens: int
     templates: tuple[str, ...]
