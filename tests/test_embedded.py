@@ -27,6 +27,7 @@ from regionspot_d2.modeling.embedded import (
     lite_medsam,
     text_vectors,
 )
+from regionspot_d2.modeling.embedded.batch_norms import fold_batch_norms
 from regionspot_d2.modeling.embedded.efficientnet import DenseEfficientNetLite
 from regionspot_d2.modeling.embedded.mini import imagenet_vectors
 from regionspot_d2.modeling.embedded.packages import Package
@@ -191,13 +192,13 @@ class Quadrants(nn.Module):
     """Sure of another class in each corner of the image; its features are the mean colours of the cells."""
 
     stride = 2
-    feature_dim = 3
+    feature_dims = (3,)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         logits = torch.tensor(
             [[[40.0, 0.0], [0.0, 0.0]], [[0.0, 40.0], [0.0, 2.0]], [[0.0, 0.0], [40.0, 0.0]]]
         )
-        return F.avg_pool2d(images, 2), logits.expand(len(images), -1, -1, -1)
+        return [F.avg_pool2d(images, 2)], logits.expand(len(images), -1, -1, -1)
 
 
 @pytest.fixture
@@ -367,7 +368,7 @@ def test_dense_answers_average_to_the_package_s_own(small):
     with torch.no_grad():
         features, logits = small.classifier(images)
         expected = stock.eval()((images - 127) / 128)
-    assert features.shape == (2, 352, 3, 3)
+    assert [part.shape for part in features] == [(2, 352, 3, 3), (2, 120, 3, 3)]
     torch.testing.assert_close(logits.mean((2, 3)), expected, atol=1e-3, rtol=0)
 
 
@@ -392,6 +393,23 @@ def test_a_cat_is_a_cat_where_it_is(mini, chelsea, coffee):
     [found] = PooledRegionHead(vision_language=mini)([], tokens, [boxes])
     nearest = (found @ mini.encode_text(coco).T).argmax(1).tolist()
     assert [coco[index] for index in nearest] == ["cup", "cat"]
+
+
+def test_folding_batch_norms_does_not_change_a_network():
+    torch.manual_seed(0)
+    block = nn.ModuleDict({"c": nn.Conv2d(3, 4, 3, bias=False), "bn": nn.BatchNorm2d(4)})
+    block["bn"](10 * torch.randn(8, 4, 5, 5) + 3)
+    block.eval()
+    images = torch.randn(2, 3, 7, 7)
+    expected = block["bn"](block["c"](images))
+    folded = fold_batch_norms(block, [("c", "bn"), ("_other", "_names")])
+    torch.testing.assert_close(folded["c"](images), expected, atol=1e-5, rtol=1e-5)
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in folded.modules())
+
+
+def test_no_batch_norm_costs_time(lite, mini):
+    for network in (lite.image_encoder, mini.classifier):
+        assert not any(isinstance(part, nn.BatchNorm2d) for part in network.modules())
 
 
 @pytest.fixture(scope="module")

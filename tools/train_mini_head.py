@@ -219,15 +219,14 @@ def fit(
             [torch.ones(len(names)), torch.full((len(crops),), settings.teacher_weight)]
         ),
     )
-    vision_language = model.vision_language
-    blocks = [vision_language.text_dim, vision_language.image_dim - vision_language.text_dim, 10]
+    geometry = regions.features.shape[1] - model.vision_language.image_dim
     fit_linear_head(
         model.region_head,
         regions,
         share=settings.share,
         prior=settings.prior,
         ridge=settings.ridge,
-        blocks=blocks,
+        blocks=[*model.vision_language.token_parts, geometry],
     )
 
 

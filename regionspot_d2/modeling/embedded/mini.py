@@ -23,9 +23,9 @@ _SIDE = 512
 # Softness of the classifier's answers and how many of them count, chosen by zero-shot accuracy on COCO boxes.
 _TEMPERATURE = 2.0
 _CLASSES_PER_CELL = 50
-# Bring both parts of an image token to a standard deviation of about 1.
+# Bring all parts of an image token to a standard deviation of about 1.
 _CONSE_SCALE = 150.0
-_FEATURE_SCALE = 0.4
+_FEATURE_SCALES = (0.4, 0.2)
 # Without what all names have in common, cosines spread five times wider than CLIP's own, whose factor is 100.
 _LOGIT_SCALE = math.log(20)
 
@@ -36,10 +36,13 @@ class MiniVisionLanguage(VisionLanguageModel):
 
     Images: EfficientNet-Lite2 classifies each cell of the image, and the CLIP text vectors of its ImageNet classes are
     averaged by their probabilities ("ConSE", Norouzi et al., ICLR 2014, per cell). An image token is that average beside the
-    features of the classifier's last block. Words: CLIP ViT-B/32's vectors of the names of LVIS, COCO, Objects365 and
-    OpenImages, and no others.
+    features of the classifier's last block and of the last one with finer cells. Words: CLIP ViT-B/32's vectors of the
+    names of LVIS, COCO, Objects365 and OpenImages, and no others.
 
     ``MODEL.VISION_LANGUAGE.ARCH`` and ``.WEIGHTS`` are not read: models and weights are those of pinned packages.
+
+    Attributes:
+        token_parts: widths of the parts of an image token, the one in text space first.
     """
 
     num_prefix_tokens = 0
@@ -59,9 +62,10 @@ class MiniVisionLanguage(VisionLanguageModel):
         super().__init__()
         self.classifier = classifier
         self.text_vectors = text_vectors
-        self.side = side
+        self.image_size = (side, side)
         self.text_dim = class_vectors.shape[1]
-        self.image_dim = self.text_dim + classifier.feature_dim
+        self.token_parts = (self.text_dim, *classifier.feature_dims)
+        self.image_dim = sum(self.token_parts)
         self.grid_size = (side // classifier.stride, side // classifier.stride)
         self.fingerprint = f"{type(self).__name__}-{text_vectors.fingerprint}"
         self.register_buffer("class_vectors", class_vectors, persistent=False)
@@ -85,8 +89,11 @@ class MiniVisionLanguage(VisionLanguageModel):
             return self.class_vectors.new_zeros(0, rows * columns, self.image_dim)
         features, logits = self.classifier(torch.stack([self._squash(image) for image in images]))
         conse = self._conse(logits.flatten(2).transpose(1, 2))
-        features = features.flatten(2).transpose(1, 2)
-        return torch.cat([conse * _CONSE_SCALE, features * _FEATURE_SCALE], dim=2)
+        parts = [
+            part.flatten(2).transpose(1, 2) * scale
+            for part, scale in zip(features, _FEATURE_SCALES)
+        ]
+        return torch.cat([conse * _CONSE_SCALE, *parts], dim=2)
 
     def project(self, image_tokens: Tensor) -> Tensor:
         return image_tokens[..., : self.text_dim]
@@ -95,9 +102,10 @@ class MiniVisionLanguage(VisionLanguageModel):
         return self.text_vectors(texts).to(self.logit_scale.device)
 
     def _squash(self, image: Tensor) -> Tensor:
-        size = (self.side, self.side)
         image = image.to(self.logit_scale.device, self.class_vectors.dtype)[None]
-        return F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)[0]
+        return F.interpolate(
+            image, self.image_size, mode="bilinear", align_corners=False, antialias=True
+        )[0]
 
     def _conse(self, logits: Tensor) -> Tensor:
         """Class logits (B, L, K) -> vectors in text space (B, L, D)."""
