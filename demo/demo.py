@@ -1,254 +1,216 @@
-"""Names regions of photos. README.md beside this file has examples."""
+"""Names regions of photos and videos. README.md beside this file has examples."""
 
 from __future__ import annotations
 
 import argparse
-import glob
+import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from detectron2.structures import Instances
+from arguments import find_inputs, parse_arguments, read_vocabulary
+from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
-from detectron2.utils.visualizer import Visualizer
-from pycocotools import mask as mask_api
+from pictures import draw_attention, draw_regions, side_by_side, xyxy
+from PIL import Image
+from results import Entry, OtherResults, Record, to_coco, to_entry
+from sources import RegionSource, from_arguments, from_detector, from_file, from_sam
 from tabulate import tabulate
 from tqdm import tqdm
+from video import VIDEO_SUFFIXES, Video, VideoReadError, video_writer
 
 from regionspot_d2 import RegionSpotPredictor
 from regionspot_d2.data.images import ImageReadError, read_image
 from regionspot_d2.engine import load_config
-from regionspot_d2.modeling.automatic_masks import automatic_boxes
-from regionspot_d2.modeling.embedded import VOCABULARIES, known_vocabulary
+from regionspot_d2.modeling.region_head import REGION_HEAD_REGISTRY
 from regionspot_d2.modeling.vocabulary import clean_name
 
-ROOT = Path(__file__).resolve().parent.parent
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
+def is_video(path: Path) -> bool:
+    return path.suffix.lower() in VIDEO_SUFFIXES
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Names regions of photos.")
-    parser.add_argument(
-        "--config-file",
-        default=str(ROOT / "configs" / "mini" / "regionspot_mini.yaml"),
-        help="model to use; by default the small one that needs no download from a model hub",
+def picture_paths(paths: Sequence[Path], output: Path) -> list[Path]:
+    """Pictures are called after their images; images of the same name get a number."""
+    names_seen: Counter[str] = Counter()
+    pictures = []
+    for path in paths:
+        names_seen[path.name] += 1
+        number = f"-{names_seen[path.name]}" if names_seen[path.name] > 1 else ""
+        pictures.append(output / f"{path.name}{number}.{'mp4' if is_video(path) else 'png'}")
+    return pictures
+
+
+def check_attention(cfg: CfgNode, paths: Sequence[Path]) -> None:
+    head = cfg.MODEL.REGION_HEAD
+    if not hasattr(REGION_HEAD_REGISTRY.get(head.NAME), "attention") or not head.IMAGE_TOKENS:
+        raise SystemExit(
+            f"error: --attention: {head.NAME} (MODEL.REGION_HEAD.NAME) has no attention to the image; a trained "
+            "RegionSpotHead has: give its --config-file, and its weights by --opts MODEL.WEIGHTS."
+        )
+    for path in filter(is_video, paths):
+        raise SystemExit(f"error: --attention: {path} is a video; attention is drawn of photos.")
+
+
+def region_source(args: argparse.Namespace, predictor: RegionSpotPredictor) -> RegionSource:
+    if args.detector_config:
+        device = str(predictor.model.device)
+        return from_detector(args.detector_config, args.detector_weights, device)
+    if args.proposals == "sam":
+        return from_sam(predictor.model.localizer)
+    if args.proposals:
+        return from_file(args.proposals)
+    return from_arguments(args.boxes, args.points)
+
+
+def settings(args: argparse.Namespace, cfg: CfgNode, vocabulary: list[str]) -> dict[str, Any]:
+    """What decides over the results of an image, by option."""
+    plain = (
+        "boxes points detector-config detector-weights topk confidence-threshold attention compare"
     )
-    parser.add_argument(
-        "--input", nargs="+", required=True, metavar="PATH", help="files, globs or folders"
-    )
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="for pictures and json")
-    regions = parser.add_mutually_exclusive_group(required=True)
-    regions.add_argument(
-        "--boxes", nargs="+", metavar="X0,Y0,X1,Y1", help="regions, in pixels of each image"
-    )
-    regions.add_argument(
-        "--proposals",
-        metavar="FILE|sam",
-        help='json {"file name": {"boxes": [[x0, y0, x1, y1], ...], "scores": [...]}}, or "sam": '
-        "whatever the localizer's automatic mask generator finds",
-    )
-    parser.add_argument(
-        "--vocabulary",
-        default="lvis",
-        metavar="WORDS",
-        help=f"{'|'.join(VOCABULARIES)}, or names with commas between, or a text file with a name per line",
-    )
-    parser.add_argument(
-        "--confidence-threshold", type=float, default=0.0, help="leave out names that score less"
-    )
-    parser.add_argument("--topk", type=int, default=1, help="names per region")
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], help="config changes: KEY VALUE ..."
-    )
-    return parser.parse_args()
+    file = Path(args.proposals or "")
+    return {
+        "--config-file or --opts": digest(cfg.dump().encode()),
+        "--vocabulary": vocabulary,
+        "--proposals": [args.proposals, digest(file.read_bytes()) if file.is_file() else None],
+        **{f"--{name}": getattr(args, name.replace("-", "_")) for name in plain.split()},
+    }
 
 
-def find_images(patterns: list[str]) -> list[Path]:
-    found = []
-    for pattern in patterns:
-        if Path(pattern).is_dir():
-            inside = sorted(Path(pattern).iterdir())
-            matches = [path for path in inside if path.suffix.lower() in IMAGE_SUFFIXES]
-        else:
-            # A name that exists is meant as it is, brackets and all.
-            exists = Path(pattern).exists()
-            matches = [Path(p) for p in ([pattern] if exists else sorted(glob.glob(pattern)))]
-        if not matches:
-            raise SystemExit(f"error: --input {pattern}: there is no image.")
-        found += matches
-    return list(dict.fromkeys(found))
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
-def read_vocabulary(words: str) -> list[str]:
-    if words in VOCABULARIES:
-        return known_vocabulary(words)
-    if "," not in words and Path(words).is_file():
-        lines = Path(words).read_text(encoding="utf-8").splitlines()
-        return [line.strip() for line in lines if line.strip()]
-    return [word.strip() for word in words.split(",")]
+class Run:
+    """Names the regions of one image after another, draws them, and notes the results."""
 
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        predictor: RegionSpotPredictor,
+        source: RegionSource,
+        record: Record,
+        other: OtherResults | None,
+    ) -> None:
+        self.args = args
+        self.predictor = predictor
+        self.source = source
+        self.record = record
+        self.other = other
+        self.names = dict(enumerate(predictor.vocabulary, start=1))
+        self.entries: list[Entry] = []
 
-class Regions:
-    """The boxes of each image, from wherever the arguments say."""
+    def photo(self, path: Path, picture: Path) -> None:
+        entry = self.record.entries.get(str(path))
+        if entry is None:
+            image = read_image(str(path))
+            entry, attention = self.name_regions(str(path), image)
+            Image.fromarray(self.draw(entry, image)).save(picture)
+            if attention is not None:
+                panels = draw_attention(image, attention, entry["annotations"], self.names)
+                Image.fromarray(panels).save(picture.with_suffix(".attention.png"))
+            self.record.add(entry)
+        self.entries.append(entry)
 
-    def __init__(self, args: argparse.Namespace, predictor: RegionSpotPredictor) -> None:
-        self.localizer = predictor.model.localizer
-        self.boxes = [parse_box(text) for text in args.boxes] if args.boxes else None
-        self.by_name: dict[str, Any] | None = None
-        if args.proposals and args.proposals != "sam":
-            self.by_name = read_proposals(args.proposals)
-            self.file = args.proposals
+    def video(self, path: Path, picture: Path) -> None:
+        video = Video(path, self.args.every)
+        frames = tqdm(video, desc=path.name, unit="frame", total=video.expected_frames, leave=False)
+        with video_writer(picture, video.fps) as write:
+            for number, image in frames:
+                name = f"{path}#{number}"
+                # A video that was not finished is drawn anew, from what was noted of its frames.
+                entry = self.record.entries.get(name)
+                if entry is None:
+                    entry, _ = self.name_regions(name, image)
+                    self.record.add(entry)
+                self.entries.append(entry)
+                write(self.draw(entry, image))
 
-    def of(self, path: Path, image: np.ndarray) -> tuple[Any, np.ndarray | None]:
-        """Boxes (R, 4) XYXY in pixels of the image (H, W, 3), and their scores if they have any."""
-        if self.boxes is not None:
-            return self.boxes, None
-        if self.by_name is not None:
-            if path.name not in self.by_name:
-                raise ValueError(f"{self.file} has no boxes for '{path.name}'.")
-            entry = self.by_name[path.name]
-            scores = entry.get("scores")
-            return entry["boxes"], None if scores is None else np.asarray(scores, dtype=np.float32)
-        found = automatic_boxes(self.localizer, torch.from_numpy(image).permute(2, 0, 1))
-        if len(found) == 0:
-            raise ValueError(
-                "the automatic mask generator found no region. SAM finds many; the mini localizer, tuned to boxes, "
-                "finds few or none: give --boxes, or another --config-file."
-            )
-        return found.proposal_boxes.tensor, found.objectness_logits.cpu().numpy()
-
-
-def parse_box(text: str) -> list[float]:
-    try:
-        box = [float(number) for number in text.split(",")]
-    except ValueError:
-        box = []
-    if len(box) != 4:
-        raise SystemExit(f"error: --boxes {text}: four numbers x0,y0,x1,y1 are expected.")
-    return box
-
-
-def read_proposals(file: str) -> dict[str, Any]:
-    try:
-        entries = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: --proposals {file}: {error}") from error
-    if not isinstance(entries, dict):
-        raise SystemExit(f"error: --proposals {file}: a dict from file names to boxes is expected.")
-    for name, entry in entries.items():
-        if not isinstance(entry, dict) or "boxes" not in entry:
-            raise SystemExit(f"error: --proposals {file}: '{name}' has no 'boxes'.")
-        if len(entry.get("scores", entry["boxes"])) != len(entry["boxes"]):
-            raise SystemExit(f"error: --proposals {file}: '{name}' has not one score per box.")
-    return entries
-
-
-def by_region(found: Instances) -> Iterator[tuple[int, Instances]]:
-    for index in found.region_index.unique().tolist():
-        yield index, found[found.region_index == index]
-
-
-def draw(image: np.ndarray, found: Instances, names: list[str], path: Path) -> None:
-    """Draws each region once, with all its names, and saves the picture."""
-    boxes, labels, masks = [], [], []
-    for _, region in by_region(found):
-        words = [
-            f"{clean_name(names[c])} {100 * s:.0f}%"
-            for c, s in zip(region.pred_classes.tolist(), region.scores.tolist())
-        ]
-        boxes.append(region.pred_boxes.tensor[0].cpu().numpy())
-        labels.append(", ".join(words))
-        if region.has("pred_masks"):
-            masks.append(region.pred_masks[0].cpu().numpy())
-    visualizer = Visualizer(image)
-    visualizer.overlay_instances(
-        boxes=np.array(boxes).reshape(-1, 4), labels=labels, masks=masks or None
-    ).save(str(path))
-
-
-def to_coco(found: Instances, image_id: int, first_id: int) -> list[dict[str, Any]]:
-    annotations = []
-    for i in range(len(found)):
-        x0, y0, x1, y1 = (round(v, 2) for v in found.pred_boxes.tensor[i].tolist())
-        annotation = {
-            "id": first_id + i,
-            "image_id": image_id,
-            "category_id": int(found.pred_classes[i]) + 1,
-            "bbox": [x0, y0, round(x1 - x0, 2), round(y1 - y0, 2)],
-            "area": round((x1 - x0) * (y1 - y0), 2),
-            "iscrowd": 0,
-            "score": round(float(found.scores[i]), 6),
+    def name_regions(self, file_name: str, image: np.ndarray) -> tuple[Entry, np.ndarray | None]:
+        """The names, and if asked for the attention (R, rows, columns), of an image's regions."""
+        regions = self.source(Path(file_name).name, image)
+        prompts = {
+            "boxes": regions.boxes,
+            "points": regions.points,
+            "point_labels": regions.point_labels,
         }
-        if found.has("pred_masks"):
-            mask = np.asfortranarray(found.pred_masks[i].cpu().numpy().astype(np.uint8))
-            rle = mask_api.encode(mask)
-            annotation["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode()}
-            annotation["area"] = int(mask_api.area(rle))
-        annotations.append(annotation)
-    return annotations
+        self.predictor.set_image(image)
+        found = self.predictor.predict(**prompts, topk=self.args.topk)
+        if len(found) == 0:
+            tqdm.write(f"{file_name}: there is no region to name.", file=sys.stderr)
+        if regions.scores is not None:
+            scores = found.scores.new_tensor(regions.scores)
+            found.scores = found.scores * scores[found.region_index]
+        attention = None
+        if self.args.attention:
+            attention = self.predictor.attention_maps(**prompts).float().cpu().numpy()
+        found = found[found.scores >= self.args.confidence_threshold]
+        return to_entry(file_name, found), attention
+
+    def draw(self, entry: Entry, image: np.ndarray) -> np.ndarray:
+        """The picture of an image (H, W, 3), with the other run's beside it if there is one."""
+        ours = draw_regions(image, entry["annotations"], self.names)
+        if self.other is None:
+            return ours
+        title = "/".join(Path(self.args.compare).absolute().parts[-2:])
+        annotations = self.other.of(entry["file_name"])
+        if annotations is None:
+            return side_by_side([(f"{title}: no results", image), ("this run", ours)])
+        theirs = draw_regions(image, annotations, self.other.names)
+        return side_by_side([(title, theirs), ("this run", ours)])
+
+    def table(self) -> str:
+        rows = []
+        for entry in self.entries:
+            for annotation in entry["annotations"]:
+                box = ", ".join(f"{value:.0f}" for value in xyxy(annotation))
+                name = clean_name(self.names[annotation["category_id"]])
+                file_name = Path(entry["file_name"]).name
+                rows.append(
+                    [file_name, annotation["region"], box, name, f"{annotation['score']:.3f}"]
+                )
+        return tabulate(rows, headers=["image", "region", "box (x0, y0, x1, y1)", "name", "score"])
 
 
 def main() -> int:
     args = parse_arguments()
     setup_logger(name="regionspot_d2")
-    paths = find_images(args.input)
+    paths = find_inputs(args.input)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
+    other = OtherResults(args.compare) if args.compare else None
     try:
         cfg = load_config(args.config_file, args.opts, training=False)
-        predictor = RegionSpotPredictor(cfg, vocabulary=read_vocabulary(args.vocabulary))
+        vocabulary = read_vocabulary(args.vocabulary)
+        if args.attention:
+            check_attention(cfg, paths)
+        predictor = RegionSpotPredictor(cfg, vocabulary=vocabulary)
     except (OSError, KeyError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
-    regions = Regions(args, predictor)
+    source = region_source(args, predictor)
+    record = Record(output / "results.jsonl", settings(args, cfg, vocabulary), resume=args.resume)
+    run = Run(args, predictor, source, record, other)
 
-    # Pictures are called after their images; images of the same name get a number.
-    names_seen: Counter[str] = Counter()
-    rows, images, annotations, failures = [], [], [], []
-    for path in tqdm(paths, desc="Naming regions", unit="image"):
+    failures = []
+    pictures = picture_paths(paths, output)
+    for path, picture in tqdm(
+        zip(paths, pictures), total=len(paths), desc="Naming regions", unit="image"
+    ):
         try:
-            image = read_image(str(path))
-            boxes, scores = regions.of(path, image)
-            predictor.set_image(image)
-            found = predictor.predict(boxes=boxes, topk=args.topk)
-        except (ImageReadError, ValueError) as error:
+            (run.video if is_video(path) else run.photo)(path, picture)
+        except (ImageReadError, VideoReadError, ValueError) as error:
             failures.append(path)
             tqdm.write(f"{path}: {error}", file=sys.stderr)
-            continue
-        if scores is not None:
-            index = found.region_index
-            found.scores = found.scores * found.scores.new_tensor(scores)[index]
-        found = found[found.scores >= args.confidence_threshold]
-        names = predictor.vocabulary
-        names_seen[path.name] += 1
-        number = f"-{names_seen[path.name]}" if names_seen[path.name] > 1 else ""
-        draw(image, found, names, output / f"{path.name}{number}.png")
-        images.append(
-            {
-                "id": len(images) + 1,
-                "file_name": str(path),
-                "height": image.shape[0],
-                "width": image.shape[1],
-            }
-        )
-        annotations += to_coco(found, len(images), len(annotations) + 1)
-        for index, region in by_region(found):
-            box = ", ".join(f"{v:.0f}" for v in region.pred_boxes.tensor[0].tolist())
-            for c, s in zip(region.pred_classes.tolist(), region.scores.tolist()):
-                rows.append([path.name, index, box, clean_name(names[c]), f"{s:.3f}"])
 
-    results = {
-        "images": images,
-        "categories": [{"id": i + 1, "name": n} for i, n in enumerate(predictor.vocabulary)],
-        "annotations": annotations,
-    }
+    results = to_coco(run.entries, predictor.vocabulary)
     (output / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    print(tabulate(rows, headers=["image", "region", "box (x0, y0, x1, y1)", "name", "score"]))
-    print(f"\n{len(images)} pictures and results.json are in {output}.")
+    print(run.table())
+    done = len(paths) - len(failures)
+    print(f"\n{done} pictures and results.json are in {output}.")
     if failures:
         print(f"{len(failures)} of {len(paths)} images failed; see above.", file=sys.stderr)
     return 1 if failures else 0

@@ -1,27 +1,39 @@
-"""The demo: pictures, results, and what it says when its input is wrong."""
+"""The demo: pictures, videos, results, going on after a stop, and what it says when its input is wrong."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+from functools import partial
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+import torch
+from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_model
 from PIL import Image
 
+from regionspot_d2 import RegionSpotPredictor
+from regionspot_d2.modeling.automatic_masks import automatic_boxes
+
 from .test_regionspot import tiny_model, vocabularies  # noqa: F401 (fixture)
+from .test_roi_heads import zoo_cfg
 
 ROOT = Path(__file__).resolve().parent.parent
+FASTER_RCNN = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+HEAD_WITH_ATTENTION = ["--opts", "MODEL.REGION_HEAD.NAME", "RegionSpotHead"]
 
 
 @pytest.fixture
 def demo(monkeypatch):
     """Runs demo.py with arguments, on tiny towers; returns its exit status."""
+    # A script finds the files beside it.
+    monkeypatch.syspath_prepend(ROOT / "demo")
     spec = importlib.util.spec_from_file_location("demo", ROOT / "demo" / "demo.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    from regionspot_d2 import RegionSpotPredictor
 
     def tiny_predictor(cfg, vocabulary):
         return RegionSpotPredictor(tiny_model(), vocabulary=vocabulary)
@@ -45,9 +57,41 @@ def photos(tmp_path) -> Path:
     return folder
 
 
+def results_of(output: Path) -> dict:
+    return json.loads((output / "results.json").read_text())
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.array(Image.open(path))
+
+
+@pytest.fixture
+def video(tmp_path) -> Path:
+    """Three frames, 48 x 32, 10 per second."""
+    path = tmp_path / "clip.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 10, (48, 32))
+    for shade in (60, 120, 180):
+        writer.write(np.full((32, 48, 3), shade, dtype=np.uint8))
+    writer.release()
+    return path
+
+
+@pytest.fixture
+def detector(tmp_path) -> tuple[str, str, DefaultPredictor]:
+    """The config and the weights of a random detector, which wants RGB, and the detector."""
+    cfg = zoo_cfg(FASTER_RCNN)
+    cfg.INPUT.FORMAT = "RGB"
+    cfg.INPUT.MIN_SIZE_TEST = 160
+    torch.manual_seed(0)
+    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "detector.pth")
+    (tmp_path / "detector.yaml").write_text(cfg.dump())
+    cfg.MODEL.WEIGHTS = str(tmp_path / "detector.pth")
+    return str(tmp_path / "detector.yaml"), cfg.MODEL.WEIGHTS, DefaultPredictor(cfg)
+
+
 def test_pictures_table_and_coco_results(demo, photos, tmp_path, capsys):
     output = tmp_path / "out"
-    boxes = ["2,3,20,25", "0,-5,1000,30"]
+    boxes = ["2,3,20,25", "-5,-5,1000,30"]
     arguments = ["--input", photos, "--output", output, "--boxes", *boxes, "--topk", 2]
     assert demo(*arguments, "--vocabulary", "cat, dog,bird") == 0
     results = json.loads((output / "results.json").read_text())
@@ -108,6 +152,8 @@ def test_a_vocabulary_file(demo, photos, tmp_path):
     [
         (["--boxes", "1,2,3"], "--boxes 1,2,3: four numbers"),
         (["--boxes", "1,2,3,x"], "four numbers"),
+        (["--points", "1,2;3"], "--points 1,2;3: x,y or x,y,label"),
+        (["--points", "1,2,2"], "label 1 is on the region, 0 beside it"),
         (["--boxes", "0,0,9,9", "--input", "nowhere/*.jpg"], "nowhere.*no image"),
         (["--boxes", "0,0,9,9", "--vocabulary", "cat,,dog"], "Name 1"),
         (["--boxes", "0,0,9,9", "--vocabulary", "cat,cat"], "twice"),
@@ -127,3 +173,263 @@ def test_wrong_boxes_name_the_image_and_the_box(demo, photos, tmp_path, capsys):
     assert demo(*arguments, "--vocabulary", "cat,dog") == 1
     error = capsys.readouterr().err
     assert "b.jpg" in error and "Box 1" in error and "30 x 50" in error
+
+
+def test_boxes_and_points_are_one_question(demo, photos, tmp_path, capsys):
+    photo = photos / "a.png"
+    arguments = ["--input", photo, "--output", tmp_path / "out", "--vocabulary", "cat,dog"]
+    assert demo(*arguments, "--boxes", "2,3,20,25", "--points", "9,9", "30,9,1;5,35,0") == 0
+    predictor = RegionSpotPredictor(tiny_model(), vocabulary=["cat", "dog"])
+    predictor.set_image(photo)
+    expected = predictor.predict(
+        boxes=[[2, 3, 20, 25]], points=[[[9, 9]], [[30, 9], [5, 35]]], point_labels=[[1], [1, 0]]
+    )
+    annotations = results_of(tmp_path / "out")["annotations"]
+    assert [a["region"] for a in annotations] == [0, 1, 2]
+    assert [a["score"] for a in annotations] == pytest.approx(expected.scores.tolist())
+    boxes = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in annotations)]
+    np.testing.assert_allclose(boxes, expected.pred_boxes.tensor, atol=1e-4)
+
+
+def test_a_detector_finds_the_regions(demo, photos, tmp_path, detector):
+    config, weights, reference = detector
+    arguments = ["--input", photos / "a.png", "--output", tmp_path / "out"]
+    detectors = ["--detector-config", config, "--detector-weights", weights]
+    # The softmax over one word is 1, and leaves the detector's score.
+    assert demo(*arguments, *detectors, "--vocabulary", "cat") == 0
+    found = reference(cv2.imread(str(photos / "a.png")))["instances"]
+    assert len(found) > 0
+    annotations = results_of(tmp_path / "out")["annotations"]
+    assert [a["score"] for a in annotations] == pytest.approx(found.scores.tolist())
+    boxes = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in annotations)]
+    np.testing.assert_allclose(boxes, found.pred_boxes.tensor, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "detectors, message",
+    [
+        (["--detector-config", "no.yaml"], "no.yaml: this is no file, and no name"),
+        (["--detector-config", "{config}"], "give --detector-weights"),
+        (["--detector-config", "{photo}", "--detector-weights", "x"], "--detector-config .*a.png"),
+        (["--detector-config", FASTER_RCNN], "--detector-weights names .* cannot be downloaded"),
+        (["--detector-config", FASTER_RCNN, "--detector-weights", "x.pkl"], "weights.*x.pkl"),
+        (["--detector-config", "{config}", "--detector-weights", "{photo}"], "weights .*a.png"),
+    ],
+)
+def test_detectors_that_cannot_be_had(
+    demo, photos, tmp_path, monkeypatch, detector, detectors, message
+):
+    def unreachable(*args):
+        raise OSError("no network")
+
+    monkeypatch.setattr("regionspot_d2.modeling.weights._download", unreachable)
+    places = {"config": detector[0], "photo": photos / "a.png"}
+    arguments = ["--input", photos, "--output", tmp_path / "out", "--vocabulary", "cat,dog"]
+    with pytest.raises(SystemExit, match=message):
+        demo(*arguments, *(text.format(**places) for text in detectors))
+
+
+def test_sam_finds_the_regions(demo, photos, tmp_path, monkeypatch):
+    options = {"points_per_side": 2, "pred_iou_thresh": -10.0, "stability_score_thresh": 0.0}
+    monkeypatch.setattr("sources.automatic_boxes", partial(automatic_boxes, **options))
+    arguments = ["--input", photos / "a.png", "--output", tmp_path / "out", "--proposals", "sam"]
+    assert demo(*arguments, "--vocabulary", "cat") == 0
+    image = torch.from_numpy(pixels(photos / "a.png")).permute(2, 0, 1)
+    expected = automatic_boxes(tiny_model().localizer, image, **options).scores
+    assert len(expected) > 0
+    scores = [a["score"] for a in results_of(tmp_path / "out")["annotations"]]
+    assert scores == pytest.approx(expected.tolist())
+
+
+@pytest.mark.parametrize(
+    "regions",
+    [
+        [],
+        ["--boxes", "0,0,9,9", "--proposals", "sam"],
+        ["--points", "3,3", "--detector-config", FASTER_RCNN],
+        ["--boxes", "0,0,9,9", "--detector-weights", "x.pkl"],
+        ["--boxes", "0,0,9,9", "--every", "0"],
+        ["--boxes", "0,0,9,9", "--topk", "0"],
+    ],
+)
+def test_options_that_do_not_go_together(demo, photos, tmp_path, capsys, regions):
+    with pytest.raises(SystemExit):
+        demo("--input", photos, "--output", tmp_path / "out", *regions)
+    assert "error: " in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_an_image_without_regions_is_no_failure(demo, photos, tmp_path, capsys):
+    file = tmp_path / "boxes.json"
+    file.write_text(json.dumps({"a.png": {"boxes": []}, "b.jpg": {"boxes": [[1, 2, 9, 9]]}}))
+    arguments = ["--input", photos, "--output", tmp_path / "out", "--proposals", file]
+    assert demo(*arguments, "--vocabulary", "cat,dog") == 0
+    assert "a.png: there is no region" in capsys.readouterr().err
+    np.testing.assert_array_equal(
+        pixels(tmp_path / "out" / "a.png.png")[..., :3], pixels(photos / "a.png")
+    )
+    results = results_of(tmp_path / "out")
+    assert len(results["images"]) == 2 and [a["image_id"] for a in results["annotations"]] == [2]
+
+
+def test_attention_has_a_panel_for_each_region(demo, photos, tmp_path):
+    arguments = ["--input", photos / "a.png", "--output", tmp_path / "out", "--attention"]
+    boxes = ["--boxes", "2,3,20,25", "--points", "40,20"]
+    assert demo(*arguments, *boxes, "--vocabulary", "cat,dog", *HEAD_WITH_ATTENTION) == 0
+    height, width = pixels(tmp_path / "out" / "a.png.attention.png").shape[:2]
+    assert height > 40 and 3 * 60 < width < 4 * 60
+
+
+def test_heat_is_where_the_head_looks(demo):
+    from pictures import draw_attention, side_by_side
+
+    maps = np.zeros((1, 4, 4), dtype=np.float32)
+    maps[0, 2, 0] = 1
+    # The box of the first region is blue, the strongest heat red.
+    annotation = {"region": 0, "bbox": [70, 2, 20, 10], "score": 1, "category_id": 1}
+    picture = draw_attention(np.full((80, 120, 3), 128, np.uint8), maps, [annotation], {1: "cat"})
+    blank = np.zeros((80, 120, 3), np.uint8)
+    is_panel = (side_by_side([("", blank), ("", blank)]) == 0).all(2)
+    assert picture.shape[:2] == is_panel.shape
+    left = np.flatnonzero(is_panel.any(0))[120]
+    top = np.flatnonzero(is_panel.any(1))[0]
+    panel = picture[top : top + 80, left : left + 120].astype(int)
+    y, x = np.unravel_index((panel[..., 0] - panel[..., 2]).argmax(), (80, 120))
+    assert 40 <= y < 60 and 0 <= x < 30
+
+
+def test_attention_needs_a_trained_head(demo, photos, video, tmp_path):
+    arguments = ["--output", tmp_path / "out", "--boxes", "0,0,9,9", "--attention"]
+    with pytest.raises(SystemExit, match="--attention: LinearRegionHead"):
+        demo(*arguments, "--input", photos)
+    with pytest.raises(SystemExit, match="--attention: .*clip.avi is a video"):
+        demo(*arguments, "--input", video, *HEAD_WITH_ATTENTION)
+
+
+def test_other_results_are_on_the_left(demo, photos, tmp_path):
+    common = ["--input", photos, "--vocabulary"]
+    assert demo(*common, "cat,dog", "--boxes", "2,3,20,25", "--output", tmp_path / "other") == 0
+    assert demo(*common, "bird,bus", "--boxes", "9,9,29,39", "--output", tmp_path / "plain") == 0
+    file = tmp_path / "other" / "results.json"
+    content = json.loads(file.read_text())
+    content["images"][0]["file_name"] = "elsewhere/a.png"
+    content["images"].pop()  # b.jpg is not in it
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] == 1]
+    file.write_text(json.dumps(content))
+
+    both = [*common, "bird,bus", "--boxes", "9,9,29,39", "--output", tmp_path / "both"]
+    assert demo(*both, "--compare", file) == 0
+    for name, left in [("a.png", tmp_path / "other" / "a.png.png"), ("b.jpg", photos / "b.jpg")]:
+        picture = pixels(tmp_path / "both" / f"{name}.png")
+        left_half, right_half = np.split(picture, 2, axis=1)
+        assert contains(left_half, pixels(left)[..., :3])
+        assert contains(right_half, pixels(tmp_path / "plain" / f"{name}.png")[..., :3])
+
+
+def contains(picture: np.ndarray, part: np.ndarray) -> bool:
+    windows = np.lib.stride_tricks.sliding_window_view(picture, part.shape)
+    return bool((windows == part).all(axis=(-3, -2, -1)).any())
+
+
+@pytest.mark.parametrize("content", ["[]", '{"images": []}', "no json"])
+def test_other_results_of_another_form(demo, photos, tmp_path, content):
+    (tmp_path / "other.json").write_text(content)
+    arguments = ["--input", photos, "--output", tmp_path / "out", "--boxes", "0,0,9,9"]
+    with pytest.raises(SystemExit, match="--compare .*other.json"):
+        demo(*arguments, "--compare", tmp_path / "other.json")
+
+
+def test_a_video_becomes_a_video(demo, video, tmp_path, capsys):
+    arguments = ["--input", video, "--output", tmp_path / "out", "--boxes", "2,3,20,25"]
+    assert demo(*arguments, "--vocabulary", "cat,dog", "--every", 2) == 0
+    results = results_of(tmp_path / "out")
+    assert [i["file_name"] for i in results["images"]] == [f"{video}#0", f"{video}#2"]
+    assert [a["bbox"] for a in results["annotations"]] == [[2, 3, 18, 22]] * 2
+    table = capsys.readouterr().out
+    assert "clip.avi#0" in table and "clip.avi#2" in table
+    written = cv2.VideoCapture(str(tmp_path / "out" / "clip.avi.mp4"))
+    assert written.get(cv2.CAP_PROP_FPS) == 5
+    (tmp_path / "frames").mkdir()
+    for shade in (60, 180):
+        Image.new("RGB", (48, 32), (shade,) * 3).save(tmp_path / "frames" / f"{shade:03}.png")
+    arguments[1:4:2] = [tmp_path / "frames", tmp_path / "stills"]
+    assert demo(*arguments, "--vocabulary", "cat,dog") == 0
+    for still in ("060.png.png", "180.png.png"):
+        whole, frame = written.read()
+        difference = frame[:, :, ::-1] - pixels(tmp_path / "stills" / still).astype(float)
+        assert whole and np.abs(difference).mean() < 10  # the codec loses a little
+    assert not written.read()[0]
+    assert [path.name for path in (tmp_path / "out").glob("*.mp4")] == ["clip.avi.mp4"]
+
+
+def test_a_video_that_cannot_be_read(demo, photos, tmp_path, capsys):
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    inputs = ["--input", broken, photos / "a.png"]
+    arguments = [*inputs, "--output", tmp_path / "out", "--boxes", "0,0,9,9"]
+    assert demo(*arguments, "--vocabulary", "cat,dog") == 1
+    assert "broken.mp4: " in capsys.readouterr().err
+    assert len(results_of(tmp_path / "out")["images"]) == 1
+
+
+@pytest.fixture
+def images_encoded(monkeypatch):
+    """The shapes of the images that were encoded; the third encoding of the session stops the run."""
+    encoded: list[tuple] = []
+    set_image = RegionSpotPredictor.set_image
+
+    def spy(self, image, **options):
+        encoded.append(image.shape[:2])
+        if len(encoded) == 3:
+            raise KeyboardInterrupt
+        set_image(self, image, **options)
+
+    monkeypatch.setattr(RegionSpotPredictor, "set_image", spy)
+    return encoded
+
+
+def test_a_stopped_run_goes_on(demo, photos, video, tmp_path, images_encoded, capsys):
+    def run(output, *options):
+        common = ["--input", photos / "a.png", video, photos / "b.jpg", "--boxes", "2,3,20,25"]
+        return demo(*common, "--vocabulary", "cat,dog", "--output", tmp_path / output, *options)
+
+    with pytest.raises(KeyboardInterrupt):
+        run("out", "--resume")  # there is nothing yet to go on with
+    record = tmp_path / "out" / "results.jsonl"
+    with record.open("a") as file:
+        file.write('{"file_name": "torn')
+    assert not (tmp_path / "out" / "results.json").exists()
+    assert not list((tmp_path / "out").glob("*.mp4"))
+
+    assert run("out", "--resume") == 0
+    # a.png and the first frame are not encoded again.
+    assert images_encoded[3:] == [(32, 48), (32, 48), (50, 30)]
+    resumed = capsys.readouterr().out
+    assert run("anew") == 0 and len(images_encoded) == 11
+    assert results_of(tmp_path / "out") == results_of(tmp_path / "anew")
+    assert resumed.replace("/out", "/anew") == capsys.readouterr().out
+    for name in ("a.png.png", "clip.avi.mp4", "b.jpg.png"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "anew" / name).read_bytes()
+
+    assert run("out", "--resume") == 0 and len(images_encoded) == 11
+    assert run("out") == 0 and len(images_encoded) == 16
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--vocabulary", "cat,bird"],
+        ["--topk", "2"],
+        ["--boxes", "0,0,9,9"],
+        ["--points", "3,3"],
+        ["--confidence-threshold", "0.1"],
+        ["--opts", "MODEL.REGION_HEAD.NAME", "PooledRegionHead"],
+    ],
+)
+def test_a_run_does_not_go_on_with_other_settings(demo, photos, tmp_path, options):
+    common = ["--input", photos / "a.png", "--output", tmp_path / "out"]
+    common += ["--boxes", "0,0,9,8", "--vocabulary", "cat,dog"]
+    assert demo(*common) == 0
+    before = results_of(tmp_path / "out")
+    with pytest.raises(SystemExit, match=f"--resume: .*results.jsonl .*another .*{options[0]}"):
+        demo(*common, "--resume", *options)
+    assert results_of(tmp_path / "out") == before

@@ -1,0 +1,141 @@
+"""What the demo draws: regions with their names, where the head looks, pictures side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import matplotlib
+import numpy as np
+from detectron2.structures import BoxMode
+from detectron2.utils.colormap import colormap
+from detectron2.utils.visualizer import Visualizer
+from PIL import Image, ImageDraw, ImageFont
+from pycocotools import mask as mask_api
+
+from regionspot_d2.modeling.vocabulary import clean_name
+
+Annotation = Mapping[str, Any]
+_FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+_PANELS_PER_ROW = 4
+
+
+def by_region(annotations: Sequence[Annotation]) -> list[list[Annotation]]:
+    """Groups the names of each region. Results of other programs, without "region", are told apart by box."""
+    regions: dict[Any, list[Annotation]] = {}
+    for annotation in annotations:
+        key = annotation.get("region", tuple(annotation["bbox"]))
+        regions.setdefault(key, []).append(annotation)
+    return list(regions.values())
+
+
+def xyxy(annotation: Annotation) -> list[float]:
+    """The box of an annotation as corners."""
+    return BoxMode.convert(list(annotation["bbox"]), BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
+
+
+def draw_regions(
+    image: np.ndarray, annotations: Sequence[Annotation], names: Mapping[int, str]
+) -> np.ndarray:
+    """Draws each region once, with all its names.
+
+    Args:
+        image: (H, W, 3), uint8, RGB.
+        annotations: of this image, in COCO format.
+        names: by category id.
+
+    Returns:
+        (H, W, 3), uint8, RGB.
+    """
+    regions = by_region(annotations)
+    masks = [mask_api.decode(r[0]["segmentation"]) for r in regions if "segmentation" in r[0]]
+    drawn = Visualizer(image).overlay_instances(
+        boxes=np.array([xyxy(region[0]) for region in regions]).reshape(-1, 4),
+        labels=[_label(region, names) for region in regions],
+        masks=masks or None,
+        assigned_colors=[_color(region[0], i) for i, region in enumerate(regions)],
+    )
+    return drawn.get_image()
+
+
+def draw_attention(
+    image: np.ndarray,
+    maps: np.ndarray,
+    annotations: Sequence[Annotation],
+    names: Mapping[int, str],
+) -> np.ndarray:
+    """The regions, and beside them where the head looks to name each one (paper, Figure 4).
+
+    Args:
+        image: (H, W, 3), uint8, RGB.
+        maps: (R, rows, columns) over the whole image, by "region" of the annotations.
+        annotations, names: as for :func:`draw_regions`.
+
+    Returns:
+        Panels in rows, uint8, RGB.
+    """
+    regions = by_region(annotations)
+    boxed = image.copy()
+    for i, region in enumerate(regions):
+        _draw_box(boxed, region[0], i)
+    panels = [("regions", draw_regions(boxed, annotations, names))]
+    for i, region in enumerate(regions):
+        picture = _heat(image, maps[region[0]["region"]])
+        _draw_box(picture, region[0], i)
+        panels.append((_label(region, names), picture))
+    return side_by_side(panels)
+
+
+def side_by_side(panels: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
+    """Pictures of one size in rows of up to four, each under its title."""
+    height, width = panels[0][1].shape[:2]
+    rows = -(-len(panels) // _PANELS_PER_ROW)
+    columns = -(-len(panels) // rows)
+    size = max(11, min(height, width) // 18)
+    gap, strip = size // 2, 2 * size
+    # Even sides: video codecs want them.
+    canvas_size = (columns * (width + gap) + gap, rows * (height + strip) + gap)
+    canvas = Image.new("RGB", tuple(side + side % 2 for side in canvas_size), "white")
+    for i, (title, picture) in enumerate(panels):
+        x = gap + i % columns * (width + gap)
+        y = i // columns * (height + strip)
+        font = ImageFont.truetype(str(_FONT), size)
+        if font.getlength(title) > width:
+            font = ImageFont.truetype(str(_FONT), max(6, int(size * width / font.getlength(title))))
+        ImageDraw.Draw(canvas).text(
+            (x, y + strip // 2), title, fill="black", font=font, anchor="lm"
+        )
+        canvas.paste(Image.fromarray(picture), (x, y + strip))
+    return np.array(canvas)
+
+
+def _draw_box(picture: np.ndarray, annotation: Annotation, place: int) -> None:
+    x0, y0, x1, y1 = (round(value) for value in xyxy(annotation))
+    thickness = max(2, max(picture.shape) // 200)
+    # A dark rim keeps the box visible on every heat.
+    cv2.rectangle(picture, (x0, y0), (x1, y1), (0, 0, 0), thickness + 2)
+    color = (255 * _color(annotation, place)).tolist()
+    cv2.rectangle(picture, (x0, y0), (x1, y1), color, thickness)
+
+
+def _heat(image: np.ndarray, attention: np.ndarray) -> np.ndarray:
+    # A smooth map shows where it points, not where the cells of the grid end.
+    heat = cv2.resize(attention, (image.shape[1], image.shape[0]), interpolation=cv2.INTER_CUBIC)
+    heat = np.clip(heat / max(float(attention.max()), 1e-12), 0, 1)
+    colors = cv2.applyColorMap((255 * heat).astype(np.uint8), cv2.COLORMAP_JET)[:, :, ::-1]
+    # Where nothing is seen, the photo stays, a little darker.
+    opacity = 0.3 + 0.4 * np.sqrt(heat)[:, :, None]
+    return ((1 - opacity) * image + opacity * colors).astype(np.uint8)
+
+
+def _label(region: Sequence[Annotation], names: Mapping[int, str]) -> str:
+    words = [f"{clean_name(names[a['category_id']])} {100 * a['score']:.0f}%" for a in region]
+    return ", ".join(words)
+
+
+def _color(annotation: Annotation, place: int) -> np.ndarray:
+    # The same region has the same colour in every picture and every frame.
+    colors = colormap(rgb=True, maximum=1)
+    return colors[annotation.get("region", place) % len(colors)]

@@ -1,0 +1,176 @@
+"""Where regions come from: the command line, a file, SAM, or a detector."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import DefaultPredictor
+from detectron2.structures import Instances
+
+from regionspot_d2.data.proposal_sources import from_instances
+from regionspot_d2.modeling.automatic_masks import automatic_boxes
+from regionspot_d2.modeling.localizer import SamLocalizer
+from regionspot_d2.modeling.weights import WeightsNotFoundError, local_weights
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Regions of one image, boxes first, as ``RegionSpotPredictor.predict`` takes them.
+
+    Attributes:
+        boxes: R1 boxes, XYXY, pixels of the image; None if the source gives points alone.
+        points: R2 regions, each its points (x, y), pixels of the image.
+        point_labels: like ``points``, 1 on the region, 0 beside it.
+        scores: (R1,) of the boxes, if their source has any.
+    """
+
+    boxes: Any | None = None
+    points: list[list[list[float]]] | None = None
+    point_labels: list[list[int]] | None = None
+    scores: np.ndarray | None = None
+
+
+# From an image's name and its pixels (H, W, 3), uint8, RGB.
+RegionSource: TypeAlias = Callable[[str, np.ndarray], Regions]
+
+
+def from_arguments(
+    boxes: Sequence[str] | None = None, points: Sequence[str] | None = None
+) -> RegionSource:
+    """The same regions for every image, as --boxes and --points spell them."""
+    labelled = [_parse_points(text) for text in points or []]
+    regions = Regions(
+        boxes=[_parse_box(text) for text in boxes] if boxes else None,
+        points=[[point[:2] for point in region] for region in labelled] or None,
+        point_labels=[[int(point[2]) for point in region] for region in labelled] or None,
+    )
+    return lambda name, image: regions
+
+
+def _parse_box(text: str) -> list[float]:
+    box = _numbers(text)
+    if len(box) != 4:
+        raise SystemExit(f"error: --boxes {text}: four numbers x0,y0,x1,y1 are expected.")
+    return box
+
+
+def _parse_points(text: str) -> list[list[float]]:
+    points = [_numbers(point) for point in text.split(";")]
+    # A point without a label lies on the region.
+    points = [[*point, 1.0] if len(point) == 2 else point for point in points]
+    if not all(len(point) == 3 and point[2] in (0, 1) for point in points):
+        raise SystemExit(
+            f"error: --points {text}: x,y or x,y,label is expected, with ';' between the points of one region; "
+            "label 1 is on the region, 0 beside it."
+        )
+    return points
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        return []
+
+
+def from_file(file: str) -> RegionSource:
+    """The boxes that a json has for each image: README.md has an example."""
+    try:
+        entries = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: --proposals {file}: {error}") from error
+    if not isinstance(entries, dict):
+        raise SystemExit(f"error: --proposals {file}: a dict from file names to boxes is expected.")
+    for name, entry in entries.items():
+        if not isinstance(entry, dict) or "boxes" not in entry:
+            raise SystemExit(f"error: --proposals {file}: '{name}' has no 'boxes'.")
+        if len(entry.get("scores", entry["boxes"])) != len(entry["boxes"]):
+            raise SystemExit(f"error: --proposals {file}: '{name}' has not one score per box.")
+
+    def regions_of(name: str, image: np.ndarray) -> Regions:
+        if name not in entries:
+            raise ValueError(f"{file} has no boxes for '{name}'.")
+        entry = entries[name]
+        scores = np.asarray(entry["scores"], np.float32) if "scores" in entry else None
+        return Regions(boxes=entry["boxes"], scores=scores)
+
+    return regions_of
+
+
+def from_sam(localizer: SamLocalizer) -> RegionSource:
+    """Whatever the localizer's automatic mask generator finds."""
+    if not localizer.masks_are_fine:
+        print(
+            f"--proposals sam: {type(localizer).__name__}, tuned to boxes, finds few regions or none; SAM "
+            "(another --config-file) finds many.",
+            file=sys.stderr,
+        )
+
+    def regions_of(name: str, image: np.ndarray) -> Regions:
+        return _scored(automatic_boxes(localizer, torch.from_numpy(image).permute(2, 0, 1)))
+
+    return regions_of
+
+
+def from_detector(config: str, weights: str | None, device: str) -> RegionSource:
+    """What a detector of Detectron2 finds, with its scores.
+
+    Args:
+        config: a file, or a name of Detectron2's model zoo.
+        weights: a file or an URL; None for those of the zoo.
+        device: where it runs.
+    """
+    cfg = _detector_config(config, weights)
+    cfg.MODEL.DEVICE = device
+    try:
+        cfg.MODEL.WEIGHTS = str(local_weights(cfg.MODEL.WEIGHTS, "--detector-weights"))
+        detector = DefaultPredictor(cfg)
+    except WeightsNotFoundError as error:
+        raise SystemExit(f"error: {error}") from error
+    # Detectron2 raises anything, from AssertionError to UnpicklingError.
+    except Exception as error:
+        raise SystemExit(
+            f"error: --detector-config {config} with --detector-weights {cfg.MODEL.WEIGHTS}: {error}"
+        ) from error
+
+    def regions_of(name: str, image: np.ndarray) -> Regions:
+        # DefaultPredictor takes BGR and brings it into the detector's own order.
+        output = detector(image[:, :, ::-1])
+        # A region proposal network alone gives proposals.
+        found = output.get("instances", output.get("proposals"))
+        if found is None:
+            raise ValueError(f"the detector of {config} gives {', '.join(output)}, but no boxes.")
+        return _scored(found)
+
+    return regions_of
+
+
+def _detector_config(config: str, weights: str | None) -> CfgNode:
+    is_file = Path(config).is_file()
+    if is_file and not weights:
+        raise SystemExit(
+            f"error: --detector-config {config}: its weights are missing, give --detector-weights. "
+            "(MODEL.WEIGHTS in a config is where its training began.)"
+        )
+    cfg = get_cfg()
+    try:
+        cfg.merge_from_file(config if is_file else model_zoo.get_config_file(config))
+        cfg.MODEL.WEIGHTS = weights or model_zoo.get_checkpoint_url(config)
+    except Exception as error:
+        reason = str(error) if is_file else "this is no file, and no name in Detectron2's model zoo"
+        raise SystemExit(f"error: --detector-config {config}: {reason}.") from error
+    return cfg
+
+
+def _scored(found: Instances) -> Regions:
+    boxes, scores = from_instances(found)
+    return Regions(boxes=boxes, scores=scores)
