@@ -142,13 +142,20 @@ class Run:
         found = self.predictor.predict(**prompts, topk=self.args.topk)
         if len(found) == 0:
             tqdm.write(f"{file_name}: there is no region to name.", file=sys.stderr)
+        # The mask of a point may be empty; a name for nothing would mislead.
+        empty = ~found.pred_boxes.nonempty()
+        for region in found.region_index[empty].unique().tolist():
+            tqdm.write(
+                f"{file_name}: region {region} is left out: the localizer sees nothing at its points.",
+                file=sys.stderr,
+            )
         if regions.scores is not None:
             scores = found.scores.new_tensor(regions.scores)
             found.scores = found.scores * scores[found.region_index]
         attention = None
         if self.args.attention:
             attention = self.predictor.attention_maps(**prompts).float().cpu().numpy()
-        found = found[found.scores >= self.args.confidence_threshold]
+        found = found[~empty & (found.scores >= self.args.confidence_threshold)]
         return to_entry(file_name, found), attention
 
     def draw(self, entry: Entry, image: np.ndarray) -> np.ndarray:

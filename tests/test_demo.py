@@ -191,6 +191,23 @@ def test_boxes_and_points_are_one_question(demo, photos, tmp_path, capsys):
     np.testing.assert_allclose(boxes, expected.pred_boxes.tensor, atol=1e-4)
 
 
+def test_points_without_a_mask_are_left_out(demo, photos, tmp_path, monkeypatch, capsys):
+    predict = RegionSpotPredictor.predict
+
+    def with_an_empty_mask(self, **prompts):
+        found = predict(self, **prompts)
+        found.pred_boxes.tensor[found.region_index == 1] = 0
+        return found
+
+    monkeypatch.setattr(RegionSpotPredictor, "predict", with_an_empty_mask)
+    arguments = ["--input", photos / "a.png", "--output", tmp_path / "out", "--topk", 2]
+    points = ["--boxes", "2,3,20,25", "--points", "9,9", "30,9"]
+    assert demo(*arguments, *points, "--vocabulary", "cat,dog") == 0
+    assert capsys.readouterr().err.count("region 1 is left out") == 1
+    annotations = results_of(tmp_path / "out")["annotations"]
+    assert [a["region"] for a in annotations] == [0, 0, 2, 2]
+
+
 def test_a_detector_finds_the_regions(demo, photos, tmp_path, detector):
     config, weights, reference = detector
     arguments = ["--input", photos / "a.png", "--output", tmp_path / "out"]
