@@ -14,6 +14,8 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from fvcore.nn import sigmoid_focal_loss
 
+from regionspot_d2.modeling import PointPrompts
+
 from . import tiny
 
 WORDS = {"regionspot_pets": ["cat", "dog", "bird"], "regionspot_food": ["bread", "cup"]}
@@ -280,6 +282,22 @@ def test_boxes_outside_or_without_area_have_an_answer():
     assert found.scores.isfinite().all()
     # Detectron2 drops boxes without area from results, as for any detector.
     assert found.region_index.unique().tolist() == [0, 1]
+
+
+def test_the_box_of_points_holds_them_and_their_mask():
+    model = tiny_model()
+    points = torch.tensor([[[50.5, 20.2], [10.0, 70.0]], [[50.5, 20.2], [10.0, 70.0]]])
+    prompts = PointPrompts(points, torch.tensor([[1, 1], [1, 0]]))
+    side = model.localizer.side
+    logits = torch.full((2, 1, side // 4, side // 4), -9.0)
+    # Nothing is found: the pixels of the points on the region are what is known of it.
+    boxes = model.region_boxes(prompts, (80, 120), logits)
+    assert boxes.tensor.tolist() == [[10, 20, 51, 71], [50, 20, 51, 21]]
+    # All of the image is found.
+    assert model.region_boxes(prompts, (80, 120), -logits).tensor.tolist() == [[0, 0, 120, 80]] * 2
+    # Of points beside a region, and no mask, nothing is known.
+    prompts = PointPrompts(points, torch.zeros(2, 2, dtype=torch.long))
+    assert not model.region_boxes(prompts, (80, 120), logits).tensor.any()
 
 
 def test_a_missing_weights_file_is_told_before_anything_is_built(monkeypatch):

@@ -301,7 +301,7 @@ class RegionSpot(nn.Module):
     def region_boxes(
         self, region: Prompts, image_size: tuple[int, int], mask_logits: Tensor | None = None
     ) -> Boxes:
-        """Boxes of regions: of boxes themselves, of masks their bounds, of points the bounds of their masks.
+        """Boxes of regions: of boxes themselves, of masks their bounds, of points those around them and their masks.
 
         Args:
             region: R prompts on one image.
@@ -325,6 +325,7 @@ class RegionSpot(nn.Module):
             masks = self.localizer.full_size_masks(mask_logits, image_size, (size[0], size[1]))
             boxes = BitMasks(masks).get_bounding_boxes()
             boxes.scale(image_size[1] / size[1], image_size[0] / size[0])
+            boxes = _around_points(boxes.tensor, masks.flatten(1).any(1), region)
         boxes = boxes.to(self.device)
         boxes.clip(image_size)
         return boxes
@@ -448,3 +449,22 @@ def _mean_over_processes(count: int, device: torch.device) -> float:
     total = torch.tensor(float(count), device=device)
     torch.distributed.all_reduce(total)
     return max(total.item(), 1.0) / comm.get_world_size()
+
+
+def _around_points(boxes: Tensor, found: Tensor, region: PointPrompts) -> Boxes:
+    """Widens the boxes of masks to hold the points on their regions, which a poor mask leaves out.
+
+    Args:
+        boxes: (R, 4), XYXY; of no meaning where the mask is empty.
+        found: (R,) bool, whether there is a mask.
+        region: R point prompts, in the same frame.
+    """
+    inside = (region.labels == 1)[..., None]
+    pixels = region.points.floor()
+    first = pixels.masked_fill(~inside, torch.inf).amin(1)
+    last = pixels.masked_fill(~inside, -torch.inf).amax(1) + 1
+    start = torch.where(found[:, None], torch.minimum(boxes[:, :2], first), first)
+    end = torch.where(found[:, None], torch.maximum(boxes[:, 2:], last), last)
+    around = torch.cat([start, end], dim=1)
+    # Background points alone, and no mask.
+    return Boxes(around.where(around.isfinite(), around.new_zeros(())))
