@@ -2,15 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.structures import BitMasks, Boxes
 from torch import Tensor
 
 from .modeling import PointPrompts
+from .modeling.localizer import Prompts
+
+
+def as_prompts(
+    image_size: tuple[int, int],
+    *,
+    boxes: Any | None = None,
+    points: Any | None = None,
+    point_labels: Any | None = None,
+    masks: Any | None = None,
+) -> list[Prompts]:
+    """Checks regions of all kinds, numbered in the order boxes, points, masks.
+
+    Args:
+        image_size: (H, W) of the image.
+        boxes: see :func:`as_boxes`.
+        points: see :func:`as_points`.
+        point_labels: the ``labels`` of :func:`as_points`.
+        masks: see :func:`as_masks`.
+
+    Returns:
+        One prompt for each kind that was given.
+
+    Raises:
+        ValueError: if none was given, or one of them cannot be meant.
+    """
+    if boxes is None and points is None and masks is None:
+        raise ValueError("There are no regions: pass boxes=, points= or masks=.")
+    if points is None and point_labels is not None:
+        raise ValueError("There are point_labels= but no points=.")
+    prompts: list[Prompts] = []
+    count = 0
+    if boxes is not None:
+        found = as_boxes(boxes, image_size)
+        prompts.append(found)
+        count += len(found)
+    if points is not None:
+        marked = as_points(points, point_labels, image_size, count)
+        prompts.append(marked)
+        count += len(marked.points)
+    if masks is not None:
+        prompts.append(as_masks(masks, image_size, count))
+    return prompts
 
 
 def as_boxes(boxes: Any, image_size: tuple[int, int]) -> Boxes:
@@ -37,19 +79,22 @@ def as_boxes(boxes: Any, image_size: tuple[int, int]) -> Boxes:
             f"Boxes have the shape {tuple(values.shape)}; (R, 4) is expected, each x0, y0, x1, y1 in pixels."
         )
     height, width = image_size
-    for i, (x0, y0, x1, y1) in enumerate(values.tolist()):
-        said = f"Box {i} is ({x0:g}, {y0:g}, {x1:g}, {y1:g})"
-        if not np.isfinite([x0, y0, x1, y1]).all():
-            raise ValueError(f"{said}; its numbers must be finite.")
-        if x1 < x0 or y1 < y0:
-            raise ValueError(
-                f"{said}; x0, y0, x1, y1 with x0 < x1 and y0 < y1 is expected. Are its corners swapped, "
-                "or is it x, y, width, height?"
-            )
-        if x1 == x0 or y1 == y0:
-            raise ValueError(f"{said}; it has no area.")
-        if x1 <= 0 or y1 <= 0 or x0 >= width or y0 >= height:
-            raise ValueError(f"{said}; it lies outside the image of {width} x {height} pixels.")
+    x0, y0, x1, y1 = values.unbind(1)
+    faults = {
+        "its numbers must be finite.": ~values.isfinite().all(1),
+        "x0, y0, x1, y1 with x0 < x1 and y0 < y1 is expected. Are its corners swapped, or is it x, y, width, height?": (
+            (x1 < x0) | (y1 < y0)
+        ),
+        "it has no area.": (x1 == x0) | (y1 == y0),
+        f"it lies outside the image of {width} x {height} pixels.": (
+            (x1 <= 0) | (y1 <= 0) | (x0 >= width) | (y0 >= height)
+        ),
+    }
+    found = torch.stack(list(faults.values()), dim=1).nonzero()
+    if len(found):
+        i, fault = found[0].tolist()
+        numbers = ", ".join(f"{number:g}" for number in values[i].tolist())
+        raise ValueError(f"Box {i} is ({numbers}); {list(faults)[fault]}")
     checked = Boxes(values.clone())
     checked.clip(image_size)
     return checked
@@ -72,10 +117,17 @@ def as_points(
     Raises:
         ValueError: naming the first region without points, or with points outside the image.
     """
-    regions = [_numbers(region, "points").reshape(-1, 2) for region in points]
-    marks = [torch.ones(len(region), dtype=torch.int64) for region in regions]
+    regions = [_numbers(region, "points") for region in _each(points, "points")]
+    for i, region in enumerate(regions):
+        if len(region.shape) not in (1, 2) or (region.numel() and region.shape[-1] != 2):
+            raise ValueError(
+                f"The points of region {first_region + i} have the shape {tuple(region.shape)}; (P, 2) is expected, "
+                "each x, y in pixels."
+            )
+    regions = [region.reshape(-1, 2) for region in regions]
+    marks = [torch.ones(len(region)) for region in regions]
     if labels is not None:
-        marks = [_numbers(label, "point labels").reshape(-1).long() for label in labels]
+        marks = [_numbers(label, "point labels").flatten() for label in _each(labels, "labels")]
     if len(marks) != len(regions):
         raise ValueError(f"There are points of {len(regions)} regions but labels of {len(marks)}.")
     height, width = image_size
@@ -99,7 +151,7 @@ def as_points(
                 f"{said} has the point ({x:g}, {y:g}), outside the image of {width} x {height} pixels."
             )
         padded[i, : len(region)] = region
-        padded_marks[i, : len(region)] = mark
+        padded_marks[i, : len(region)] = mark.long()
     return PointPrompts(padded, padded_marks)
 
 
@@ -107,7 +159,7 @@ def as_masks(masks: Any, image_size: tuple[int, int], first_region: int = 0) -> 
     """Checks masks.
 
     Args:
-        masks: (R, H, W) of 0 and 1 at the size of the image, or ``BitMasks``.
+        masks: (R, H, W) of 0 and 1 at the size of the image, or (H, W), or ``BitMasks``.
         image_size: (H, W) of the image.
         first_region: number of the first region, for the messages.
 
@@ -115,6 +167,8 @@ def as_masks(masks: Any, image_size: tuple[int, int], first_region: int = 0) -> 
         ValueError: if they have another size, or naming the first that is empty.
     """
     values = _numbers(masks.tensor if isinstance(masks, BitMasks) else masks, "masks") > 0
+    if values.dim() == 1 and len(values) == 0:
+        values = values.reshape(0, *image_size)
     if values.dim() == 2:
         values = values[None]
     if values.dim() != 3 or tuple(values.shape[1:]) != tuple(image_size):
@@ -126,6 +180,15 @@ def as_masks(masks: Any, image_size: tuple[int, int], first_region: int = 0) -> 
     if len(empty):
         raise ValueError(f"The mask of region {first_region + int(empty[0])} is empty.")
     return BitMasks(values)
+
+
+def _each(values: Any, what: str) -> Iterable[Any]:
+    try:
+        return list(values)
+    except TypeError as error:
+        raise ValueError(
+            f"The {what} are {values!r}; a list with an entry per region is expected."
+        ) from error
 
 
 def _numbers(values: Any, what: str) -> Tensor:

@@ -144,8 +144,85 @@ def test_calls_out_of_order_say_what_is_missing():
         predictor.predict(boxes=[[0, 0, 1, 1]], vocabulary=["cat", "Cat"])
 
 
-def test_predict_batch(predictor, boxes, image):
-    results = predictor.predict_batch([image, image[:, ::-1].copy()], [boxes[:3], []])
-    predictor.set_image(image)
-    torch.testing.assert_close(results[0].scores, predictor.predict(boxes=boxes[:3]).scores)
-    assert len(results[1]) == 0
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_predict_batch_equals_single_runs(predictor, boxes, image, batch_size):
+    images = [image, image[:40, :70].copy(), image, image[::-1].copy(), image]
+    regions = [boxes[:3], [[5, 5, 60, 30]], [], boxes, boxes[4:]]
+    results = predictor.predict_batch(iter(images), regions, topk=2, batch_size=batch_size)
+    assert [found.image_size for found in results] == [i.shape[:2] for i in images]
+    # The image that was set before is still the one that is asked.
+    before = predictor.predict(boxes=boxes[:3], topk=2)
+    assert torch.equal(results[0].scores, before.scores) or batch_size > 1
+    for picture, region, found in zip(images, regions, results):
+        predictor.set_image(picture)
+        alone = predictor.predict(boxes=region, topk=2)
+        torch.testing.assert_close(found.scores, alone.scores, atol=1e-5, rtol=0)
+        assert torch.equal(found.pred_classes, alone.pred_classes)
+        assert torch.equal(found.region_index, alone.region_index)
+        assert torch.equal(found.pred_boxes.tensor, alone.pred_boxes.tensor)
+        assert torch.equal(found.pred_masks, alone.pred_masks)
+
+
+def test_predict_batch_names_the_image_that_is_wrong(predictor, boxes, image):
+    fine = [[1, 2, 3, 4]]
+    with pytest.raises(ValueError, match="Image 1: Box 0 is .* outside"):
+        predictor.predict_batch([image, image], [fine, [[500, 2, 600, 4]]])
+    with pytest.raises(ValueError, match="Image 2: The image is of the type NoneType"):
+        predictor.predict_batch([image, image, None], [fine, fine, fine])
+    with pytest.raises(ValueError, match="2 images but boxes for 1"):
+        predictor.predict_batch([image, image], [fine])
+    with pytest.raises(ValueError, match="more images than the 1"):
+        predictor.predict_batch((image for _ in range(2)), [fine])
+    with pytest.raises(ValueError, match="1 images but boxes for 2"):
+        predictor.predict_batch((image for _ in range(1)), [fine, fine])
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        predictor.predict_batch([image], [fine], batch_size=0)
+    assert predictor.predict_batch([], []) == []
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (None, "type NoneType"),
+        ([[1, 2], [3, 4]], "type list"),
+        (np.random.default_rng(0).random((9, 9, 3)), "Multiply by 255"),
+        (np.full((9, 9, 3), -1), "from -1 to -1; 0..255 is expected"),
+        (np.full((9, 9, 3), np.nan), "0..255 is expected"),
+        (torch.full((3, 9, 9), 256), "0..255 is expected"),
+    ],
+)
+def test_images_that_cannot_be_meant(predictor, given, message):
+    with pytest.raises(ValueError, match=message):
+        predictor.set_image(given)
+
+
+def test_channels_that_do_not_exist(predictor, image):
+    with pytest.raises(ValueError, match="channels is 'bgr'"):
+        predictor.set_image(image, channels="bgr")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, np.uint16])
+def test_pixels_of_any_type(predictor, boxes, image, dtype):
+    expected = predictor.predict(boxes=boxes).scores
+    predictor.set_image(image.astype(dtype))
+    found = predictor.predict(boxes=boxes).scores
+    # Resizing rounds whole numbers alone.
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 if np.issubdtype(dtype, np.floating) else 1e-6)
+
+
+def test_the_image_may_be_drawn_on_afterwards(predictor, boxes, image):
+    expected = predictor.region_embeddings(boxes=boxes)
+    for given in (image.copy(), torch.from_numpy(image).permute(2, 0, 1).clone()):
+        predictor.set_image(given)
+        given[:] = 0
+        assert torch.equal(predictor.region_embeddings(boxes=boxes), expected)
+
+
+def test_a_vocabulary_that_was_refused_is_refused_again(predictor, boxes):
+    for _ in range(2):
+        with pytest.raises(ValueError, match="twice"):
+            predictor.predict(boxes=boxes, vocabulary=["cat", "cat"])
+    assert predictor.vocabulary == WORDS
+    for _ in range(2):
+        with pytest.raises(ValueError, match="Name 1 of the vocabulary is 3"):
+            predictor.predict(boxes=boxes, vocabulary=["cat", 3])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from detectron2.structures import BitMasks, Boxes
 
-from regionspot_d2.regions import as_boxes, as_masks, as_points
+from regionspot_d2.regions import as_boxes, as_masks, as_points, as_prompts
 
 SIZE = (60, 90)  # height, width
 
@@ -80,6 +80,11 @@ def test_one_point_a_region():
         ([[[1, 2]], [[1, 2]]], [[1], [2]], "Region 3 has the labels .2."),
         ([[[1, 2]]], [[1], [1]], "labels of 2"),
         ([[[1, float("nan")]]], None, "Region 2 .* outside"),
+        ([[[1, 2]]], [[0.5]], "Region 2 has the labels .0.5."),
+        ([[1, 2, 3]], None, "points of region 2 have the shape .3,."),
+        ([[1, 2, 3, 4]], None, "points of region 2 have the shape .4,."),
+        ([[[1, 2]]], 1, "labels are 1; a list"),
+        (5, None, "points are 5; a list"),
     ],
 )
 def test_points_that_cannot_be_meant(points, labels, message):
@@ -96,3 +101,21 @@ def test_masks():
         as_masks(np.stack([mask, mask * 0]), SIZE, first_region=4)
     with pytest.raises(ValueError, match=r"\(R, 60, 90\) is expected"):
         as_masks(mask.T, SIZE)
+
+
+def test_no_masks():
+    assert len(as_masks([], SIZE)) == 0
+
+
+def test_regions_of_all_kinds_are_numbered_together():
+    mask = np.ones(SIZE, dtype=bool)
+    boxes, points, masks = as_prompts(SIZE, boxes=[1, 2, 3, 4], points=[[1, 2]], masks=mask)
+    assert (len(boxes), len(points.points), len(masks)) == (1, 1, 1)
+    with pytest.raises(ValueError, match="region 2 is empty"):
+        as_prompts(SIZE, boxes=[1, 2, 3, 4], points=[[1, 2]], masks=mask & False)
+    with pytest.raises(ValueError, match="Region 1 has the point"):
+        as_prompts(SIZE, boxes=[1, 2, 3, 4], points=[[-1, 2]])
+    with pytest.raises(ValueError, match="boxes=, points= or masks="):
+        as_prompts(SIZE)
+    with pytest.raises(ValueError, match="no points="):
+        as_prompts(SIZE, boxes=[1, 2, 3, 4], point_labels=[[1]])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ _BATCH_SIZE = 256
 
 def clean_name(name: str) -> str:
     """Writes a class name as words: ``"aerosol_can"`` becomes ``"aerosol can"``."""
-    return re.sub(r"[_\s]+", " ", name).strip()
+    return " ".join(name.replace("_", " ").split())
 
 
 class TextEmbedder:
@@ -117,11 +116,12 @@ def check_names(names: Sequence[str], *, repeats: bool = False) -> None:
         raise ValueError("The vocabulary is empty; give at least one name.")
     places: dict[str, int] = {}
     for place, name in enumerate(names):
-        if not isinstance(name, str) or not clean_name(name):
+        words = clean_name(name) if isinstance(name, str) else ""
+        if not words:
             raise ValueError(
                 f"Name {place} of the vocabulary is {name!r}; names are non-empty text."
             )
-        first = places.setdefault(clean_name(name).lower(), place)
+        first = places.setdefault(words.lower(), place)
         if first != place and not repeats:
             raise ValueError(
                 f"The vocabulary has '{name}' twice (places {first} and {place}); "
