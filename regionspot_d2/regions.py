@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.structures import BitMasks, Boxes
 from torch import Tensor
@@ -195,6 +196,8 @@ def _numbers(values: Any, what: str) -> Tensor:
     try:
         if isinstance(values, Sequence) and len(values) and isinstance(values[0], Tensor):
             return torch.stack(list(values)).detach().float().cpu()
+        if isinstance(values, Sequence) and len(values) and isinstance(values[0], np.ndarray):
+            values = np.stack(values)
         return torch.as_tensor(values).detach().float().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"The {what} cannot be read as numbers: {error}.") from error

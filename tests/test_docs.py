@@ -56,6 +56,10 @@ def test_getting_started(as_a_reader):
     assert len(names["names"]) == 2 and set(names["names"]) <= {"cat", "dog", "sofa"}
     assert len(names["found"]) == 2
     assert names["vectors"].shape == (1, names["predictor"].model.vision_language.text_dim)
+    assert [row["image_id"] for row in names["rows"]] == [1, 1]
+    expected = names["found"].pred_boxes.tensor.numpy()
+    np.testing.assert_allclose(names["detections"].xyxy, expected)
+    assert [len(found) for found in names["results"]] == [1, 0]
     found = names["output"]["instances"]
     assert len(found) > 0 and found.has("pred_masks")
     assert set(found.pred_classes.tolist()) <= {0, 1, 2}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
@@ -124,6 +126,16 @@ def chelsea():
     return data.chelsea()
 
 
+@pytest.fixture
+def demo_photos(monkeypatch) -> dict[str, Path]:
+    for package in ("skimage", "matplotlib"):
+        pytest.importorskip(package)
+    monkeypatch.syspath_prepend(str(ROOT / "demo"))
+    from photos import photo_paths
+
+    return {path.name: path for path in photo_paths()}
+
+
 CAT_BOX = [[30.0, 10.0, 440.0, 295.0]]
 
 
@@ -160,3 +172,37 @@ def test_localizer_rests_until_a_mask_is_needed(predictor, chelsea, monkeypatch)
     assert not calls
     predictor.predict(points=[[230.0, 130.0]])
     assert calls == [1]
+
+
+def ellipse(box: list[float], size: tuple[int, int]) -> np.ndarray:
+    """A mask (H, W) of the ellipse that fits the box."""
+    x0, y0, x1, y1 = box
+    y, x = np.mgrid[: size[0], : size[1]] + 0.5
+    return (2 * x - x0 - x1) ** 2 / (x1 - x0) ** 2 + (2 * y - y0 - y1) ** 2 / (y1 - y0) ** 2 <= 1
+
+
+def cross(box: list[float]) -> list[list[float]]:
+    """The middle of the box, and the four points halfway from there to its sides."""
+    x0, y0, x1, y1 = box
+    shares = ((0.5, 0.5), (0.25, 0.5), (0.75, 0.5), (0.5, 0.25), (0.5, 0.75))
+    return [[x0 + u * (x1 - x0), y0 + v * (y1 - y0)] for u, v in shares]
+
+
+def test_box_mask_and_points_of_a_large_object_give_the_same_name(predictor, demo_photos):
+    compared = 0
+    for name, regions in json.loads((ROOT / "demo/boxes.json").read_text()).items():
+        predictor.set_image(demo_photos[name])
+        size = predictor.image_size
+        for box in regions["boxes"]:
+            if (box[2] - box[0]) * (box[3] - box[1]) <= size[0] * size[1] / 10:
+                continue
+            compared += 1
+            found = predictor.predict(
+                boxes=[box],
+                points=[cross(box), cross(box)[:1]],
+                masks=[ellipse(box, size)],
+                vocabulary=known_vocabulary("lvis"),
+            )
+            names = [predictor.vocabulary[i] for i in found.pred_classes]
+            assert len(set(names)) == 1, f"{name}, {box}: {names}"
+    assert compared == 9

@@ -207,7 +207,9 @@ def test_pixels_of_any_type(predictor, boxes, image, dtype):
     predictor.set_image(image.astype(dtype))
     found = predictor.predict(boxes=boxes).scores
     # Resizing rounds whole numbers alone.
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 if np.issubdtype(dtype, np.floating) else 1e-6)
+    torch.testing.assert_close(
+        found, expected, rtol=0, atol=1e-3 if np.issubdtype(dtype, np.floating) else 1e-6
+    )
 
 
 def test_the_image_may_be_drawn_on_afterwards(predictor, boxes, image):

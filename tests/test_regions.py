@@ -20,6 +20,7 @@ SIZE = (60, 90)  # height, width
         np.array([[1, 2, 3, 4]], dtype=np.int64),
         torch.tensor([[1.0, 2, 3, 4]], dtype=torch.float64),
         [torch.tensor([1, 2, 3, 4])],
+        [np.array([1, 2, 3, 4])],
         Boxes(torch.tensor([[1.0, 2, 3, 4]])),
     ],
 )
@@ -95,7 +96,13 @@ def test_points_that_cannot_be_meant(points, labels, message):
 def test_masks():
     mask = np.zeros(SIZE, dtype=np.uint8)
     mask[3:9, 4:20] = 255
-    for given in (mask, mask[None], torch.from_numpy(mask), BitMasks(torch.from_numpy(mask)[None])):
+    for given in (
+        mask,
+        mask[None],
+        [mask],
+        torch.from_numpy(mask),
+        BitMasks(torch.from_numpy(mask)[None]),
+    ):
         assert as_masks(given, SIZE).get_bounding_boxes().tensor.tolist() == [[4, 3, 20, 9]]
     with pytest.raises(ValueError, match="region 5 is empty"):
         as_masks(np.stack([mask, mask * 0]), SIZE, first_region=4)
