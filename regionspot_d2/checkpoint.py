@@ -27,7 +27,7 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
     * Files of a region head alone are read, with or without the prefix ``region_head.``, wherever in the model the head
       sits.
     * A file that does not hold the whole region head of the model is an error, not a warning: a part that keeps its
-      random weights names regions at random.
+      random weights names regions at random. Only where the head sits in a detector, a file of the detector will do.
     """
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -107,6 +107,12 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
                     break
         expected = self.model.state_dict()
         missing = [key for key in wanted if key not in state]
+        if missing == wanted and any(key in expected for key in state):
+            logger.warning(
+                "'%s' holds a detector without a region head: the head keeps the weights it has.",
+                self._path,
+            )
+            return super()._load_model(checkpoint)
         if missing:
             raise ValueError(
                 f"'{self._path}' does not hold the region head of this model: {_some(missing)} not in it. "

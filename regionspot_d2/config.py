@@ -95,6 +95,3 @@ def add_regionspot_config(cfg: CN) -> None:
     cfg.MODEL.EMA.DECAY = 0.9998
     # With TEST.EVAL_PERIOD: the result that decides over model_best.pth; with several test sets "<dataset>/bbox/AP".
     cfg.TEST.BEST_METRIC = "bbox/AP"
-
-    # SAM and CLIP were trained on RGB.
-    cfg.INPUT.FORMAT = "RGB"

@@ -293,6 +293,9 @@ def test_the_box_of_points_holds_them_and_their_mask():
     # Nothing is found: the pixels of the points on the region are what is known of it.
     boxes = model.region_boxes(prompts, (80, 120), logits)
     assert boxes.tensor.tolist() == [[10, 20, 51, 71], [50, 20, 51, 21]]
+    corner = PointPrompts(torch.tensor([[[120.0, 80.0]]]), torch.ones(1, 1, dtype=torch.long))
+    box = model.region_boxes(corner, (80, 120), logits[:1])
+    assert box.tensor.tolist() == [[119, 79, 120, 80]]
     # All of the image is found.
     assert model.region_boxes(prompts, (80, 120), -logits).tensor.tolist() == [[0, 0, 120, 80]] * 2
     # Of points beside a region, and no mask, nothing is known.

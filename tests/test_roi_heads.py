@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from detectron2 import model_zoo
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
@@ -15,6 +17,7 @@ from detectron2.utils.events import EventStorage
 
 import regionspot_d2
 from regionspot_d2 import add_regionspot_config
+from regionspot_d2.checkpoint import RegionSpotCheckpointer
 from regionspot_d2.modeling import RegionSpot
 
 from . import tiny
@@ -126,7 +129,6 @@ def plugged_cfg(host: str, masks: bool) -> CfgNode:
     small = tiny.tiny_cfg()
     for key in ("LOCALIZER", "VISION_LANGUAGE", "REGION_HEAD"):
         cfg.MODEL[key] = small.MODEL[key]
-    cfg.INPUT.FORMAT = "BGR"
     cfg.MODEL.MASK_ON = masks
     cfg.MODEL.ROI_HEADS.NAME = "RegionSpotROIHeads"
     cfg.MODEL.ROI_HEADS.HOST = host
@@ -217,6 +219,50 @@ def test_a_checkpoint_of_the_detector_holds_its_heads_but_no_tower():
     assert any(key.startswith("roi_heads.host.box_head.") for key in keys)
     assert any(key.startswith("roi_heads.regionspot.region_head.") for key in keys)
     assert not any("localizer" in key or "vision_language" in key for key in keys)
+
+
+@pytest.fixture
+def detector_file(tmp_path) -> tuple[torch.nn.Module, Path]:
+    """A finished Mask R-CNN of three classes, and its checkpoint."""
+    cfg = zoo_cfg(MASK_RCNN)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
+    cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = True
+    torch.manual_seed(7)
+    detector = build_model(cfg).eval()
+    DetectionCheckpointer(detector, str(tmp_path)).save("detector")
+    return detector, tmp_path / "detector.pth"
+
+
+@pytest.mark.parametrize("checkpointer", [DetectionCheckpointer, RegionSpotCheckpointer])
+def test_a_finished_detector_becomes_the_host(detector_file, checkpointer, caplog):
+    detector, path = detector_file
+    model = build_plugged("StandardROIHeads", masks=True).eval()
+    head = copy.deepcopy(model.roi_heads.regionspot.region_head.state_dict())
+    checkpointer(model).load(str(path))
+    found = model(inputs())[0]["instances"]
+    own = detector(inputs())[0]["instances"]
+    torch.testing.assert_close(found.pred_boxes.tensor, own.pred_boxes.tensor)
+    assert torch.equal(found.host_classes, own.pred_classes)
+    assert torch.equal(found.pred_masks, own.pred_masks)
+    # The head may come from a file of its own, before or after.
+    for key, value in model.roi_heads.regionspot.region_head.state_dict().items():
+        assert torch.equal(value, head[key])
+    if checkpointer is RegionSpotCheckpointer:
+        assert "detector without a region head" in caplog.text
+
+
+def test_masks_of_detections_are_those_of_the_hosts_classes():
+    model = build_plugged("StandardROIHeads", masks=True).eval()
+    # More words than the host has classes.
+    model.roi_heads.vocabulary = [f"word {i}" for i in range(50)]
+    with torch.no_grad():
+        [found] = model.inference(inputs(), do_postprocess=False)
+        again = [Instances(found.image_size, **copy.deepcopy(found.get_fields()))]
+        again[0].remove("pred_masks")
+        [again] = model.inference(inputs(), detected_instances=again, do_postprocess=False)
+    assert int(found.pred_classes.max()) >= 3
+    assert torch.equal(again.pred_masks, found.pred_masks)
+    assert torch.equal(again.pred_classes, found.pred_classes)
 
 
 def test_words_are_asked_for():

@@ -167,4 +167,5 @@ def tiny_cfg() -> CfgNode:
     cfg.MODEL.VISION_LANGUAGE.ARCH = "tiny"
     cfg.MODEL.VISION_LANGUAGE.WEIGHTS = ""
     cfg.MODEL.REGION_HEAD.FFN_DIM = 96
+    cfg.INPUT.FORMAT = "RGB"
     return cfg

@@ -325,7 +325,7 @@ class RegionSpot(nn.Module):
             masks = self.localizer.full_size_masks(mask_logits, image_size, (size[0], size[1]))
             boxes = BitMasks(masks).get_bounding_boxes()
             boxes.scale(image_size[1] / size[1], image_size[0] / size[0])
-            boxes = _around_points(boxes.tensor, masks.flatten(1).any(1), region)
+            boxes = _around_points(boxes.tensor, masks.flatten(1).any(1), region, image_size)
         boxes = boxes.to(self.device)
         boxes.clip(image_size)
         return boxes
@@ -451,16 +451,20 @@ def _mean_over_processes(count: int, device: torch.device) -> float:
     return max(total.item(), 1.0) / comm.get_world_size()
 
 
-def _around_points(boxes: Tensor, found: Tensor, region: PointPrompts) -> Boxes:
+def _around_points(
+    boxes: Tensor, found: Tensor, region: PointPrompts, image_size: tuple[int, int]
+) -> Boxes:
     """Widens the boxes of masks to hold the points on their regions, which a poor mask leaves out.
 
     Args:
         boxes: (R, 4), XYXY; of no meaning where the mask is empty.
         found: (R,) bool, whether there is a mask.
         region: R point prompts, in the same frame.
+        image_size: (H, W) of the image; a point on its far edge means the last pixel.
     """
     inside = (region.labels == 1)[..., None]
-    pixels = region.points.floor()
+    height, width = image_size
+    pixels = region.points.floor().minimum(region.points.new_tensor([width - 1, height - 1]))
     first = pixels.masked_fill(~inside, torch.inf).amin(1)
     last = pixels.masked_fill(~inside, -torch.inf).amax(1) + 1
     start = torch.where(found[:, None], torch.minimum(boxes[:, :2], first), first)

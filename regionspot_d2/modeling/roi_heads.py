@@ -27,6 +27,8 @@ class RegionSpotROIHeads(nn.Module):
     losses and masks; or, without a host, straight from the proposal generator. Regions are named by :class:`RegionSpot`
     on the image itself, not on the detector's features.
 
+    A checkpoint of the detector loads as it is: its ROI heads become those of the host.
+
     A result's score is the host's score of the box, or the sigmoid of a proposal's objectness, times the softmax over the
     words.
     """
@@ -90,7 +92,8 @@ class RegionSpotROIHeads(nn.Module):
 
         Returns:
             In training the proposals and the host's losses with ``loss_regionspot``; at inference ``Instances`` with
-            ``pred_boxes``, ``scores``, ``pred_classes`` and, if masks are on, ``pred_masks``, and no losses.
+            ``pred_boxes``, ``scores``, ``pred_classes`` and, if masks are on, ``pred_masks``, and no losses. With a
+            host, ``host_classes`` are the classes that it saw.
         """
         pixels = self._pixels(images)
         if self.training:
@@ -111,10 +114,23 @@ class RegionSpotROIHeads(nn.Module):
     def forward_with_given_boxes(
         self, features: dict[str, Tensor], instances: list[Instances]
     ) -> list[Instances]:
-        """Adds the host's masks to detections; names stay as they are."""
+        """Adds the host's masks to detections; names stay as they are.
+
+        Args:
+            features: of the detector's backbone.
+            instances: ``pred_boxes``, ``pred_classes`` and, unless those are the host's own, its ``host_classes``.
+        """
         if self.host is None:
             return instances
-        return self.host.forward_with_given_boxes(features, instances)
+        names = [found.pred_classes for found in instances]
+        for found in instances:
+            # The host has a mask for each of its own classes.
+            if found.has("host_classes"):
+                found.pred_classes = found.host_classes
+        instances = self.host.forward_with_given_boxes(features, instances)
+        for found, classes in zip(instances, names):
+            found.pred_classes = classes
+        return instances
 
     @property
     def words(self) -> list[str]:
@@ -129,6 +145,15 @@ class RegionSpotROIHeads(nn.Module):
                 "'thing_classes' are in the MetadataCatalog."
             )
         return words
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if self.host is not None:
+            for name in self.host.state_dict():
+                if prefix + name in state_dict:
+                    state_dict[f"{prefix}host.{name}"] = state_dict.pop(prefix + name)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _pixels(self, images: ImageList) -> list[Tensor]:
         pixels = images.tensor * self.pixel_std + self.pixel_mean
@@ -157,6 +182,8 @@ class RegionSpotROIHeads(nn.Module):
         for i, instances in enumerate(found):
             scores, classes = logits[i].softmax(1).max(1)
             instances.scores = instances.scores * scores
+            if instances.has("pred_classes"):
+                instances.host_classes = instances.pred_classes
             instances.pred_classes = classes
             if mask_logits is not None and not instances.has("pred_masks"):
                 size = instances.image_size
