@@ -58,6 +58,13 @@ def test_16_bit_grey_is_scaled(tmp_path: Path) -> None:
     assert integers.mode == "I" and to_rgb_array(integers)[0, :, 2].tolist() == [0, 1, 100, 255]
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_8_bit_values_with_more_bits_keep_them(tmp_path: Path, dtype: type) -> None:
+    values = np.array([[0, 1, 100, 255]], dtype)
+    Image.fromarray(values).save(tmp_path / "a.tiff")
+    assert read_image(tmp_path / "a.tiff")[0, :, 0].tolist() == [0, 1, 100, 255]
+
+
 @pytest.mark.parametrize("mode", ["F", "I"])
 def test_unknown_range_is_refused(tmp_path: Path, mode: str) -> None:
     values = np.array([[0, 70000]], np.float32 if mode == "F" else np.int32)

@@ -61,7 +61,8 @@ def to_rgb_array(image: Image.Image) -> np.ndarray:
     """Turns an opened image upright and into 8-bit RGB.
 
     Transparent pixels are laid over white: what they hide is often black or noise that no viewer shows. (Detectron2's
-    ``read_image`` shows what they hide.) 16-bit grey is scaled to 8 bits, not clipped.
+    ``read_image`` shows what they hide.) 16-bit grey is scaled to 8 bits, not clipped, unless no value
+    is above 255: those are 8 bits already.
 
     Args:
         image: of any mode; its EXIF orientation is applied.
@@ -89,7 +90,11 @@ def _shallow_grey(image: Image.Image) -> Image.Image:
         raise ValueError(
             "its pixels are 32-bit integers of unknown range; save it with 8 or 16 bits"
         )
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    # Tools of labels and of medical images save 8-bit values with more bits; scaled, they would all be black. The same
+    # for each mode: which of them a 16-bit PNG opens with depends on PIL's version.
+    if values.max() > 255:
+        values = (values + 128) // 257
+    return Image.fromarray(values.astype(np.uint8))
 
 
 def _unidentified(name: str) -> str:
