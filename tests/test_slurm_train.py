@@ -34,6 +34,12 @@ def test_one_node_runs_train_net(tmp_path, commands):
     ]
 
 
+def test_a_config_file_after_an_equals_sign(tmp_path, commands):
+    arguments = ["--cluster", "debug", "--log-folder", str(tmp_path / "logs")]
+    slurm_train.submit([*arguments, "--config-file=a.yaml"]).result()
+    assert commands()[0][-1] == "--config-file=a.yaml"
+
+
 def test_each_node_finds_the_first(commands, monkeypatch):
     for node in (0, 1):
         environment = SimpleNamespace(hostnames=["gpu7", "gpu9"], node=node)

@@ -91,7 +91,8 @@ def submit(arguments: list[str]) -> submitit.Job[None]:
     args, rest = argument_parser().parse_known_args(arguments)
     if args.nodes > 1 and args.cluster != "slurm":
         raise SystemExit(f"--cluster {args.cluster} has one node; --nodes is {args.nodes}.")
-    if "--config-file" not in rest:
+    # argparse takes "--config-file=x.yaml" as well.
+    if "--config-file" not in (argument.partition("=")[0] for argument in rest):
         raise SystemExit("--config-file is missing.")
     executor = submitit.AutoExecutor(folder=args.log_folder, cluster=args.cluster)
     executor.update_parameters(
