@@ -18,6 +18,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
@@ -26,6 +27,11 @@ from detectron2.utils.logger import setup_logger
 from regionspot_d2.data.token_cache import TokenCacheError
 from regionspot_d2.engine import ConfigError, RegionSpotTrainer, load_config
 from regionspot_d2.modeling.weights import WeightsNotFoundError
+
+
+def _load_config(args: argparse.Namespace) -> CfgNode:
+    only = args.eval_only
+    return load_config(args.config_file, args.opts, training=not only, testing=only or None)
 
 
 def main(args: argparse.Namespace) -> Mapping[str, Any] | None:
@@ -37,7 +43,7 @@ def main(args: argparse.Namespace) -> Mapping[str, Any] | None:
     Returns:
         Results, of ``--eval-only`` or if ``TEST.EXPECTED_RESULTS`` asks for them.
     """
-    cfg = load_config(args.config_file, args.opts, training=not args.eval_only)
+    cfg = _load_config(args)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="regionspot_d2")
     if args.eval_only:
@@ -55,7 +61,7 @@ def invoke_main() -> None:
     args = default_argument_parser(epilog=__doc__).parse_args()
     try:
         # A mistake is told once, before there are processes.
-        load_config(args.config_file, args.opts, training=not args.eval_only)
+        _load_config(args)
         launch(
             main,
             args.num_gpus,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -450,11 +451,28 @@ def test_check_datasets_names_what_is_wrong(tmp_path: Path, catalogs: None) -> N
     assert [problem.split(":")[0] for problem in report.problems] == [
         f"image '{n}'" for n in (2, 3, 4)
     ]
-    assert "missing" in report.problems[0] and "unreadable" in report.problems[1]
+    assert "does not exist" in report.problems[0] and "is not an image" in report.problems[1]
     assert "is 60 x 80, the annotations say 80 x 60" in report.problems[2]
     assert check.check_dataset("damaged", sample=1).problems == []
     text = check.table([report, missing])
     assert f"missing: {tmp_path}/odinw/pothole/valid/annotations_without_background.json" in text
+
+
+def test_check_datasets_goes_on_after_an_image_that_pil_fails_on(
+    tmp_path: Path, catalogs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PIL's errors are of many kinds, among them SyntaxError and its guard against large images."""
+    json_file, images = write_coco(tmp_path)
+    content = Path(images, "b.png").read_bytes()
+    Path(images, "b.png").write_bytes(content[:8] + b"\0\0\0\0" + content[12:])
+    Image.new("RGB", (300, 300)).save(Path(images, "c.png"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    register_coco_format([["damaged", json_file, images]])
+
+    problems = load_tool("check_datasets").check_dataset("damaged", sample=4).problems
+
+    assert [problem.split(":")[0] for problem in problems] == ["image '2'", "image '3'"]
+    assert "b.png" in problems[0] and "too large" in problems[1]
 
 
 def test_check_datasets_counts_turned_photos_as_detectron2_reads_them(
@@ -483,6 +501,45 @@ def test_check_datasets_exits_with_1_on_a_missing_dataset(
     with pytest.raises(SystemExit, match="1"):
         check.main()
     assert "odinw_pothole_val" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["DATASETS.COCO_FORMAT", "[['mine', 'no.json', '.']]"], "no annotation file 'no.json'"),
+        (["DATASETS.COCO_FORMT", "[]"], "no config key DATASETS.COCO_FORMT.*COCO_FORMAT"),
+    ],
+)
+def test_check_datasets_tells_mistakes_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, opts: list[str], message: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["check_datasets.py", *opts])
+    with pytest.raises(SystemExit, match=f"check_datasets.py: .*{message}"):
+        load_tool("check_datasets").main()
+
+
+def test_check_datasets_reports_what_a_config_needs_and_lacks(
+    catalogs: None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    register_all_odinw(str(tmp_path))
+    config = str(ROOT / "configs" / "eval_odinw13.yaml")
+    arguments = ["--config-file", config, "--dataset", "odinw_pothole_val"]
+    monkeypatch.setattr(sys, "argv", ["check_datasets.py", *arguments])
+    with pytest.raises(SystemExit, match="1"):
+        load_tool("check_datasets").main()
+    assert "odinw_pothole_val: missing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "script", sorted((ROOT / "tools").glob("*.py")), ids=lambda path: path.stem
+)
+def test_examples_name_registered_datasets(script: Path) -> None:
+    # Without an underscore are own data and words of a sentence.
+    named = re.findall(r"--dataset ([a-z0-9]+_\w+)", script.read_text(encoding="utf-8"))
+    assert set(named) <= set(DatasetCatalog.list())
 
 
 @pytest.mark.skipif(not TINYCOCO.is_dir(), reason="the COCO photos of the developers are not here")

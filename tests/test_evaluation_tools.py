@@ -130,6 +130,30 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     path.write_text("[]")
     with pytest.raises(ValueError, match="results.json has no results"):
         visualize_results.read_results(str(path))
+    path.write_text("[")
+    with pytest.raises(ValueError, match="results.json is not a json file"):
+        visualize_results.read_results(str(path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "mien"], "--dataset: there is no dataset 'mien'"),
+        (["--dataset", COCO], "no_results.json"),
+        (["--dataset", COCO, "DATASETS.COCO_FORMT", "[]"], "no config key DATASETS.COCO_FORMT"),
+        (
+            ["--dataset", "m", "DATASETS.COCO_FORMAT", "[['m', 'no.json', '.']]"],
+            "no annotation file 'no.json'",
+        ),
+    ],
+)
+def test_mistakes_are_told_in_a_line(
+    content: dict[str, Any], tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    paths = ["--input", str(tmp_path / "no_results.json"), "--output", str(tmp_path / "pictures")]
+    with pytest.raises(SystemExit, match=f"visualize_results.py: .*{message}"):
+        visualize_results.main([*paths, *arguments])
+    assert not (tmp_path / "pictures").exists()
 
 
 def test_benchmark(capsys: pytest.CaptureFixture[str]) -> None:

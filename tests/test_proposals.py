@@ -21,6 +21,7 @@ from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from PIL import Image
 
 from regionspot_d2.data import register_coco_format
 from regionspot_d2.data.partial_proposals import PartialProposals
@@ -44,6 +45,7 @@ from regionspot_d2.modeling.localizer import LOCALIZER_REGISTRY
 from . import tiny
 from .datasets_on_disk import write_coco
 from .test_datasets import TINYCOCO, load_tool
+from .test_roi_heads import MASK_RCNN
 
 TRUTH = {
     "1": [[4.25, 6.5, 24.25, 37.25], [30.0, 10.0, 63.5, 30.0]],
@@ -205,6 +207,31 @@ def test_sam_masks(
     assert read_proposals(str(tmp_path / "sam.pkl"))[1]["settings"]["points_per_side"] == 2
 
 
+@pytest.mark.parametrize("kind", ["16-bit grey", "transparent"])
+def test_sam_sees_the_image_as_the_model_does(
+    dataset: list[dict],
+    tool: ModuleType,
+    tmp_path: Path,
+    tiny_models: None,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    record = {"file_name": str(tmp_path / "a.png"), "width": 2, "height": 1, "image_id": 1}
+    if kind == "16-bit grey":
+        Image.fromarray(np.array([[0, 25700]], np.uint16)).save(record["file_name"])
+    else:
+        colours = np.array([[[255, 0, 0, 255], [0, 0, 0, 0]]], np.uint8)
+        Image.fromarray(colours).save(record["file_name"])
+    seen = []
+    monkeypatch.setattr(tool, "automatic_boxes", lambda _, image, **settings: seen.append(image))
+    args = ["--dataset", "mine", "--source", "sam", "--output", "a.pkl"]
+
+    tool.sam_regions(tool.argument_parser().parse_args(args), tiny.tiny_cfg())(record)
+
+    expected = [[0, 0, 0], [100] * 3] if kind == "16-bit grey" else [[255, 0, 0], [255] * 3]
+    assert seen[0].permute(1, 2, 0).tolist() == [expected]
+
+
 @pytest.fixture
 def detector(tmp_path: Path) -> Path:
     """The config of a tiny RetinaNet with weights, all else Detectron2's defaults (BGR images)."""
@@ -314,7 +341,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     part.write_text(part.read_text()[:-20])
 
     monkeypatch.setattr(tool, "detector_regions", interrupted(100))
-    with pytest.raises(ValueError, match=r"unfinished run with other settings \(opts: .*'0.5'"):
+    with pytest.raises(SystemExit, match=r"unfinished run with other settings \(opts: .*'0.5'"):
         run(
             tool,
             "detector",
@@ -610,6 +637,7 @@ def test_automatic_boxes_refuse_what_they_do_not_know(tiny_localizer: torch.nn.M
     ("arguments", "message"),
     [
         (["--source", "glip"], "--source glip needs --boxes"),
+        (["--source", "glip", "--boxes", "no.json"], "--boxes no.json: there is no such file"),
         (["--source", "sam"], "--source sam needs --config-file"),
         (["--source", "gt", "--num-gpus", "2"], "runs in one process"),
     ],
@@ -620,3 +648,42 @@ def test_incomplete_commands(
     with pytest.raises(SystemExit):
         tool.invoke_main(["--dataset", "mine", "--output", "x.pkl", *arguments])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--source", "gt", "--dataset", "mien"], "--dataset: there is no dataset 'mien'.*mine"),
+        (["--source", "gt", "DATASETS.COCO_FORMT", "[]"], "no config key DATASETS.COCO_FORMT"),
+        (
+            ["--source", "gt", "DATASETS.COCO_FORMAT", "[['m', 'no.json', '.']]"],
+            "no annotation file 'no.json'",
+        ),
+        (["--source", "glip", "--boxes", __file__], "not a json file"),
+        (["--source", "sam", "--config-file", "no.yaml"], "no.yaml"),
+        (["--source", "detector", "--config-file", "no.yaml"], "no.yaml: no such file"),
+        (
+            ["--source", "detector", "--config-file", MASK_RCNN, "MODEL.WIGHTS", "a"],
+            "no config key MODEL.WIGHTS",
+        ),
+    ],
+)
+def test_mistakes_are_told_in_a_line(
+    dataset: list[dict], tool: ModuleType, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    common = ["--dataset", "mine", "--output", str(tmp_path / "x.pkl")]
+    with pytest.raises(SystemExit, match=f"prepare_proposals.py: .*{message}"):
+        tool.invoke_main([*common, *arguments])
+
+
+def test_the_files_a_config_names_need_not_be_there_before_they_are_written(
+    dataset: list[dict], tool: ModuleType, tmp_path: Path
+) -> None:
+    cfg = tiny.tiny_cfg()
+    cfg.MODEL.LOAD_PROPOSALS = True
+    cfg.DATASETS.TEST = ("mine",)
+    cfg.DATASETS.PROPOSAL_FILES_TEST = (str(tmp_path / "gt.pkl"),)
+    config = tmp_path / "tiny.yaml"
+    config.write_text(cfg.dump())
+    run(tool, "gt", tmp_path / "gt.pkl", "--config-file", config)
+    assert (tmp_path / "gt.pkl").exists()

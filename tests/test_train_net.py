@@ -17,16 +17,19 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase, default_argument_parser, launch
 from detectron2.utils import comm
 
 import train_net
+from regionspot_d2 import add_regionspot_config
 from regionspot_d2.engine import RegionSpotTrainer
 
 from .shapes import shapes_cfg
 from .tiny import register_tiny_models
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -321,6 +324,10 @@ def test_a_second_stage_starts_from_the_weights_of_the_first(cfg):
         (["DATASETS.TRAIN", "('lvis_v1_trian',)"], "no dataset 'lvis_v1_trian'.*lvis_v1_train"),
         (["DATASETS.TRAIN", "('lvis_v1_train',)"], "annotations of 'lvis_v1_train' are not there"),
         (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
+        (
+            ["--eval-only", "DATASETS.TEST", "()", "DATASETS.PROPOSAL_FILES_TEST", "()"],
+            "DATASETS.TEST is empty: there is nothing to evaluate",
+        ),
         (["DATASETS.PROPOSAL_FILES_TEST", "('a.pkl',)"], "no file 'a.pkl'.*prepare_proposals.py"),
         (["DATASETS.PROPOSAL_FILES_TEST", "()"], "has 0 files for the 1 datasets"),
         (["DATASETS.COCO_FORMAT", "[['mine', 'no.json', '.']]"], "no annotation file 'no.json'"),
@@ -333,6 +340,21 @@ def test_mistakes_are_told_in_a_line(cfg, monkeypatch, options, message):
     monkeypatch.setattr(sys, "argv", ["train_net.py", "--config-file", file, *options])
     with pytest.raises(SystemExit, match=message):
         train_net.invoke_main()
+
+
+@pytest.mark.parametrize(
+    "document",
+    [ROOT / "train_net.py", *sorted(ROOT.glob("tools/*.py")), *sorted(ROOT.glob("*.md"))],
+    ids=lambda path: path.name,
+)
+def test_commands_that_evaluate_have_something_to_evaluate(document):
+    lines = document.read_text(encoding="utf-8").splitlines()
+    for line in (line for line in lines if "--eval-only" in line):
+        for config in re.findall(r"--config-file (\S+)", line):
+            cfg = get_cfg()
+            add_regionspot_config(cfg)
+            cfg.merge_from_file(str(ROOT / config))
+            assert cfg.DATASETS.TEST, f"{document.name}: {line}"
 
 
 @pytest.mark.parametrize(

@@ -17,15 +17,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
-from PIL import Image
 from tabulate import tabulate
 
-from regionspot_d2 import add_regionspot_config
-from regionspot_d2.data import ODINW_13, ODINW_35, register_coco_format
+from regionspot_d2.data import ODINW_13, ODINW_35
 from regionspot_d2.data.datasets import source_file
+from regionspot_d2.data.images import ImageReadError, read_image
+from regionspot_d2.engine import ConfigError, load_config
 
 _NAMED_OFFENDERS = 3
 
@@ -98,16 +97,9 @@ def _check_images(records: Sequence[dict[str, Any]], sample: int) -> list[str]:
 
 def _image_problem(record: dict[str, Any]) -> str:
     try:
-        with PathManager.open(record["file_name"], "rb") as file:
-            image = Image.open(file)
-            # As Detectron2 reads it: turned the way its EXIF data says.
-            turned = image.getexif().get(0x0112, 1) >= 5
-            image.load()
-    except FileNotFoundError:
-        return f"missing: {record['file_name']}"
-    except OSError as error:
-        return f"unreadable: {record['file_name']} ({error})"
-    width, height = image.size[::-1] if turned else image.size
+        height, width = read_image(record["file_name"]).shape[:2]
+    except ImageReadError as error:
+        return str(error)
     if (width, height) != (record["width"], record["height"]):
         return (
             f"{record['file_name']} is {width} x {height}, the annotations say "
@@ -144,12 +136,11 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=20, help="images to open, per dataset")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
     args = parser.parse_args()
-    cfg = get_cfg()
-    add_regionspot_config(cfg)
-    if args.config_file:
-        cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
-    register_coco_format(cfg.DATASETS.COCO_FORMAT)
+    try:
+        # Which of the config's data sets are missing is told below.
+        cfg = load_config(args.config_file, args.opts, training=False, testing=False)
+    except ConfigError as error:
+        sys.exit(f"check_datasets.py: {error}")
 
     own = [entry[0] for entry in cfg.DATASETS.COCO_FORMAT]
     names = args.dataset or own + dataset_names()

@@ -6,8 +6,8 @@ head. Those weights are under CC BY-NC 4.0, not this project's licence.
 
 Example::
 
-    python tools/convert_checkpoint.py regionspot_BL_336.pth regionspot_BL_336.safetensors
-    python train_net.py --eval-only --config-file configs/regionspot_L_336.yaml MODEL.WEIGHTS regionspot_BL_336.safetensors
+    python tools/convert_checkpoint.py regionspot_BL.pth regionspot_BL.safetensors
+    python train_net.py --eval-only --config-file configs/eval_lvis_gt.yaml MODEL.WEIGHTS regionspot_BL.safetensors
 """
 
 from __future__ import annotations

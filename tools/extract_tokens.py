@@ -2,7 +2,7 @@
 """Extracts mask tokens once, so that training never runs the localizer.
 
     python tools/extract_tokens.py --config-file configs/regionspot_L.yaml --num-gpus 8 \
-        --dataset objects365_train --output datasets/mask_tokens/vit_b
+        --dataset objects365_v1_train --output datasets/mask_tokens/vit_b
 
 Training then reads them with ``INPUT.TOKEN_CACHE datasets/mask_tokens/vit_b``. Killed at any moment, the same command
 goes on where it stopped, with any number of processes. Without a GPU, ``--num-gpus`` counts processes on the CPU. On
@@ -65,14 +65,14 @@ def main(args: argparse.Namespace, cfg: CfgNode) -> None:
 def invoke_main(arguments: list[str] | None = None) -> None:
     """Reads the command line and starts the processes."""
     args = argument_parser().parse_args(arguments)
-    # What a config of training evaluates need not be there yet.
-    opts = [*args.opts, "DATASETS.TEST", "()", "MODEL.LOAD_PROPOSALS", "False"]
+    opts = list(args.opts)
     if args.dataset:
         opts += ["DATASETS.TRAIN", repr(tuple(args.dataset))]
     if args.output:
         opts += ["INPUT.TOKEN_CACHE", args.output]
     try:
-        cfg = load_config(args.config_file, opts)
+        # What a config of training evaluates need not be there yet.
+        cfg = load_config(args.config_file, opts, testing=False)
         if not cfg.INPUT.TOKEN_CACHE:
             raise ConfigError("INPUT.TOKEN_CACHE is empty; --output says where the tokens go.")
         launch(

@@ -24,11 +24,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import hashlib
 import logging
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -39,16 +39,17 @@ from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.data import DatasetCatalog, DatasetMapper
-from detectron2.data.detection_utils import check_image_size, read_image
+from detectron2.data.detection_utils import check_image_size
 from detectron2.engine import launch
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
-from regionspot_d2 import add_regionspot_config
 from regionspot_d2.data import register_coco_format
-from regionspot_d2.data.partial_proposals import PartialProposals
+from regionspot_d2.data.images import ImageReadError, read_image
+from regionspot_d2.data.partial_proposals import OtherSettingsError, PartialProposals
 from regionspot_d2.data.proposal_sources import (
     from_glip_json,
     from_ground_truth,
@@ -63,8 +64,11 @@ from regionspot_d2.data.proposals import (
     select,
     write_proposals,
 )
+from regionspot_d2.engine import ConfigError, load_config
+from regionspot_d2.engine.setup import check_datasets, explained
 from regionspot_d2.modeling.automatic_masks import AutomaticMaskSettings, automatic_boxes
 from regionspot_d2.modeling.localizer import LOCALIZER_REGISTRY
+from regionspot_d2.modeling.weights import WeightsNotFoundError
 
 logger = logging.getLogger("regionspot_d2.prepare_proposals")
 
@@ -74,6 +78,7 @@ _FILES = {
     "proposals": lambda path: read_proposals(path)[0],
 }
 _MODELS = ("sam", "detector")
+_MISTAKES = (ConfigError, ImageReadError, OtherSettingsError, WeightsNotFoundError)
 
 FindRegions = Callable[[DatasetDict], Instances]
 
@@ -114,22 +119,40 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """The config of the model, or for other sources of the datasets alone. LazyConfigs are read by the detector."""
-    cfg = get_cfg()
+    """The config of the model, or for other sources of the datasets alone. LazyConfigs are read by the detector.
+
+    Raises:
+        ConfigError: if it cannot be used, or the dataset is not there.
+    """
     if args.source == "detector":
-        # A detector's config is Detectron2's own: RegionSpot's defaults (RGB images) are not for it.
-        cfg.DATASETS.COCO_FORMAT = []
+        cfg = _detector_config(args)
     else:
-        add_regionspot_config(cfg)
-    if not _is_lazy(args.config_file):
-        if os.path.exists(args.config_file):
+        # The files of boxes that the config names may be those that are written here.
+        cfg = load_config(args.config_file, args.opts, training=False, testing=False)
+        cfg.defrost()
+    check_datasets("--dataset", [args.dataset])
+    return cfg
+
+
+def _detector_config(args: argparse.Namespace) -> CfgNode:
+    cfg = get_cfg()
+    # A detector's config is Detectron2's own: RegionSpot's defaults (RGB images) are not for it.
+    cfg.DATASETS.COCO_FORMAT = []
+    if _is_lazy(args.config_file):
+        return cfg
+    if os.path.exists(args.config_file):
+        with explained(cfg, args.config_file):
             cfg.merge_from_file(args.config_file)
-        elif args.config_file:
+    else:
+        try:
             cfg.merge_from_file(model_zoo.get_config_file(args.config_file))
             cfg.MODEL.WEIGHTS = model_zoo.get_checkpoint_url(args.config_file)
+        except RuntimeError as error:
+            raise ConfigError(f"--config-file {args.config_file}: no such file; {error}") from error
+    with explained(cfg, "the options"):
         cfg.merge_from_list(args.opts)
-    cfg.MODEL.DEVICE = _device(cfg.MODEL.DEVICE)
-    register_coco_format(cfg.DATASETS.COCO_FORMAT)
+    with explained(cfg, ""):
+        register_coco_format(cfg.DATASETS.COCO_FORMAT)
     return cfg
 
 
@@ -150,7 +173,7 @@ def sam_regions(args: argparse.Namespace, cfg: CfgNode) -> FindRegions:
     settings = _sam_settings(args)
 
     def find(record: DatasetDict) -> Instances:
-        image = read_image(record["file_name"], format="RGB")
+        image = read_image(record["file_name"])  # RGB
         check_image_size(record, image)
         return automatic_boxes(localizer, torch.tensor(image).permute(2, 0, 1), **settings)
 
@@ -231,16 +254,12 @@ def run_model(
     return finished.load() if comm.is_main_process() else {}
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace, cfg: CfgNode) -> None:
+    """What each process does."""
     setup_logger(distributed_rank=comm.get_rank(), name="regionspot_d2")
     setup_logger(distributed_rank=comm.get_rank())
-    cfg = setup(args)
-    if args.dataset not in DatasetCatalog:
-        similar = difflib.get_close_matches(args.dataset, DatasetCatalog.list())
-        raise SystemExit(
-            f"There is no dataset '{args.dataset}'. Similar names: {', '.join(similar) or 'none'}. "
-            "Own data is registered by DATASETS.COCO_FORMAT."
-        )
+    cfg.MODEL.DEVICE = _device(cfg.MODEL.DEVICE)
+    register_coco_format(cfg.DATASETS.COCO_FORMAT)
     records = DatasetCatalog.get(args.dataset)
     unfinished = f"{args.output}.parts"
     info: dict[str, Any] = {"dataset": args.dataset, "source": args.source}
@@ -288,18 +307,27 @@ def invoke_main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.source in _FILES and not args.boxes:
         parser.error(f"--source {args.source} needs --boxes FILE")
+    if args.source in _FILES and not PathManager.isfile(args.boxes):
+        parser.error(f"--boxes {args.boxes}: there is no such file")
     if args.source in _MODELS and not args.config_file:
         parser.error(f"--source {args.source} needs --config-file")
     if args.source not in _MODELS and args.num_gpus * args.num_machines > 1:
         parser.error(f"--source {args.source} runs in one process; leave out --num-gpus")
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    try:
+        cfg = setup(args)
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args, cfg),
+        )
+    except (OSError, ValueError) as error:
+        # Models fail in ways of their own, which need the whole story.
+        if args.source in _MODELS and not isinstance(error, _MISTAKES):
+            raise
+        sys.exit(f"prepare_proposals.py: {error}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ import hotcoco
 import hotcoco.plot
 import numpy as np
 import torch
-from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.file_io import PathManager
@@ -34,9 +34,9 @@ from detectron2.utils.visualizer import Visualizer
 from PIL import Image, ImageDraw
 from pycocotools import mask as mask_api
 
-from regionspot_d2 import add_regionspot_config
-from regionspot_d2.data import register_coco_format
 from regionspot_d2.data.images import read_image
+from regionspot_d2.engine import load_config
+from regionspot_d2.engine.setup import check_datasets
 
 _TITLE_HEIGHT = 24
 _GROUPS = {
@@ -220,9 +220,13 @@ def read_results(path: str) -> list[dict[str, Any]]:
 
     Raises:
         ValueError: if it is of another form.
+        OSError: if it is not there.
     """
     with PathManager.open(path) as file:
-        results = json.load(file)
+        try:
+            results = json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{path} is not a json file: {error}") from error
     needed = {"image_id", "category_id", "bbox", "score"}
     if not isinstance(results, list) or (results and not needed <= results[0].keys()):
         raise ValueError(f"{path} is not a results json: a list of dicts with {sorted(needed)}.")
@@ -249,13 +253,13 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(arguments)
-    cfg = get_cfg()
-    add_regionspot_config(cfg)
-    cfg.merge_from_list(args.opts)
-    register_coco_format(cfg.DATASETS.COCO_FORMAT)
-
     paths = [args.input, args.compare] if args.compare else [args.input]
-    runs = {title: read_results(path) for title, path in zip(titles(paths), paths)}
+    try:
+        load_config("", args.opts, training=False, testing=False)
+        check_datasets("--dataset", [args.dataset])
+        runs = {title: read_results(path) for title, path in zip(titles(paths), paths)}
+    except (OSError, ValueError) as error:
+        sys.exit(f"visualize_results.py: {error}")
     records = DatasetCatalog.get(args.dataset)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,10 @@ from typing import Any
 from .proposals import Proposals, ProposalsByImage
 
 
+class OtherSettingsError(ValueError):
+    """The unfinished run is not one of these settings; the message names the folder and what differs."""
+
+
 class PartialProposals:
     """The regions of the finished images: a folder of one file per process.
 
@@ -24,7 +28,7 @@ class PartialProposals:
             settings: all that the boxes depend on, plain values only.
 
         Raises:
-            ValueError: if the folder holds the boxes of a run with other settings.
+            OtherSettingsError: if the folder holds the boxes of a run with other settings.
         """
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -35,7 +39,7 @@ class PartialProposals:
             if found != wanted:
                 keys = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
                 differences = "; ".join(f"{k}: {found.get(k)} -> {wanted.get(k)}" for k in keys)
-                raise ValueError(
+                raise OtherSettingsError(
                     f"{self._folder} holds an unfinished run with other settings ({differences}). Delete it, or "
                     "choose another output."
                 )

@@ -21,7 +21,13 @@ class ConfigError(ValueError):
     """A config file or an option cannot be used; the message says which, and what to do."""
 
 
-def load_config(config_file: str, opts: Sequence[str] = (), *, training: bool = True) -> CfgNode:
+def load_config(
+    config_file: str,
+    opts: Sequence[str] = (),
+    *,
+    training: bool = True,
+    testing: bool | None = None,
+) -> CfgNode:
     """Reads a config, registers its own data, and checks that the files of its datasets are there.
 
     ``$DETECTRON2_DATASETS`` in the paths of data sets, token caches and proposal files is the folder of all data sets.
@@ -29,7 +35,9 @@ def load_config(config_file: str, opts: Sequence[str] = (), *, training: bool = 
     Args:
         config_file: a yaml file.
         opts: keys and values in turn, as they come after the options of a command.
-        training: whether ``DATASETS.TRAIN`` is needed too.
+        training: whether ``DATASETS.TRAIN`` is needed.
+        testing: whether ``DATASETS.TEST`` is needed. By default it may be empty, but what it names must be there; with
+            False it may name what is not there yet.
 
     Returns:
         The config, frozen.
@@ -39,26 +47,41 @@ def load_config(config_file: str, opts: Sequence[str] = (), *, training: bool = 
     """
     cfg = get_cfg()
     add_regionspot_config(cfg)
-    with _explained(cfg, config_file):
+    with explained(cfg, config_file):
         if config_file:
             cfg.merge_from_file(config_file)
-    with _explained(cfg, "the options"):
+    with explained(cfg, "the options"):
         cfg.merge_from_list(list(opts))
-    with _explained(cfg, ""):
+    with explained(cfg, ""):
         register_coco_format(cfg.DATASETS.COCO_FORMAT)
     cfg.INPUT.TOKEN_CACHE = expand_root(cfg.INPUT.TOKEN_CACHE)
     cfg.DATASETS.PROPOSAL_FILES_TEST = tuple(map(expand_root, cfg.DATASETS.PROPOSAL_FILES_TEST))
-    _check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
-    _check_proposals(cfg)
+    if testing is not False:
+        check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
+        _check_proposals(cfg)
+    if testing and not cfg.DATASETS.TEST:
+        raise ConfigError(
+            "DATASETS.TEST is empty: there is nothing to evaluate; the configs named eval_* have data sets, or add "
+            "DATASETS.TEST \"('name',)\"."
+        )
     if training:
         if not cfg.DATASETS.TRAIN:
             raise ConfigError("DATASETS.TRAIN is empty: there is nothing to train on.")
-        _check_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
+        check_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
     cfg.freeze()
     return cfg
 
 
-def _check_datasets(key: str, names: Iterable[str]) -> None:
+def check_datasets(key: str, names: Iterable[str]) -> None:
+    """Checks that data sets are registered and their annotations there.
+
+    Args:
+        key: the config key or option that names them.
+        names: of the data sets.
+
+    Raises:
+        ConfigError: one is not.
+    """
     for name in names:
         if name not in DatasetCatalog:
             raise ConfigError(
@@ -93,8 +116,16 @@ def _check_proposals(cfg: CfgNode) -> None:
 
 
 @contextlib.contextmanager
-def _explained(cfg: CfgNode, where: str) -> Iterator[None]:
-    """Turns what Detectron2 and yacs raise for a wrong config into one kind of error."""
+def explained(cfg: CfgNode, where: str) -> Iterator[None]:
+    """Turns what Detectron2 and yacs raise for a wrong config into one kind of error.
+
+    Args:
+        cfg: the config that is filled, for names similar to an unknown one.
+        where: what is read, a file or "the options"; the message starts with it.
+
+    Raises:
+        ConfigError: in the place of those.
+    """
     try:
         yield
     except (AssertionError, AttributeError, KeyError, OSError, ValueError, yaml.YAMLError) as error:
