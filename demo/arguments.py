@@ -118,6 +118,12 @@ def read_vocabulary(words: str) -> list[str]:
     if words in VOCABULARIES:
         return known_vocabulary(words)
     if "," not in words and Path(words).is_file():
-        lines = Path(words).read_text(encoding="utf-8").splitlines()
+        try:
+            # Some editors begin a file with a mark, which is no letter of the first name.
+            lines = Path(words).read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"--vocabulary {words}: byte {error.start} is not UTF-8, in which names are expected."
+            ) from error
         return [line.strip() for line in lines if line.strip()]
     return [word.strip() for word in words.split(",")]

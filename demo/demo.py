@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from arguments import find_inputs, parse_arguments, read_vocabulary
 from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
@@ -21,10 +22,10 @@ from results import Entry, OtherResults, Record, to_coco, to_entry
 from sources import RegionSource, from_arguments, from_detector, from_file, from_sam
 from tabulate import tabulate
 from tqdm import tqdm
-from video import VIDEO_SUFFIXES, Video, VideoReadError, video_writer
+from video import VIDEO_SUFFIXES, Video, video_writer
 
 from regionspot_d2 import RegionSpotPredictor
-from regionspot_d2.data.images import ImageReadError, read_image
+from regionspot_d2.data.images import read_image
 from regionspot_d2.engine import load_config
 from regionspot_d2.modeling.region_head import REGION_HEAD_REGISTRY
 from regionspot_d2.modeling.vocabulary import clean_name
@@ -43,6 +44,15 @@ def picture_paths(paths: Sequence[Path], output: Path) -> list[Path]:
         number = f"-{names_seen[path.name]}" if names_seen[path.name] > 1 else ""
         pictures.append(output / f"{path.name}{number}.{'mp4' if is_video(path) else 'png'}")
     return pictures
+
+
+def check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    # PyTorch raises AssertionError where it was built without CUDA.
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise SystemExit(f"error: MODEL.DEVICE {device}: {reason}") from error
 
 
 def check_attention(cfg: CfgNode, paths: Sequence[Path]) -> None:
@@ -106,13 +116,15 @@ class Run:
 
     def photo(self, path: Path, picture: Path) -> None:
         entry = self.record.entries.get(str(path))
-        if entry is None:
+        attention_picture = picture.with_suffix(".attention.png")
+        pictures = [picture, attention_picture] if self.args.attention else [picture]
+        if entry is None or not all(map(Path.exists, pictures)):
             image = read_image(str(path))
             entry, attention = self.name_regions(str(path), image)
             Image.fromarray(self.draw(entry, image)).save(picture)
             if attention is not None:
                 panels = draw_attention(image, attention, entry["annotations"], self.names)
-                Image.fromarray(panels).save(picture.with_suffix(".attention.png"))
+                Image.fromarray(panels).save(attention_picture)
             self.record.add(entry)
         self.entries.append(entry)
 
@@ -129,6 +141,8 @@ class Run:
                     self.record.add(entry)
                 self.entries.append(entry)
                 write(self.draw(entry, image))
+        # What could be read is kept.
+        video.check_whole()
 
     def name_regions(self, file_name: str, image: np.ndarray) -> tuple[Entry, np.ndarray | None]:
         """The names, and if asked for the attention (R, rows, columns), of an image's regions."""
@@ -142,11 +156,11 @@ class Run:
         found = self.predictor.predict(**prompts, topk=self.args.topk)
         if len(found) == 0:
             tqdm.write(f"{file_name}: there is no region to name.", file=sys.stderr)
-        # The mask of a point may be empty; a name for nothing would mislead.
+        # Background points alone may leave an empty mask; a name for nothing would mislead.
         empty = ~found.pred_boxes.nonempty()
         for region in found.region_index[empty].unique().tolist():
             tqdm.write(
-                f"{file_name}: region {region} is left out: the localizer sees nothing at its points.",
+                f"{file_name}: region {region} is left out: it has background points alone, and its mask is empty.",
                 file=sys.stderr,
             )
         if regions.scores is not None:
@@ -188,18 +202,28 @@ def main() -> int:
     setup_logger(name="regionspot_d2")
     paths = find_inputs(args.input)
     output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"error: --output: a folder is expected: {error}") from error
     other = OtherResults(args.compare) if args.compare else None
     try:
         cfg = load_config(args.config_file, args.opts, training=False)
+        check_device(cfg.MODEL.DEVICE)
         vocabulary = read_vocabulary(args.vocabulary)
         if args.attention:
             check_attention(cfg, paths)
         predictor = RegionSpotPredictor(cfg, vocabulary=vocabulary)
-    except (OSError, KeyError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+    except (KeyError, OSError, RuntimeError, ValueError) as error:
+        # As text a KeyError is the repr of its message.
+        reason = error.args[0] if isinstance(error, KeyError) else error
+        raise SystemExit(f"error: {reason}") from error
     source = region_source(args, predictor)
-    record = Record(output / "results.jsonl", settings(args, cfg, vocabulary), resume=args.resume)
+    decisive = settings(args, cfg, vocabulary)
+    try:
+        record = Record(output / "results.jsonl", decisive, resume=args.resume)
+    except OSError as error:
+        raise SystemExit(f"error: --output: a folder to write to is expected: {error}") from error
     run = Run(args, predictor, source, record, other)
 
     failures = []
@@ -209,7 +233,7 @@ def main() -> int:
     ):
         try:
             (run.video if is_video(path) else run.photo)(path, picture)
-        except (ImageReadError, VideoReadError, ValueError) as error:
+        except (OSError, ValueError) as error:
             failures.append(path)
             tqdm.write(f"{path}: {error}", file=sys.stderr)
 

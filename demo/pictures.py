@@ -13,7 +13,6 @@ from detectron2.structures import BoxMode
 from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image, ImageDraw, ImageFont
-from pycocotools import mask as mask_api
 
 from regionspot_d2.modeling.vocabulary import clean_name
 
@@ -50,11 +49,12 @@ def draw_regions(
         (H, W, 3), uint8, RGB.
     """
     regions = by_region(annotations)
-    masks = [mask_api.decode(r[0]["segmentation"]) for r in regions if "segmentation" in r[0]]
+    # No polygon at all where there is no mask: Detectron2 wants one per region.
+    masks = [region[0].get("segmentation") or [] for region in regions]
     drawn = Visualizer(image).overlay_instances(
         boxes=np.array([xyxy(region[0]) for region in regions]).reshape(-1, 4),
         labels=[_label(region, names) for region in regions],
-        masks=masks or None,
+        masks=masks,
         assigned_colors=[_color(region[0], i) for i, region in enumerate(regions)],
     )
     return drawn.get_image()
@@ -131,7 +131,12 @@ def _heat(image: np.ndarray, attention: np.ndarray) -> np.ndarray:
 
 
 def _label(region: Sequence[Annotation], names: Mapping[int, str]) -> str:
-    words = [f"{clean_name(names[a['category_id']])} {100 * a['score']:.0f}%" for a in region]
+    words = []
+    for annotation in region:
+        # Ground truth has no scores.
+        score = annotation.get("score")
+        percent = "" if score is None else f" {100 * score:.0f}%"
+        words.append(clean_name(names[annotation["category_id"]]) + percent)
     return ", ".join(words)
 
 

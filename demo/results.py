@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,12 @@ from pycocotools import mask as mask_api
 
 # Of one image: "file_name", "height", "width", and "annotations" in COCO format, still without ids.
 Entry = dict[str, Any]
+_ENTRY_KEYS = {"file_name", "height", "width", "annotations"}
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a json is a number; Python reads NaN and Infinity too."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def to_entry(file_name: str, found: Instances) -> Entry:
@@ -54,12 +61,13 @@ class Record:
             resume: whether to go on with an existing file, instead of beginning anew.
 
         Raises:
-            SystemExit: if the file was begun with other settings.
+            OSError: if it cannot be read or written.
+            SystemExit: if the file was begun with other settings, or is damaged.
         """
         self.entries: dict[str, Entry] = {}
         lines = _whole_lines(path) if resume and path.exists() else []
         if lines:
-            begun = json.loads(lines[0])
+            begun = lines[0]
             now = json.loads(json.dumps(settings))
             other = [option for option in now if begun.get(option) != now[option]]
             if other:
@@ -67,7 +75,7 @@ class Record:
                     f"error: --resume: {path} was begun with another {', '.join(other)}. Go on with the same, or "
                     "leave out --resume to begin anew."
                 )
-            self.entries = {entry["file_name"]: entry for entry in map(json.loads, lines[1:])}
+            self.entries = {entry["file_name"]: entry for entry in lines[1:]}
         self._file = path.open("a" if lines else "w", encoding="utf-8")
         if not lines:
             self._write(settings)
@@ -82,22 +90,41 @@ class Record:
         self._file.flush()
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """The lines of the file; one that a killed run left unfinished is cut off."""
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of the file; a last one that a killed run left unfinished is cut off."""
+    found: list[dict[str, Any]] = []
     with path.open("r+b") as file:
-        content = file.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        file.truncate(len(whole))
-    return whole.decode("utf-8").splitlines()
+        lines = file.read().splitlines(keepends=True)
+        for line in lines:
+            content = _parse_line(line)
+            # The first line has the settings.
+            if content is None or (found and not _ENTRY_KEYS <= content.keys()):
+                break
+            found.append(content)
+        if len(found) < len(lines) - 1:
+            raise SystemExit(
+                f"error: --resume: {path}, line {len(found) + 1} is not what the demo writes there, but "
+                f"{lines[len(found)][:40]!r}. Mend or delete the line, or leave out --resume to begin anew."
+            )
+        file.truncate(sum(map(len, lines[: len(found)])))
+    return found
+
+
+def _parse_line(line: bytes) -> dict[str, Any] | None:
+    try:
+        content = json.loads(line)
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) and line.endswith(b"\n") else None
 
 
 class OtherResults:
-    """Results of another run of the demo, to be drawn beside ours."""
+    """Results of another run, or ground truth, to be drawn beside ours."""
 
     def __init__(self, file: str) -> None:
         """
         Args:
-            file: a json as the demo writes it.
+            file: a json in COCO format, as the demo writes it; scores may be missing.
 
         Raises:
             SystemExit: if it cannot be read as that.
@@ -105,10 +132,13 @@ class OtherResults:
         try:
             content = json.loads(Path(file).read_text(encoding="utf-8"))
             images = {image["id"]: image["file_name"] for image in content["images"]}
-            self.names = {c["id"]: c["name"] for c in content["categories"]}
+            self.names = {c["id"]: str(c["name"]) for c in content["categories"]}
             self._annotations: dict[str, list[dict[str, Any]]] = {n: [] for n in images.values()}
-            for annotation in content["annotations"]:
-                self._annotations[images[annotation["image_id"]]].append(annotation)
+            self._by_name = {Path(name).name: name for name in self._annotations}
+            for i, annotation in enumerate(content["annotations"]):
+                if fault := _fault(annotation, images, self.names):
+                    raise ValueError(f"annotation {i} (counted from 0) {fault}")
+                self._annotations[images[annotation["image_id"]]].append(_with_rle(annotation))
         except (OSError, ValueError) as error:
             raise SystemExit(f"error: --compare {file}: {error}") from error
         except (KeyError, TypeError) as error:
@@ -116,9 +146,53 @@ class OtherResults:
                 f"error: --compare {file}: results.json of another run of the demo is expected, with images, "
                 "categories and annotations."
             ) from error
-        self._by_name = {Path(name).name: name for name in self._annotations}
 
     def of(self, file_name: str) -> list[dict[str, Any]] | None:
         """The annotations of an image, by its path or else by its name; None if it is not there."""
         known = file_name if file_name in self._annotations else None
         return self._annotations.get(known or self._by_name.get(Path(file_name).name, ""))
+
+
+def _fault(annotation: Any, images: Mapping[Any, str], names: Mapping[Any, str]) -> str | None:
+    """What of an annotation in COCO format is missing or cannot be drawn."""
+    if not isinstance(annotation, dict):
+        return f"is {annotation!r}; a dict is expected."
+    fits: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "image_id": (lambda value: value in images, "the id of an image"),
+        "category_id": (lambda value: value in names, "the id of a category"),
+        "bbox": (lambda value: _are_numbers(value) and len(value) == 4, "x, y, width, height"),
+        "score": (lambda value: value is None or is_number(value), "a number"),
+        "region": (lambda _: isinstance(annotation.get("region", 0), int), "a whole number"),
+        "segmentation": (_is_segmentation, "polygons or a run-length encoding"),
+    }
+    for key, (fit, expected) in fits.items():
+        if not fit(annotation.get(key)):
+            return f"has the {key} {str(annotation.get(key))[:40]}; {expected} is expected."
+    return None
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(map(is_number, values))
+
+
+def _is_segmentation(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(_are_numbers(xy) and len(xy) >= 6 and len(xy) % 2 == 0 for xy in value)
+    if isinstance(value, dict):
+        size, counts = value.get("size"), value.get("counts")
+        if not _are_counts(size) or len(size) != 2:
+            return False
+        return isinstance(counts, str) or (_are_counts(counts) and sum(counts) == math.prod(size))
+    return value is None
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(v, int) and v >= 0 for v in values)
+
+
+def _with_rle(annotation: dict[str, Any]) -> dict[str, Any]:
+    """Ground truth has crowds as plain counts, which Detectron2 draws in images of the very same size alone."""
+    mask = annotation.get("segmentation")
+    if not isinstance(mask, dict) or isinstance(mask["counts"], str):
+        return annotation
+    return {**annotation, "segmentation": mask_api.frPyObjects(mask, *mask["size"])}

@@ -15,6 +15,7 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import Instances
+from results import is_number
 
 from regionspot_d2.data.proposal_sources import from_instances
 from regionspot_d2.modeling.automatic_masks import automatic_boxes
@@ -91,19 +92,36 @@ def from_file(file: str) -> RegionSource:
     if not isinstance(entries, dict):
         raise SystemExit(f"error: --proposals {file}: a dict from file names to boxes is expected.")
     for name, entry in entries.items():
-        if not isinstance(entry, dict) or "boxes" not in entry:
-            raise SystemExit(f"error: --proposals {file}: '{name}' has no 'boxes'.")
-        if len(entry.get("scores", entry["boxes"])) != len(entry["boxes"]):
-            raise SystemExit(f"error: --proposals {file}: '{name}' has not one score per box.")
+        if fault := _fault(entry):
+            raise SystemExit(f"error: --proposals {file}: '{name}' {fault}")
 
     def regions_of(name: str, image: np.ndarray) -> Regions:
         if name not in entries:
             raise ValueError(f"{file} has no boxes for '{name}'.")
         entry = entries[name]
-        scores = np.asarray(entry["scores"], np.float32) if "scores" in entry else None
+        scores = entry.get("scores")
+        scores = None if scores is None else np.asarray(scores, np.float32)
         return Regions(boxes=entry["boxes"], scores=scores)
 
     return regions_of
+
+
+def _fault(entry: Any) -> str | None:
+    """What is wrong with the form of a json's entry; whether its boxes fit their image is seen there."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("boxes"), list):
+        return "has no list 'boxes'."
+    boxes, scores = entry["boxes"], entry.get("scores")
+    for i, box in enumerate(boxes):
+        if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
+            return f"has the box {box!r} (region {i}); four numbers x0, y0, x1, y1 are expected."
+    if scores is None:
+        return None
+    if not isinstance(scores, list) or len(scores) != len(boxes):
+        return f"has not one score per box: {len(boxes)} boxes, the scores {str(scores)[:40]}."
+    for i, score in enumerate(scores):
+        if not is_number(score):
+            return f"has the score {score!r} (region {i}); a number is expected."
+    return None
 
 
 def from_sam(localizer: SamLocalizer) -> RegionSource:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,27 +38,39 @@ class Video:
         self._capture = cv2.VideoCapture(str(path))
         if not self._capture.isOpened():
             raise VideoReadError("there is no such file, or OpenCV cannot open it as a video.")
-        self.fps = (self._capture.get(cv2.CAP_PROP_FPS) or 25.0) / every
+        self._count = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        self._read = 0
+        # A frame that stands for the whole video is shown no longer than that.
+        apart = min(every, self._count) if self._count > 0 else every
+        self.fps = (self._capture.get(cv2.CAP_PROP_FPS) or 25.0) / apart
 
     @property
     def expected_frames(self) -> int | None:
         """How many frames will be chosen, if the file says so."""
-        count = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
-        return -(-count // self._every) if count > 0 else None
+        return -(-self._count // self._every) if self._count > 0 else None
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yields the number of each chosen frame, from 0 in the whole video, and its pixels (H, W, 3), uint8, RGB."""
-        number = 0
         while self._capture.grab():
-            if number % self._every == 0:
+            if self._read % self._every == 0:
                 whole, frame = self._capture.retrieve()
                 if not whole:
                     break
-                yield number, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-            number += 1
+                yield self._read, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+            self._read += 1
         self._capture.release()
-        if number == 0:
+        if self._read == 0:
             raise VideoReadError("it has no frame that OpenCV can read.")
+
+    def check_whole(self) -> None:
+        """To be called after the last frame.
+
+        Raises:
+            VideoReadError: if the file has clearly fewer frames than it says, as when it is cut off.
+        """
+        # Some formats give a length in seconds alone, from which OpenCV estimates the frames.
+        if self._read < 0.95 * self._count - 2:
+            raise VideoReadError(f"only {self._read} of its {self._count} frames can be read.")
 
 
 @contextmanager
@@ -66,24 +79,29 @@ def video_writer(path: Path, fps: float) -> Iterator[Callable[[np.ndarray], None
 
     Args:
         path: ends in .mp4.
-        fps: pictures per second.
+        fps: pictures per second; below 1 each is written several times, which looks the same.
 
     Yields:
         A function that appends a picture (H, W, 3), uint8, RGB.
     """
     partial = path.with_suffix(".partial.mp4")
     writer = cv2.VideoWriter()
+    # OpenCV counts rates in thousandths: of 0.0625 it makes 0.063, of 0.0004 an error.
+    repeats = max(1, math.ceil(1 / fps))
+    # MPEG-4 counts time in fractions with small denominators.
+    rate = float(f"{fps * repeats:.4g}")
 
     def append(picture: np.ndarray) -> None:
         if not writer.isOpened():
             height, width = picture.shape[:2]
-            # MPEG-4 counts time in fractions with small denominators.
-            opened = writer.open(
-                str(partial), cv2.VideoWriter_fourcc(*"mp4v"), round(fps, 2), (width, height)
-            )
-            if not opened:
-                raise OSError(f"OpenCV cannot write the video {partial}.")
-        writer.write(np.ascontiguousarray(picture[:, :, ::-1]))
+            codec = cv2.VideoWriter_fourcc(*"mp4v")
+            if not writer.open(str(partial), codec, rate, (width, height)):
+                raise OSError(
+                    f"OpenCV cannot write the video {partial}, {width} x {height}, {rate:g} pictures per second."
+                )
+        bgr = np.ascontiguousarray(picture[:, :, ::-1])
+        for _ in range(repeats):
+            writer.write(bgr)
 
     try:
         yield append

@@ -17,6 +17,7 @@ from PIL import Image
 
 from regionspot_d2 import RegionSpotPredictor
 from regionspot_d2.modeling.automatic_masks import automatic_boxes
+from regionspot_d2.modeling.localizer import SamLocalizer
 
 from .test_regionspot import tiny_model, vocabularies  # noqa: F401 (fixture)
 from .test_roi_heads import zoo_cfg
@@ -140,11 +141,19 @@ def test_images_of_one_name_do_not_overwrite_each_other(demo, photos, tmp_path):
 
 def test_a_vocabulary_file(demo, photos, tmp_path):
     words = tmp_path / "words.txt"
-    words.write_text("fire hydrant\n\nsmall, red cup\n")
+    words.write_text("fire hydrant\n\nsmall, red cup\n", encoding="utf-8-sig")
     arguments = ["--input", photos / "*.jpg", "--output", tmp_path / "out", "--boxes", "0,0,9,9"]
     assert demo(*arguments, "--vocabulary", words) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [c["name"] for c in results["categories"]] == ["fire hydrant", "small, red cup"]
+
+
+def test_a_vocabulary_file_that_is_not_utf8(demo, photos, tmp_path):
+    words = tmp_path / "words.txt"
+    words.write_bytes("café".encode("latin-1"))
+    arguments = ["--input", photos, "--output", tmp_path / "out", "--boxes", "0,0,9,9"]
+    with pytest.raises(SystemExit, match="--vocabulary .*words.txt: byte 3 is not UTF-8"):
+        demo(*arguments, "--vocabulary", words)
 
 
 @pytest.mark.parametrize(
@@ -160,12 +169,50 @@ def test_a_vocabulary_file(demo, photos, tmp_path):
         (["--boxes", "0,0,9,9", "--opts", "MODEL.NO_SUCH_KEY", "1"], "NO_SUCH_KEY"),
         (["--boxes", "0,0,9,9", "--config-file", "no.yaml"], "no.yaml"),
         (["--proposals", "no.json"], "no.json"),
+        (
+            ["--boxes", "0,0,9,9", "--opts", "MODEL.DEVICE", "no"],
+            "MODEL.DEVICE no: Expected one of",
+        ),
+        (
+            ["--boxes", "0,0,9,9", "--attention", "--opts", "MODEL.REGION_HEAD.NAME", "no"],
+            "^error: No object named 'no'",
+        ),
     ],
 )
 def test_wrong_arguments_give_one_line(demo, photos, tmp_path, arguments, message):
     base = ["--input", photos / "a.png", "--output", tmp_path / "out", "--vocabulary", "cat,dog"]
     with pytest.raises(SystemExit, match=message):
         demo(*base, *arguments)
+
+
+def test_an_output_that_cannot_be_written(demo, photos, tmp_path):
+    arguments = ["--input", photos, "--boxes", "0,0,9,9", "--vocabulary", "cat,dog", "--output"]
+    with pytest.raises(SystemExit, match="--output: a folder is expected: .*a.png"):
+        demo(*arguments, photos / "a.png")
+    (tmp_path / "out" / "results.jsonl").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="--output: a folder to write to .*results.jsonl"):
+        demo(*arguments, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ('{"boxes": null}', "has no list 'boxes'"),
+        ('{"boxes": 5}', "has no list 'boxes'"),
+        ('{"boxes": [1, 2, 9, 9]}', r"has the box 1 \(region 0\)"),
+        ('{"boxes": [[1, 2, 9, 9], [1, 2, 9]]}', r"has the box \[1, 2, 9\] \(region 1\)"),
+        ('{"boxes": [[1, 2, 9, 9]], "scores": 1}', "has not one score per box"),
+        ('{"boxes": [[1, 2, 9, 9]], "scores": []}', "has not one score per box"),
+        ('{"boxes": [[1, 2, 9, 9]], "scores": [[0.5]]}', r"has the score \[0.5\] \(region 0\)"),
+        ('{"boxes": [[1, 2, 9, 9]], "scores": [NaN]}', r"has the score nan \(region 0\)"),
+    ],
+)
+def test_proposals_of_another_form(demo, photos, tmp_path, entry, message):
+    file = tmp_path / "boxes.json"
+    file.write_text(f'{{"a.png": {entry}}}')
+    arguments = ["--input", photos / "a.png", "--output", tmp_path / "out", "--proposals", file]
+    with pytest.raises(SystemExit, match=f"--proposals .*boxes.json: 'a.png' {message}"):
+        demo(*arguments, "--vocabulary", "cat,dog")
 
 
 def test_wrong_boxes_name_the_image_and_the_box(demo, photos, tmp_path, capsys):
@@ -191,21 +238,18 @@ def test_boxes_and_points_are_one_question(demo, photos, tmp_path, capsys):
     np.testing.assert_allclose(boxes, expected.pred_boxes.tensor, atol=1e-4)
 
 
-def test_points_without_a_mask_are_left_out(demo, photos, tmp_path, monkeypatch, capsys):
-    predict = RegionSpotPredictor.predict
+def test_background_points_without_a_mask_are_left_out(demo, photos, tmp_path, monkeypatch, capsys):
+    def empty_masks(self, mask_logits, image_size, output_size=None):
+        return torch.zeros(len(mask_logits), *(output_size or image_size), dtype=torch.bool)
 
-    def with_an_empty_mask(self, **prompts):
-        found = predict(self, **prompts)
-        found.pred_boxes.tensor[found.region_index == 1] = 0
-        return found
-
-    monkeypatch.setattr(RegionSpotPredictor, "predict", with_an_empty_mask)
+    monkeypatch.setattr(SamLocalizer, "full_size_masks", empty_masks)
     arguments = ["--input", photos / "a.png", "--output", tmp_path / "out", "--topk", 2]
-    points = ["--boxes", "2,3,20,25", "--points", "9,9", "30,9"]
+    points = ["--boxes", "2,3,20,25", "--points", "9,9,0", "30,9;5,35,0"]
     assert demo(*arguments, *points, "--vocabulary", "cat,dog") == 0
     assert capsys.readouterr().err.count("region 1 is left out") == 1
     annotations = results_of(tmp_path / "out")["annotations"]
     assert [a["region"] for a in annotations] == [0, 0, 2, 2]
+    assert annotations[2]["bbox"] == [30, 9, 1, 1]  # the point on the region, without a mask
 
 
 def test_a_detector_finds_the_regions(demo, photos, tmp_path, detector):
@@ -355,6 +399,62 @@ def test_other_results_of_another_form(demo, photos, tmp_path, content):
         demo(*arguments, "--compare", tmp_path / "other.json")
 
 
+def ground_truth(**changes) -> dict:
+    annotation = {"image_id": 1, "category_id": 7, "bbox": [2, 3, 20, 25]}
+    return {
+        "images": [{"id": 1, "file_name": "a.png"}],
+        "categories": [{"id": 7, "name": "cat"}],
+        "annotations": [annotation, {**annotation, **changes}],
+    }
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"score": "high"}, "has the score high; a number"),
+        ({"category_id": 8}, "has the category_id 8; the id of a category"),
+        ({"image_id": 2}, "has the image_id 2; the id of an image"),
+        ({"bbox": [1, 2, 3]}, r"has the bbox \[1, 2, 3\]; x, y, width, height"),
+        ({"bbox": None}, "has the bbox None"),
+        ({"region": "left"}, "has the region left"),
+        ({"segmentation": "all"}, "has the segmentation all; polygons or"),
+        ({"segmentation": [[1, 2, 3]]}, "has the segmentation"),
+        ({"segmentation": {"size": [40, 60], "counts": [7]}}, "has the segmentation"),
+    ],
+)
+def test_other_results_name_what_cannot_be_drawn(demo, photos, tmp_path, changes, message):
+    (tmp_path / "other.json").write_text(json.dumps(ground_truth(**changes)))
+    arguments = ["--input", photos, "--output", tmp_path / "out", "--boxes", "0,0,9,9"]
+    with pytest.raises(SystemExit, match=f"--compare .*other.json: annotation 1 .*{message}"):
+        demo(*arguments, "--compare", tmp_path / "other.json")
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        [[5, 5, 40, 5, 40, 30, 5, 30]],
+        # The columns from 5 on, of this image and of one of another size.
+        {"size": [40, 60], "counts": [200, 2200]},
+        {"size": [60, 40], "counts": [300, 2100]},
+    ],
+)
+def test_ground_truth_is_drawn_without_scores(demo, photos, tmp_path, segmentation):
+    from pictures import draw_regions
+    from results import OtherResults
+
+    file = tmp_path / "other.json"
+    content = ground_truth(segmentation=segmentation, bbox=[5, 5, 35, 25])
+    file.write_text(json.dumps(content))
+    image = pixels(photos / "a.png")
+    other = OtherResults(str(file))
+    drawn = draw_regions(image, other.of("a.png"), other.names)
+    # Inside the second box, away from its edge and from the first one's.
+    inside = (slice(12, 26), slice(25, 37))
+    assert (drawn[inside] != image[inside]).any(axis=2).mean() > 0.9
+    arguments = ["--input", photos, "--output", tmp_path / "out", "--boxes", "0,0,9,9"]
+    assert demo(*arguments, "--vocabulary", "cat", "--compare", file) == 0
+
+
 def test_a_video_becomes_a_video(demo, video, tmp_path, capsys):
     arguments = ["--input", video, "--output", tmp_path / "out", "--boxes", "2,3,20,25"]
     assert demo(*arguments, "--vocabulary", "cat,dog", "--every", 2) == 0
@@ -386,6 +486,53 @@ def test_a_video_that_cannot_be_read(demo, photos, tmp_path, capsys):
     assert demo(*arguments, "--vocabulary", "cat,dog") == 1
     assert "broken.mp4: " in capsys.readouterr().err
     assert len(results_of(tmp_path / "out")["images"]) == 1
+
+
+def test_a_video_that_is_cut_off(demo, tmp_path, capsys):
+    whole, cut = tmp_path / "whole.avi", tmp_path / "cut.avi"
+    writer = cv2.VideoWriter(str(whole), cv2.VideoWriter_fourcc(*"MJPG"), 10, (48, 32))
+    # Noise, so that the frames are most of the file.
+    for frame in np.random.default_rng(0).integers(0, 256, (20, 32, 48, 3), dtype=np.uint8):
+        writer.write(frame)
+    writer.release()
+    content = whole.read_bytes()
+    cut.write_bytes(content[: len(content) // 2])
+    arguments = ["--output", tmp_path / "out", "--boxes", "0,0,9,9", "--vocabulary", "cat,dog"]
+    assert demo("--input", whole, *arguments, "--every", 5) == 0
+    assert demo("--input", cut, *arguments, "--every", 5) == 1
+    assert "of its 20 frames can be read" in capsys.readouterr().err
+    # What could be read is there.
+    assert 0 < len(results_of(tmp_path / "out")["images"]) < 4
+    assert (tmp_path / "out" / "cut.avi.mp4").exists()
+
+
+@pytest.mark.parametrize("fps, pictures", [(1 / 16, 3), (0.0004, 1), (29.97 / 7, 9), (200 / 3, 9)])
+def test_a_video_of_any_rate_lasts_as_long_as_it_should(demo, tmp_path, fps, pictures):
+    from video import video_writer
+
+    with video_writer(tmp_path / "slow.mp4", fps) as write:
+        for _ in range(pictures):
+            write(np.zeros((32, 48, 3), dtype=np.uint8))
+    written = cv2.VideoCapture(str(tmp_path / "slow.mp4"))
+    seconds = written.get(cv2.CAP_PROP_FRAME_COUNT) / written.get(cv2.CAP_PROP_FPS)
+    assert seconds == pytest.approx(pictures / fps, rel=2e-3)
+
+
+def test_the_first_frame_alone_lasts_as_long_as_the_video(demo, video, tmp_path):
+    arguments = ["--input", video, "--output", tmp_path / "out", "--boxes", "2,3,20,25"]
+    assert demo(*arguments, "--vocabulary", "cat,dog", "--every", 10**9) == 0
+    written = cv2.VideoCapture(str(tmp_path / "out" / "clip.avi.mp4"))
+    assert written.get(cv2.CAP_PROP_FPS) == pytest.approx(10 / 3, abs=1e-3)
+    assert written.get(cv2.CAP_PROP_FRAME_COUNT) == 1
+
+
+def test_a_video_that_cannot_be_written(demo, photos, video, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("video.cv2.VideoWriter.open", lambda *arguments: False, raising=False)
+    inputs = ["--input", video, photos / "a.png"]
+    arguments = [*inputs, "--output", tmp_path / "out", "--boxes", "0,0,9,9"]
+    assert demo(*arguments, "--vocabulary", "cat,dog") == 1
+    assert "clip.avi: OpenCV cannot write the video" in capsys.readouterr().err
+    assert (tmp_path / "out" / "a.png.png").exists()
 
 
 @pytest.fixture
@@ -429,6 +576,49 @@ def test_a_stopped_run_goes_on(demo, photos, video, tmp_path, images_encoded, ca
 
     assert run("out", "--resume") == 0 and len(images_encoded) == 11
     assert run("out") == 0 and len(images_encoded) == 16
+
+
+def test_going_on_draws_what_was_deleted(demo, photos, tmp_path, capsys):
+    output = tmp_path / "out"
+    arguments = ["--input", photos, "--output", output, "--boxes", "2,3,20,25", "--attention"]
+    arguments += ["--vocabulary", "cat,dog", "--resume", *HEAD_WITH_ATTENTION]
+    assert demo(*arguments) == 0
+    before, results = capsys.readouterr().out, results_of(output)
+    pictures = {path: path.read_bytes() for path in output.glob("*.png")}
+    (output / "a.png.png").unlink()
+    (output / "b.jpg.attention.png").unlink()
+    assert demo(*arguments) == 0
+    assert {path: path.read_bytes() for path in output.glob("*.png")} == pictures
+    assert (capsys.readouterr().out, results_of(output)) == (before, results)
+
+
+@pytest.mark.parametrize(
+    "damage, line",
+    [
+        (lambda lines: [lines[0], lines[1][:30] + b"\n", lines[2]], 2),
+        (lambda lines: [lines[0][:30], *lines[1:]], 1),
+        (lambda lines: [lines[0], b"{}\n", lines[2]], 2),
+        (lambda lines: [lines[0], b"\xff\n", lines[2]], 2),
+        # A killed run leaves these: a last line without its end, cut in a letter, or with zeros for what was not yet
+        # on the disk.
+        (lambda lines: [*lines[:2], lines[2].rstrip()], None),
+        (lambda lines: [*lines[:2], lines[2][:30] + b"\n"], None),
+        (lambda lines: [*lines[:2], bytes(30)], None),
+        (lambda lines: [lines[0][:30]], None),
+    ],
+)
+def test_going_on_from_a_damaged_record(demo, photos, tmp_path, damage, line):
+    record = tmp_path / "out" / "results.jsonl"
+    arguments = ["--input", photos, "--output", record.parent, "--boxes", "2,3,20,25"]
+    arguments += ["--vocabulary", "cat,dog", "--resume"]
+    assert demo(*arguments) == 0
+    before = record.read_bytes()
+    record.write_bytes(b"".join(damage(before.splitlines(keepends=True))))
+    if line is None:
+        assert demo(*arguments) == 0 and record.read_bytes() == before
+    else:
+        with pytest.raises(SystemExit, match=f"--resume: .*results.jsonl, line {line} is not what"):
+            demo(*arguments)
 
 
 @pytest.mark.parametrize(
