@@ -65,19 +65,20 @@ def main() -> None:
     args = parse_arguments()
     folder = args.output / "images"
     folder.mkdir(parents=True, exist_ok=True)
+    paths = photo_paths()
     given = json.loads(BOXES.read_text())
     regions = {name: list(zip(x["boxes"], x["names"])) for name, x in given.items()}
     if args.random_boxes > 0:
         regions = named_by_mini(
             {
                 path: with_random_boxes(path, given[path.name]["boxes"], args.random_boxes)
-                for path in photo_paths()
+                for path in paths
             }
         )
     names = list(dict.fromkeys(name for region in regions.values() for _, name in region))
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for number, path in enumerate(photo_paths(), start=1):
+    for number, path in enumerate(paths, start=1):
         shutil.copy(path, folder / path.name)
         with Image.open(path) as photo:
             width, height = photo.size

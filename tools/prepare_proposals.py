@@ -136,7 +136,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 def _detector_config(args: argparse.Namespace) -> CfgNode:
     cfg = get_cfg()
-    # A detector's config is Detectron2's own: RegionSpot's defaults (RGB images) are not for it.
+    # A detector's config is Detectron2's own: it needs of RegionSpot's keys that of own data alone.
     cfg.DATASETS.COCO_FORMAT = []
     if _is_lazy(args.config_file):
         return cfg
