@@ -6,7 +6,7 @@ from detectron2.data import MetadataCatalog
 
 from .annotations import source_file
 from .class_names import class_names, read_categories
-from .coco_format import expand_root, register_coco_format
+from .coco_format import coco_dataset, expand_root, register_coco_format
 from .lvis import minival, register_all_lvis
 from .objects365 import register_all_objects365
 from .odinw import ODINW_13, ODINW_35, register_all_odinw
@@ -16,6 +16,7 @@ __all__ = [
     "ODINW_13",
     "ODINW_35",
     "class_names",
+    "coco_dataset",
     "expand_root",
     "minival",
     "read_categories",

