@@ -75,9 +75,7 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
         """
         if not path:
             if self._head_keys():
-                logger.warning(
-                    "MODEL.WEIGHTS is empty: the region head starts from random weights."
-                )
+                logger.warning("MODEL.WEIGHTS is empty: the region head starts untrained.")
             return {}
         self._path = str(local_weights(path, "MODEL.WEIGHTS"))
         return super().load(self._path, *args, **kwargs)
@@ -124,7 +122,7 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
                 raise ValueError(
                     f"The region head in '{self._path}' does not fit this model: {key} is {found} in the file and "
                     f"{tuple(expected[key].shape)} in the model. Was it trained with another MODEL.VISION_LANGUAGE, "
-                    "MODEL.LOCALIZER or MODEL.REGION_HEAD?"
+                    "MODEL.LOCALIZER or MODEL.REGION_HEAD (DEPTH; NUM_CENTRES of a KernelRegionHead)?"
                 )
         return super()._load_model(checkpoint)
 

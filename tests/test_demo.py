@@ -360,7 +360,7 @@ def test_heat_is_where_the_head_looks(demo):
 
 def test_attention_needs_a_trained_head(demo, photos, video, tmp_path):
     arguments = ["--output", tmp_path / "out", "--boxes", "0,0,9,9", "--attention"]
-    with pytest.raises(SystemExit, match="--attention: LinearRegionHead"):
+    with pytest.raises(SystemExit, match="--attention: KernelRegionHead"):
         demo(*arguments, "--input", photos)
     with pytest.raises(SystemExit, match="--attention: .*clip.avi is a video"):
         demo(*arguments, "--input", video, *HEAD_WITH_ATTENTION)

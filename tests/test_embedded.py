@@ -368,14 +368,16 @@ def test_dense_answers_average_to_the_package_s_own(small):
     with torch.no_grad():
         features, logits = small.classifier(images)
         expected = stock.eval()((images - 127) / 128)
-    assert [part.shape for part in features] == [(2, 352, 3, 3), (2, 120, 3, 3)]
+    assert [part.shape for part in features] == [(2, 352, 6, 6), (2, 120, 6, 6), (2, 48, 6, 6)]
+    # A deep feature stands for four cells.
+    assert torch.equal(features[0][..., ::2, ::2], features[0][..., 1::2, 1::2])
     torch.testing.assert_close(logits.mean((2, 3)), expected, atol=1e-3, rtol=0)
 
 
 def test_tokens_do_not_depend_on_the_batch(small, chelsea):
     images = [chelsea, chelsea.flip(2)[:, :200], torch.zeros(3, 1, 1, dtype=torch.uint8)]
     together = small(images)
-    assert together.shape == (3, 9, small.image_dim)
+    assert together.shape == (3, 36, small.image_dim)
     assert together.isfinite().all()
     for image, tokens in zip(images, together):
         torch.testing.assert_close(small([image])[0], tokens, atol=2e-3, rtol=0)
@@ -387,7 +389,7 @@ def test_a_cat_is_a_cat_where_it_is(mini, chelsea, coffee):
     image[:, :400, :600] = coffee
     image[:, 500:, 749:] = chelsea
     tokens = mini([image])
-    assert tokens.shape == (1, 256, mini.image_dim)
+    assert tokens.shape == (1, 784, mini.image_dim) == (1, 784, 512 + 352 + 120 + 48)
     coco = known_vocabulary("coco")
     boxes = torch.tensor([[0.15, 0.0, 0.4, 0.4], [0.65, 0.65, 1.0, 1.0]])
     [found] = PooledRegionHead(vision_language=mini)([], tokens, [boxes])

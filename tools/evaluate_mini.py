@@ -1,21 +1,24 @@
 #!/usr/bin/env python
 """Measures the embedded model by k-fold cross-validation: no box is scored by a head that saw its photo.
 
-Compares three ways to name given boxes among the names of the data set: the training-free baseline, "crop and classify"
-(each box cut out and classified, see ``train_mini_head.py``), and the trained head, fitted anew for each fold. Prints a
-Markdown table of top-1 and top-5 accuracy, in percent, mean and standard deviation over several ways to split; once more for
-boxes whose class is in no photo of the other folds; and the processor time of one photo with 20 boxes, from pixels to names. Example::
+Compares three ways to name given boxes: the training-free baseline, "crop and classify" (each box cut out and classified, see
+``train_mini_head.py``), and the trained head, fitted anew for each fold on the other folds of all data sets. Prints, for each data
+set, a Markdown table of top-1 and top-5 accuracy, in percent, mean and standard deviation over several ways to split; once more for
+boxes whose name, as it is spelled, is on no box of the other folds; and the processor time of one photo with 20 boxes, from pixels to names. Example::
 
-    python tools/evaluate_mini.py --coco instances.json images/
+    python tools/evaluate_mini.py --coco instances.json images/ \\
+        --lvis-names package_photos/labelled/instances.json package_photos/labelled/images --photos package_photos/unlabelled
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,6 +29,7 @@ from train_mini_head import (
     Prepared,
     Settings,
     add_settings,
+    check_names,
     fit,
     labelled_photos,
     load_model,
@@ -38,17 +42,42 @@ from train_mini_head import (
 
 from regionspot_d2 import RegionSpotPredictor
 from regionspot_d2.modeling import RegionSpot
+from regionspot_d2.modeling.embedded import known_vocabulary
+from regionspot_d2.modeling.vocabulary import clean_name
 
 METHODS = ("PooledRegionHead", "crop and classify", "trained head")
+
+
+@dataclass
+class Measured:
+    """A labelled photo.
+
+    Attributes:
+        photo: its boxes and their names.
+        prepared: what the fit needs of it.
+        dataset: place of its data set among those of the command line.
+        labels: (R,), which of the names of the data set its boxes have; -1 for none of them: the box is only trained on.
+    """
+
+    photo: Photo
+    prepared: Prepared
+    dataset: int
+    labels: Tensor
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--coco", nargs=2, required=True, metavar=("JSON", "IMAGES"), help="data in COCO format"
-    )
+    for option, names in (("--coco", "the data set's names"), ("--lvis-names", "those of LVIS")):
+        parser.add_argument(
+            option,
+            nargs=2,
+            action="append",
+            default=[],
+            metavar=("JSON", "IMAGES"),
+            help=f"data in COCO format, to be named with {names}; may be given several times",
+        )
     parser.add_argument(
         "--photos", type=Path, nargs="*", default=[], help="folders of photos without labels"
     )
@@ -67,36 +96,31 @@ def hits(regions: Tensor, words: Tensor, labels: Tensor) -> Tensor:
 
 def cross_validate(
     model: RegionSpot,
-    photos: list[Photo],
-    prepared: list[Prepared],
+    measured: list[Measured],
     extra: tuple[list[Photo], list[Prepared]],
-    words: Tensor,
-    labels: list[Tensor],
+    words: list[Tensor],
     settings: Settings,
     folds: int,
     split: int,
-) -> tuple[Tensor, Tensor]:
-    """Hits of every box by a head that did not see its photo (R, 2), and which boxes have a class it did not see (R,)."""
-    order = torch.randperm(len(photos), generator=torch.Generator().manual_seed(split))
-    fold_of = torch.empty(len(photos), dtype=torch.long)
-    fold_of[order] = torch.arange(len(photos)) % folds
-    right: list[Tensor] = [torch.empty(0)] * len(photos)
-    unseen: list[Tensor] = [torch.empty(0)] * len(photos)
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Per photo the hits of its boxes by a head that did not see it (R, 2), and which have a name it did not see (R,)."""
+    order = torch.randperm(len(measured), generator=torch.Generator().manual_seed(split))
+    fold_of = torch.empty(len(measured), dtype=torch.long)
+    fold_of[order] = torch.arange(len(measured)) % folds
+    right: list[Tensor] = [torch.empty(0)] * len(measured)
+    unseen: list[Tensor] = [torch.empty(0)] * len(measured)
     for fold in range(folds):
-        inside = [i for i in range(len(photos)) if fold_of[i] != fold]
-        fit(
-            model,
-            [photos[i] for i in inside] + extra[0],
-            [prepared[i] for i in inside] + extra[1],
-            settings,
-        )
-        seen = torch.cat([labels[i] for i in inside])
+        inside = [m for m, f in zip(measured, fold_of) if f != fold]
+        photos = [m.photo for m in inside]
+        fit(model, photos + extra[0], [m.prepared for m in inside] + extra[1], settings)
+        seen = {clean_name(name) for photo in photos for name in photo.names}
         for i in (fold_of == fold).nonzero().flatten().tolist():
+            m = measured[i]
             with torch.no_grad():
-                regions = model.region_head.embed(prepared[i].baseline, prepared[i].features)
-            right[i] = hits(regions, words, labels[i])
-            unseen[i] = ~torch.isin(labels[i], seen)
-    return torch.cat(right), torch.cat(unseen)
+                regions = model.region_head.embed(m.prepared.baseline, m.prepared.descriptions)
+            right[i] = hits(regions, words[m.dataset], m.labels)
+            unseen[i] = torch.tensor([clean_name(name) not in seen for name in m.photo.names])
+    return right, unseen
 
 
 def seconds(run: Callable[[], object], repeats: int = 5) -> float:
@@ -131,13 +155,17 @@ def timings(
 
 
 def cell(values: list[float]) -> str:
+    """Mean and deviation, in percent, of the splits that have such boxes."""
+    values = [value for value in values if not math.isnan(value)]
+    if not values:
+        return "–"
     spread = f" ± {100 * statistics.stdev(values):.1f}" if len(set(values)) > 1 else ""
     return f"{100 * statistics.fmean(values):.1f}{spread}"
 
 
-def all_names(json_file: str) -> list[str]:
+def category_names(json_file: str) -> list[str]:
     with open(json_file, encoding="utf-8") as file:
-        return [category["name"] for category in json.load(file)["categories"]]
+        return sorted({category["name"] for category in json.load(file)["categories"]})
 
 
 def main() -> None:
@@ -145,48 +173,61 @@ def main() -> None:
     settings = settings_of(args)
     model = load_model()
     crop_classifier = CropClassifier(model)
-    photos = [photo for photo in labelled_photos(*args.coco) if photo.names]
-    names = sorted(
-        {name for photo in photos for name in photo.names} | set(all_names(args.coco[0]))
-    )
-    words = model.text_embedder(names, model.device)
-    labels = [torch.tensor([names.index(name) for name in photo.names]) for photo in photos]
-    prepared = [prepare(model, photo, crop_classifier, settings) for photo in photos]
+    datasets = [(files, category_names(files[0])) for files in args.coco]
+    datasets += [(files, known_vocabulary("lvis")) for files in args.lvis_names]
+    loaded = [[p for p in labelled_photos(*files) if p.names] for files, _ in datasets]
+    if sum(map(len, loaded)) < args.folds:
+        raise SystemExit(
+            f"error: {sum(map(len, loaded))} photos with boxes do not make {args.folds} folds; give --coco or --lvis-names"
+        )
+    check_names(model, [photo for photos in loaded for photo in photos])
+    words = [model.text_embedder(names, model.device) for _, names in datasets]
+    measured = []
+    for number, (_, names) in enumerate(datasets):
+        places = {clean_name(name): place for place, name in enumerate(names)}
+        for photo in loaded[number]:
+            labels = torch.tensor([places.get(clean_name(n), -1) for n in photo.names])
+            prepared = prepare(model, photo, crop_classifier, settings)
+            measured.append(Measured(photo, prepared, number, labels))
     more = unlabelled_photos(args.photos)
     extra = (more, [prepare(model, photo, crop_classifier, settings) for photo in more])
 
-    crops = torch.cat([crop_classifier(read(photo), photo.boxes) for photo in photos])
-    fixed = {
-        "PooledRegionHead": hits(
-            torch.cat([p.baseline for p in prepared]), words, torch.cat(labels)
-        ),
-        "crop and classify": hits(crops, words, torch.cat(labels)),
-    }
-    rows: dict[str, list[list[float]]] = {method: [] for method in METHODS}
+    fixed: dict[str, list[Tensor]] = {"PooledRegionHead": [], "crop and classify": []}
+    for m in measured:
+        crops = crop_classifier(read(m.photo), m.photo.boxes)
+        fixed["crop and classify"].append(hits(crops, words[m.dataset], m.labels))
+        fixed["PooledRegionHead"].append(hits(m.prepared.baseline, words[m.dataset], m.labels))
+    rows: list[dict[str, list[list[float]]]] = [{m: [] for m in METHODS} for _ in datasets]
     for split in range(args.splits):
-        right, unseen = cross_validate(
-            model, photos, prepared, extra, words, labels, settings, args.folds, split
-        )
-        for method in METHODS:
-            scored = fixed.get(method, right)
-            rows[method].append([*scored.mean(0).tolist(), *scored[unseen].mean(0).tolist()])
+        right, unseen = cross_validate(model, measured, extra, words, settings, args.folds, split)
+        for number in range(len(datasets)):
+            chosen = [i for i, m in enumerate(measured) if m.dataset == number]
+            known = torch.cat([measured[i].labels >= 0 for i in chosen])
+            new = torch.cat([unseen[i] for i in chosen])[known]
+            for method in METHODS:
+                scored = torch.cat([fixed.get(method, right)[i] for i in chosen])[known]
+                row = [*scored.mean(0).tolist(), *scored[new].mean(0).tolist(), new.sum().item()]
+                rows[number][method].append(row)
 
-    head_time, crop_time = timings(model, crop_classifier, photos[0], names, args.timing_boxes)
-    times = {"crop and classify": crop_time, "trained head": head_time}
-    print(
-        f"{len(photos)} photos, {len(crops)} boxes, {len(names)} names; {args.folds} folds, {args.splits} splits; "
-        f"{torch.get_num_threads()} threads; {settings}\n"
-    )
-    print(f"| | top-1 | top-5 | unseen top-1 | unseen top-5 | CPU s, {args.timing_boxes} boxes |")
-    print("|---|---|---|---|---|---|")
-    for method in METHODS:
-        cells = [cell(list(column)) for column in zip(*rows[method])]
+    print(f"{args.folds} folds, {args.splits} splits; {len(more)} more photos; {settings}")
+    for number, (files, names) in enumerate(datasets):
+        labels = [m.labels for m in measured if m.dataset == number]
+        boxes = int((torch.cat(labels) >= 0).sum())
+        unseen_boxes = statistics.fmean(row[4] for row in rows[number][METHODS[0]])
         print(
-            f"| {method} | {' | '.join(cells)} | {times[method]:.2f} |"
-            if method in times
-            else f"| {method} | {' | '.join(cells)} | |"
+            f"\n{files[0]}: {len(labels)} photos, {boxes} boxes, {unseen_boxes:.0f} of an unseen name, {len(names)} names\n"
         )
-    print(f"\nThe head is {crop_time / head_time:.1f} times as fast as crop and classify.")
+        print("| | top-1 | top-5 | unseen top-1 | unseen top-5 |")
+        print("|---|---|---|---|---|")
+        for method in METHODS:
+            cells = [cell(list(column)) for column in list(zip(*rows[number][method]))[:4]]
+            print(f"| {method} | {' | '.join(cells)} |")
+    first = measured[0].photo
+    head_time, crop_time = timings(model, crop_classifier, first, datasets[0][1], args.timing_boxes)
+    print(
+        f"\nProcessor time of {args.timing_boxes} boxes, {torch.get_num_threads()} threads: trained head {head_time:.3f} s, "
+        f"crop and classify {crop_time:.3f} s, {crop_time / head_time:.1f} times as much."
+    )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ Two kinds of regions are fitted to. A labelled box goes to the text vector of it
 without labels, goes to what the classifier says of its crop together with what the baseline says: this keeps the names that
 no label teaches, and brings the sharper look of a crop into the one pass over the image.
 
-The fit is in closed form, so the same data and seed give the same weights. Example::
+The fit is in closed form, so the same data and seed give the same weights. A head of other data has another number of regions,
+which the script prints: ``MODEL.REGION_HEAD.NUM_CENTRES`` of its config. Example::
 
     python tools/train_mini_head.py --coco train.json images/ --photos more_photos/ --output mini_head.safetensors
 """
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from regionspot_d2 import add_regionspot_config
 from regionspot_d2.data.images import read_image
-from regionspot_d2.engine.linear_fit import RegionTargets, fit_linear_head
+from regionspot_d2.engine.kernel_fit import RegionTargets, fit_kernel_head
 from regionspot_d2.modeling import RegionSpot
 from regionspot_d2.modeling.embedded.efficientnet import DenseEfficientNetLite
 
@@ -43,13 +44,15 @@ class Settings:
     """Hyper-parameters, chosen by cross-validation; the defaults are those of the shipped head."""
 
     share: float = 0.4
-    prior: float = 0.4
-    ridge: float = 3.0
+    ridge: float = 2.0
+    width: float = 0.2
+    radial_share: float = 0.5
+    reserve: float = 3.0
     # Of a random box, where a labelled one counts 1.
-    teacher_weight: float = 0.5
+    teacher_weight: float = 0.9
     # Of the crop in the teacher's answer; the rest is the baseline's.
     crop_share: float = 0.5
-    boxes_per_photo: int = 12
+    boxes_per_photo: int = 4
     seed: int = 0
 
 
@@ -67,9 +70,9 @@ class Prepared:
     """What the fit needs of a photo; made once, used in every fold."""
 
     baseline: Tensor
-    features: Tensor
+    descriptions: Tensor
     teacher_baseline: Tensor
-    teacher_features: Tensor
+    teacher_descriptions: Tensor
     crops: Tensor
 
 
@@ -103,13 +106,13 @@ def settings_of(args: argparse.Namespace) -> Settings:
     return Settings(**{name: getattr(args, name) for name in vars(Settings())})
 
 
-def load_model(head: str = "LinearRegionHead", weights: str = "") -> RegionSpot:
-    """The embedded model, with a head that knows nothing yet unless there are weights."""
+def load_model() -> RegionSpot:
+    """The embedded model, with a head that knows nothing yet."""
     cfg = get_cfg()
     add_regionspot_config(cfg)
     cfg.merge_from_file(str(CONFIG))
-    cfg.MODEL.REGION_HEAD.NAME = head
-    cfg.MODEL.WEIGHTS = weights
+    cfg.MODEL.REGION_HEAD.NUM_CENTRES = 0
+    cfg.MODEL.WEIGHTS = ""
     cfg.MODEL.DEVICE = "cpu"
     return build_model(cfg).eval()
 
@@ -137,6 +140,14 @@ def unlabelled_photos(folders: list[Path]) -> list[Photo]:
         for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in PHOTO_SUFFIXES):
             unique.setdefault(hashlib.sha256(path.read_bytes()).hexdigest(), path)
     return [Photo(unique[key], torch.zeros(0, 4), []) for key in sorted(unique)]
+
+
+def check_names(model: RegionSpot, photos: list[Photo]) -> None:
+    """Ends the run with a line for each name that the model does not know, before the work begins."""
+    try:
+        model.vision_language.text_vectors([name for photo in photos for name in photo.names])
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 def read(photo: Photo) -> Tensor:
@@ -211,21 +222,23 @@ def fit(
     )
     regions = RegionTargets(
         baseline=torch.cat([*(p.baseline for p in prepared), teacher_baseline]),
-        features=torch.cat(
-            [*(p.features for p in prepared), *(p.teacher_features for p in prepared)]
+        descriptions=torch.cat(
+            [*(p.descriptions for p in prepared), *(p.teacher_descriptions for p in prepared)]
         ),
         targets=torch.cat([F.normalize(text(names) - text.mean, dim=1), taught]),
         weights=torch.cat(
             [torch.ones(len(names)), torch.full((len(crops),), settings.teacher_weight)]
         ),
     )
-    geometry = regions.features.shape[1] - model.vision_language.image_dim
-    fit_linear_head(
+    geometry = regions.descriptions.shape[1] - model.vision_language.image_dim
+    fit_kernel_head(
         model.region_head,
         regions,
         share=settings.share,
-        prior=settings.prior,
         ridge=settings.ridge,
+        width=settings.width,
+        radial_share=settings.radial_share,
+        reserve=settings.reserve,
         blocks=[*model.vision_language.token_parts, geometry],
     )
 
@@ -235,7 +248,10 @@ def main() -> None:
     settings = settings_of(args)
     photos = [photo for each in args.coco for photo in labelled_photos(*each)]
     photos += unlabelled_photos(args.photos)
+    if not photos:
+        raise SystemExit("error: there are no photos; give --coco or --photos")
     model = load_model()
+    check_names(model, photos)
     crop_classifier = CropClassifier(model)
     prepared = []
     for i, photo in enumerate(photos):
@@ -246,6 +262,7 @@ def main() -> None:
     save_file(head, args.output)
     boxes = sum(len(photo.names) for photo in photos)
     print(f"{args.output}: from {len(photos)} photos, {boxes} labelled boxes; {settings}")
+    print(f"MODEL.REGION_HEAD.NUM_CENTRES {len(model.region_head.centres)}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 from . import embedded as _  # only registration
 from .frozen import FrozenModule
+from .kernel_head import KernelRegionHead
 from .localizer import LOCALIZER_REGISTRY, Localizer, PointPrompts, SamLocalizer
-from .region_head import REGION_HEAD_REGISTRY, LinearRegionHead, PooledRegionHead, RegionSpotHead
+from .region_head import REGION_HEAD_REGISTRY, PooledRegionHead, RegionSpotHead
 from .regionspot import RegionSpot
 from .roi_heads import RegionSpotROIHeads
 from .vision_language import VISION_LANGUAGE_REGISTRY, VisionLanguageModel
@@ -9,7 +10,7 @@ from .vision_language import VISION_LANGUAGE_REGISTRY, VisionLanguageModel
 __all__ = [
     "FrozenModule",
     "LOCALIZER_REGISTRY",
-    "LinearRegionHead",
+    "KernelRegionHead",
     "Localizer",
     "PointPrompts",
     "PooledRegionHead",

@@ -34,17 +34,17 @@ class DenseEfficientNetLite(nn.Module):
     """EfficientNet-Lite2 (Apache-2.0, ImageNet-1k) without its global pooling.
 
     Attributes:
-        stride: pixels of the input per cell.
-        feature_dims: widths of the features of the last block and of the last one at half the stride.
+        stride: pixels of the input per cell of the features; a cell of the logits has twice as many.
+        feature_dims: widths of the features: of the last blocks at the strides 32, 16 and 8.
     """
 
-    stride = 32
-    feature_dims = (352, 120)
+    stride = 16
+    feature_dims = (352, 120, 48)
 
     def __init__(self, side: int) -> None:
         """
         Args:
-            side: height and width of the input, a multiple of ``stride``.
+            side: height and width of the input, a multiple of 32.
 
         Raises:
             WeightsNotFoundError: the packages of code and weights cannot be had.
@@ -64,19 +64,20 @@ class DenseEfficientNetLite(nn.Module):
             images: RGB in 0..255, (B, 3, side, side), float.
 
         Returns:
-            The features, (B, dim, h, w) for each of ``feature_dims``, h = w = side / ``stride``, and the logits of the
-            ImageNet classes (B, 1000, h, w).
+            The features, (B, dim, h, w) for each of ``feature_dims``, h = w = side / ``stride``, repeated or averaged to
+            that, and the logits of the ImageNet classes (B, 1000, h / 2, w / 2).
         """
         network = self.network
         # The official model's constants. (The package's example has torchvision's, which fit these weights less.)
         x = ((images - 127.0) / 128.0).contiguous(memory_format=torch.channels_last)
         x = network._swish(network._bn0(network._conv_stem(x)))
-        finer = x
+        finer = []
         for block in network._blocks:
             if max(block._depthwise_conv.stride) > 1:
-                finer = x
+                finer.append(x)
             x = block(x)
+        *_, eighth, sixteenth = finer
         top = network._swish(network._bn1(network._conv_head(x)))
         classifier = network._fc
         logits = F.conv2d(top, classifier.weight[:, :, None, None], classifier.bias)
-        return [x, F.avg_pool2d(finer, 2)], logits
+        return [F.interpolate(x, scale_factor=2), sixteenth, F.avg_pool2d(eighth, 2)], logits

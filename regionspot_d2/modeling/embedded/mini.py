@@ -19,13 +19,13 @@ from .text_vectors import TextVectors
 
 _IMAGENET_NAMES = Path(__file__).with_name("imagenet_names.json")
 # A larger side finds more small objects, in time that grows with its square.
-_SIDE = 512
+_SIDE = 448
 # Softness of the classifier's answers and how many of them count, chosen by zero-shot accuracy on COCO boxes.
 _TEMPERATURE = 2.0
 _CLASSES_PER_CELL = 50
 # Bring all parts of an image token to a standard deviation of about 1.
 _CONSE_SCALE = 150.0
-_FEATURE_SCALES = (0.4, 0.2)
+_FEATURE_SCALES = (0.4, 0.2, 0.1)
 # Without what all names have in common, cosines spread five times wider than CLIP's own, whose factor is 100.
 _LOGIT_SCALE = math.log(20)
 
@@ -36,7 +36,7 @@ class MiniVisionLanguage(VisionLanguageModel):
 
     Images: EfficientNet-Lite2 classifies each cell of the image, and the CLIP text vectors of its ImageNet classes are
     averaged by their probabilities ("ConSE", Norouzi et al., ICLR 2014, per cell). An image token is that average beside the
-    features of the classifier's last block and of the last one with finer cells. Words: CLIP ViT-B/32's vectors of the
+    features of the classifier's last blocks at three resolutions. Words: CLIP ViT-B/32's vectors of the
     names of LVIS, COCO, Objects365 and OpenImages, and no others.
 
     ``MODEL.VISION_LANGUAGE.ARCH`` and ``.WEIGHTS`` are not read: models and weights are those of pinned packages.
@@ -88,12 +88,11 @@ class MiniVisionLanguage(VisionLanguageModel):
         if not images:
             return self.class_vectors.new_zeros(0, rows * columns, self.image_dim)
         features, logits = self.classifier(torch.stack([self._squash(image) for image in images]))
-        conse = self._conse(logits.flatten(2).transpose(1, 2))
-        parts = [
-            part.flatten(2).transpose(1, 2) * scale
-            for part, scale in zip(features, _FEATURE_SCALES)
-        ]
-        return torch.cat([conse * _CONSE_SCALE, *parts], dim=2)
+        coarse = self._conse(logits.flatten(2).transpose(1, 2)) * _CONSE_SCALE
+        conse = coarse.transpose(1, 2).unflatten(2, logits.shape[2:])
+        parts = [F.interpolate(conse, self.grid_size)]
+        parts += [part * scale for part, scale in zip(features, _FEATURE_SCALES)]
+        return torch.cat([part.flatten(2) for part in parts], dim=1).transpose(1, 2)
 
     def project(self, image_tokens: Tensor) -> Tensor:
         return image_tokens[..., : self.text_dim]
