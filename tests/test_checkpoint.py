@@ -131,7 +131,7 @@ def test_a_missing_file_is_named(tmp_path):
         RegionSpotCheckpointer(Model()).load(str(tmp_path / "head.pth"))
 
 
-def test_no_file_warns_of_random_weights(caplog):
+def test_no_file_warns_of_an_untrained_head(caplog):
     with caplog.at_level(logging.WARNING):
         RegionSpotCheckpointer(Model()).load("")
         assert "starts untrained" in caplog.text

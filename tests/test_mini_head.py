@@ -274,4 +274,5 @@ def test_box_mask_and_points_of_a_large_object_give_the_same_name(predictor, dem
             same_points.append((five == by_box, one == by_box))
     # The localizer's masks of points are often far smaller than the object.
     assert len(same_points) == 9
-    assert all(sum(same) >= 7 for same in zip(*same_points))
+    from_five, from_one = map(sum, zip(*same_points))
+    assert from_five >= 8 and from_one >= 7

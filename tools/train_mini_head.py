@@ -103,6 +103,10 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
+    if not 0 <= args.teacher_weight < 1:
+        raise SystemExit(
+            f"error: --teacher-weight is {args.teacher_weight}; it must be from 0 to below 1, what a labelled box counts"
+        )
     return Settings(**{name: getattr(args, name) for name in vars(Settings())})
 
 
