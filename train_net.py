@@ -26,7 +26,7 @@ from detectron2.utils.logger import setup_logger
 
 from regionspot_d2.data.token_cache import TokenCacheError
 from regionspot_d2.engine import ConfigError, RegionSpotTrainer, load_config
-from regionspot_d2.modeling.weights import WeightsNotFoundError
+from regionspot_d2.files import WeightsNotFoundError
 
 
 def _load_config(args: argparse.Namespace) -> CfgNode:

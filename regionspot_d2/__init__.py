@@ -1,6 +1,7 @@
 """RegionSpot for Detectron2: any region of an image, named with any words."""
 
 from . import data as _data  # only registration
+from . import mini as _mini  # only registration
 from . import modeling as _modeling  # only registration
 from .config import add_regionspot_config
 from .predictor import RegionSpotPredictor

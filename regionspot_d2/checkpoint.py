@@ -11,7 +11,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from safetensors.torch import load_file
 
-from .modeling.weights import local_weights
+from .files import local_weights
 
 logger = logging.getLogger(__name__)
 

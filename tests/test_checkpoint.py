@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from regionspot_d2.checkpoint import RegionSpotCheckpointer
+from regionspot_d2.files import WeightsNotFoundError
 from regionspot_d2.modeling import RegionSpotHead
-from regionspot_d2.modeling.weights import WeightsNotFoundError
 
 
 def head(image_dim: int = 16) -> RegionSpotHead:

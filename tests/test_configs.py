@@ -13,7 +13,7 @@ from detectron2.modeling import build_model
 
 from regionspot_d2 import add_regionspot_config
 from regionspot_d2.engine import build_optimizer
-from regionspot_d2.modeling.weights import WeightsNotFoundError
+from regionspot_d2.files import WeightsNotFoundError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))

@@ -283,7 +283,7 @@ def test_detectors_that_cannot_be_had(
     def unreachable(*args):
         raise OSError("no network")
 
-    monkeypatch.setattr("regionspot_d2.modeling.weights._download", unreachable)
+    monkeypatch.setattr("regionspot_d2.files._download", unreachable)
     places = {"config": detector[0], "photo": photos / "a.png"}
     arguments = ["--input", photos, "--output", tmp_path / "out", "--vocabulary", "cat,dog"]
     with pytest.raises(SystemExit, match=message):

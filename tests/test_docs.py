@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from regionspot_d2.modeling.weights import WeightsNotFoundError
+from regionspot_d2.files import WeightsNotFoundError
 
 from .test_roi_heads import MASK_RCNN, build_model, zoo_cfg
 

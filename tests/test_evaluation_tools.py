@@ -27,7 +27,7 @@ def load_tool(name: str) -> ModuleType:
     return module
 
 
-benchmark_lvis_evaluation = load_tool("benchmark_lvis_evaluation")
+benchmark_lvis_evaluation = load_tool("benchmarks/lvis_evaluation")
 visualize_results = load_tool("visualize_results")
 
 LVIS, COCO = "synthetic_tools_lvis", "synthetic_tools_coco"

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from regionspot_d2 import RegionSpotPredictor
 from regionspot_d2.engine import ConfigError, load_config
+from regionspot_d2.mini import VOCABULARIES, known_vocabulary
 from regionspot_d2.modeling import RegionSpotHead
-from regionspot_d2.modeling.embedded import VOCABULARIES, known_vocabulary
 
 TOLERANCE = 1e-4
 

@@ -24,8 +24,8 @@ from regionspot_d2.data.datasets import register_coco_format
 from regionspot_d2.data.token_cache import TokenCacheError
 from regionspot_d2.data.token_extraction import extract_tokens
 from regionspot_d2.engine import ConfigError, load_config
+from regionspot_d2.files import WeightsNotFoundError
 from regionspot_d2.modeling.localizer import LOCALIZER_REGISTRY
-from regionspot_d2.modeling.weights import WeightsNotFoundError
 
 
 def argument_parser() -> argparse.ArgumentParser:

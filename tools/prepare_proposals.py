@@ -66,9 +66,9 @@ from regionspot_d2.data.proposals import (
 )
 from regionspot_d2.engine import ConfigError, load_config
 from regionspot_d2.engine.setup import check_datasets, explained
+from regionspot_d2.files import WeightsNotFoundError
 from regionspot_d2.modeling.automatic_masks import AutomaticMaskSettings, automatic_boxes
 from regionspot_d2.modeling.localizer import LOCALIZER_REGISTRY
-from regionspot_d2.modeling.weights import WeightsNotFoundError
 
 logger = logging.getLogger("regionspot_d2.prepare_proposals")
 

@@ -1,6 +1,4 @@
-from . import embedded as _  # only registration
 from .frozen import FrozenModule
-from .kernel_head import KernelRegionHead
 from .localizer import LOCALIZER_REGISTRY, Localizer, PointPrompts, SamLocalizer
 from .region_head import REGION_HEAD_REGISTRY, PooledRegionHead, RegionSpotHead
 from .regionspot import RegionSpot
@@ -10,7 +8,6 @@ from .vision_language import VISION_LANGUAGE_REGISTRY, VisionLanguageModel
 __all__ = [
     "FrozenModule",
     "LOCALIZER_REGISTRY",
-    "KernelRegionHead",
     "Localizer",
     "PointPrompts",
     "PooledRegionHead",

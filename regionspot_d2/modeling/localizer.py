@@ -12,9 +12,9 @@ from detectron2.utils.registry import Registry
 from segment_anything import sam_model_registry
 from torch import Tensor, nn
 
+from ..files import local_weights
 from .frozen import FrozenModule
 from .mask_tokens import MaskTokenDecoder
-from .weights import local_weights
 
 LOCALIZER_REGISTRY = Registry("LOCALIZER")
 LOCALIZER_REGISTRY.__doc__ = "Localizers, built as ``LOCALIZER_REGISTRY.get(name)(cfg)``."

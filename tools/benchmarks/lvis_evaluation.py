@@ -2,7 +2,7 @@
 """Times LVIS evaluation: our evaluator on hotcoco against Detectron2's on the package lvis, and compares the numbers.
 
     pip install --no-deps lvis==0.5.3
-    tools/benchmark_lvis_evaluation.py
+    tools/benchmarks/lvis_evaluation.py
 
 Both sides get the same synthetic results (by default 500 images, 1203 classes, 150,000 detections) as a model would
 give them, and are timed from the annotation file to the metrics, results json included. On a busy machine the time of the

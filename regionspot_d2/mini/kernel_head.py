@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
-from .region_head import REGION_HEAD_REGISTRY, PooledRegionHead
-from .vision_language import VisionLanguageModel
+from ..modeling.region_head import REGION_HEAD_REGISTRY, PooledRegionHead
+from ..modeling.vision_language import VisionLanguageModel
 
 _GEOMETRY_DIM = 10
 

@@ -17,8 +17,8 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from regionspot_d2 import RegionSpotPredictor, add_regionspot_config
-from regionspot_d2.modeling import PooledRegionHead
-from regionspot_d2.modeling.embedded import (
+from regionspot_d2.files import WeightsNotFoundError
+from regionspot_d2.mini import (
     VOCABULARIES,
     LiteMedSam,
     MiniVisionLanguage,
@@ -27,14 +27,14 @@ from regionspot_d2.modeling.embedded import (
     lite_medsam,
     text_vectors,
 )
-from regionspot_d2.modeling.embedded.batch_norms import fold_batch_norms
-from regionspot_d2.modeling.embedded.efficientnet import DenseEfficientNetLite
-from regionspot_d2.modeling.embedded.mini import imagenet_vectors
-from regionspot_d2.modeling.embedded.packages import Package
-from regionspot_d2.modeling.embedded.text_vectors import TextVectors
-from regionspot_d2.modeling.weights import WeightsNotFoundError
+from regionspot_d2.mini.batch_norms import fold_batch_norms
+from regionspot_d2.mini.efficientnet import DenseEfficientNetLite
+from regionspot_d2.mini.mini import imagenet_vectors
+from regionspot_d2.mini.packages import Package
+from regionspot_d2.mini.text_vectors import TextVectors
+from regionspot_d2.modeling import PooledRegionHead
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 # Packages -----------------------------------------------------------------------------------------

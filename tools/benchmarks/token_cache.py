@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Compares the token cache with one ``torch.save`` file per image, the published layout.
 
-    python tools/benchmark_token_cache.py --images 5000
+    python tools/benchmarks/token_cache.py --images 5000
 
 Both sides hold the same synthetic tokens, in half precision, and are read in the same random order in one run, first
 once to warm the disk's cache. The published layout has no boxes; its side is spared writing and reading them.

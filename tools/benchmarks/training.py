@@ -2,12 +2,12 @@
 """Measures training from cached mask tokens, on synthetic images.
 
     # where the time of a step goes: the embedded models, or the sizes of the paper with random weights
-    python tools/benchmark_training.py --measure step --config-file configs/mini/train_tinycoco.yaml
-    python tools/benchmark_training.py --measure step --config-file configs/regionspot_B.yaml --random-weights
+    python tools/benchmarks/training.py --measure step --config-file configs/mini/train_tinycoco.yaml
+    python tools/benchmarks/training.py --measure step --config-file configs/regionspot_B.yaml --random-weights
     # images per second of two processes against one, the same batch in each, one thread in each
-    python tools/benchmark_training.py --measure processes --config-file configs/mini/train_tinycoco.yaml
+    python tools/benchmarks/training.py --measure processes --config-file configs/mini/train_tinycoco.yaml
     # memory of loss and head over the 13,204 names of V3Det
-    python tools/benchmark_training.py --measure vocabulary --config-file configs/regionspot_B.yaml --random-weights
+    python tools/benchmarks/training.py --measure vocabulary --config-file configs/regionspot_B.yaml --random-weights
 
 ``MODEL.DEVICE cpu`` at the end measures the CPU of a machine with a GPU.
 """

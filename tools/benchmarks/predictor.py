@@ -9,8 +9,8 @@ may differ by 1e-5.
 The mini models run anywhere. Architectures without their weights run with random ones, for speed does not depend on them, and the words get
 random embeddings:
 
-    python tools/benchmark_predictor.py
-    python tools/benchmark_predictor.py --random --config-file configs/regionspot_L_336.yaml --boxes 50
+    python tools/benchmarks/predictor.py
+    python tools/benchmarks/predictor.py --random --config-file configs/regionspot_L_336.yaml --boxes 50
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.nn.functional import normalize
 
 from regionspot_d2 import RegionSpotPredictor
 from regionspot_d2.engine import ConfigError, load_config
-from regionspot_d2.modeling.embedded import known_vocabulary
+from regionspot_d2.mini import known_vocabulary
 
 LIMIT, TOLERANCE = 1.05, 1e-5
 

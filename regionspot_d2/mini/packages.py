@@ -20,7 +20,7 @@ from types import ModuleType
 
 from iopath.common.file_io import file_lock
 
-from ..weights import WeightsNotFoundError, cache_dir
+from ..files import WeightsNotFoundError, cache_dir
 
 logger = logging.getLogger(__name__)
 

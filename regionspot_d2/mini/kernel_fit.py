@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modeling.kernel_head import KernelRegionHead, radial_basis
+from .kernel_head import KernelRegionHead, radial_basis
 
 
 class RegionTargets(NamedTuple):

@@ -17,10 +17,10 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from regionspot_d2.modeling.embedded.text_vectors import TextVectors
-from regionspot_d2.modeling.weights import WeightsNotFoundError
+from regionspot_d2.files import WeightsNotFoundError
+from regionspot_d2.mini.text_vectors import TextVectors
 
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
+TOOLS = Path(__file__).resolve().parents[2] / "tools" / "mini"
 
 
 def load_tool(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -66,7 +66,7 @@ def test_no_photo_of_the_demo_is_trained_on(monkeypatch):
 def load_photos_of_demo(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     for package in ("skimage", "matplotlib"):
         pytest.importorskip(package)
-    monkeypatch.syspath_prepend(str(TOOLS.parent / "demo"))
+    monkeypatch.syspath_prepend(str(TOOLS.parents[1] / "demo"))
     from photos import photo_paths
 
     return photo_paths()

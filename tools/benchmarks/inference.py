@@ -7,7 +7,7 @@ of its own.
 
 Example::
 
-    python tools/benchmark_inference.py --boxes 50 300
+    python tools/benchmarks/inference.py --boxes 50 300
 """
 
 from __future__ import annotations

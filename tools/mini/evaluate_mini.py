@@ -6,7 +6,7 @@ Compares three ways to name given boxes: the training-free baseline, "crop and c
 set, a Markdown table of top-1 and top-5 accuracy, in percent, mean and standard deviation over several ways to split; once more for
 boxes whose name, as it is spelled, is on no box of the other folds; and the processor time of one photo with 20 boxes, from pixels to names. Example::
 
-    python tools/evaluate_mini.py --coco instances.json images/ \\
+    python tools/mini/evaluate_mini.py --coco instances.json images/ \\
         --lvis-names package_photos/labelled/instances.json package_photos/labelled/images --photos package_photos/unlabelled
 """
 
@@ -41,8 +41,8 @@ from train_mini_head import (
 )
 
 from regionspot_d2 import RegionSpotPredictor
+from regionspot_d2.mini import known_vocabulary
 from regionspot_d2.modeling import RegionSpot
-from regionspot_d2.modeling.embedded import known_vocabulary
 from regionspot_d2.modeling.vocabulary import clean_name
 
 METHODS = ("PooledRegionHead", "crop and classify", "trained head")

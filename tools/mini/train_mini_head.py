@@ -8,7 +8,7 @@ no label teaches, and brings the sharper look of a crop into the one pass over t
 The fit is in closed form, so the same data and seed give the same weights. A head of other data has another number of regions,
 which the script prints: ``MODEL.REGION_HEAD.NUM_CENTRES`` of its config. Example::
 
-    python tools/train_mini_head.py --coco train.json images/ --photos more_photos/ --output mini_head.safetensors
+    python tools/mini/train_mini_head.py --coco train.json images/ --photos more_photos/ --output mini_head.safetensors
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from torch import Tensor
 
 from regionspot_d2 import add_regionspot_config
 from regionspot_d2.data.images import read_image
-from regionspot_d2.engine.kernel_fit import RegionTargets, fit_kernel_head
+from regionspot_d2.mini.efficientnet import DenseEfficientNetLite
+from regionspot_d2.mini.kernel_fit import RegionTargets, fit_kernel_head
 from regionspot_d2.modeling import RegionSpot
-from regionspot_d2.modeling.embedded.efficientnet import DenseEfficientNetLite
 
-CONFIG = Path(__file__).parent.parent / "configs/mini/regionspot_mini.yaml"
+CONFIG = Path(__file__).parents[2] / "configs/mini/regionspot_mini.yaml"
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png")
 # EfficientNet-Lite2's own input size.
 CROP_SIDE = 260

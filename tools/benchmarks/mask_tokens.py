@@ -8,7 +8,7 @@ disturbs least.
 
 Example::
 
-    python tools/benchmark_mask_tokens.py --boxes 96 --repeats 5
+    python tools/benchmarks/mask_tokens.py --boxes 96 --repeats 5
 """
 
 from __future__ import annotations

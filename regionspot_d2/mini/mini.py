@@ -13,7 +13,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
-from ..vision_language import VISION_LANGUAGE_REGISTRY, VisionLanguageModel
+from ..modeling.vision_language import VISION_LANGUAGE_REGISTRY, VisionLanguageModel
 from .efficientnet import DenseEfficientNetLite
 from .text_vectors import TextVectors
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from detectron2.utils import comm
 
-from regionspot_d2.modeling.weights import WeightsNotFoundError, cache_dir, local_weights
+from regionspot_d2.files import WeightsNotFoundError, cache_dir, local_weights
 
 KEY = "MODEL.LOCALIZER.WEIGHTS"
 CONTENT = b"weights" * 100_000

@@ -15,12 +15,12 @@ from torch import nn
 
 from regionspot_d2 import RegionSpotPredictor, add_regionspot_config
 from regionspot_d2.checkpoint import RegionSpotCheckpointer
-from regionspot_d2.engine.kernel_fit import RegionTargets, fit_kernel_head
-from regionspot_d2.modeling import KernelRegionHead, PooledRegionHead
-from regionspot_d2.modeling.embedded import known_vocabulary
-from regionspot_d2.modeling.weights import WeightsNotFoundError
+from regionspot_d2.files import WeightsNotFoundError
+from regionspot_d2.mini import KernelRegionHead, known_vocabulary
+from regionspot_d2.mini.kernel_fit import RegionTargets, fit_kernel_head
+from regionspot_d2.modeling import PooledRegionHead
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SHIPPED = "embedded://mini_head.safetensors"
 
 
