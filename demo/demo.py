@@ -27,7 +27,7 @@ from video import VIDEO_SUFFIXES, Video, video_writer
 from regionspot_d2 import RegionSpotPredictor
 from regionspot_d2.data.images import read_image
 from regionspot_d2.engine import load_config
-from regionspot_d2.modeling.region_head import REGION_HEAD_REGISTRY
+from regionspot_d2.modeling.interfaces import REGION_HEAD_REGISTRY
 from regionspot_d2.modeling.vocabulary import clean_name
 
 

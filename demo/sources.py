@@ -20,7 +20,7 @@ from results import is_number
 from regionspot_d2.data.proposal_sources import from_instances
 from regionspot_d2.files import WeightsNotFoundError, local_weights
 from regionspot_d2.modeling.automatic_masks import automatic_boxes
-from regionspot_d2.modeling.localizer import SamLocalizer
+from regionspot_d2.modeling.sam import SamLocalizer
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from detectron2.structures import Boxes
 
 from regionspot_d2.checkpoint import RegionSpotCheckpointer
 from regionspot_d2.modeling import RegionSpot, RegionSpotHead, SamLocalizer
-from regionspot_d2.modeling.vision_language import OpenClip
+from regionspot_d2.modeling.clip import OpenClip
 from regionspot_d2.modeling.vocabulary import TextEmbedder
 
 from . import tiny
@@ -63,9 +63,8 @@ def test_converted_head_gives_the_golden_arrays(tmp_path, monkeypatch, capsys):
     RegionSpotCheckpointer(model).load(str(tmp_path / "head.safetensors"))
     image = torch.from_numpy(arrays["image"]).permute(2, 0, 1)
     with torch.no_grad():
-        [logits], _ = model.classify(
-            [image], [Boxes(torch.from_numpy(arrays["boxes"]))], [list(arrays["class_names"])]
-        )
+        boxes = Boxes(torch.from_numpy(arrays["boxes"]))
+        logits = tiny.classify(model, image, boxes, list(arrays["class_names"]))
     expected = torch.from_numpy(arrays["logits"])
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 

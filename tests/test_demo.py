@@ -17,7 +17,7 @@ from PIL import Image
 
 from regionspot_d2 import RegionSpotPredictor
 from regionspot_d2.modeling.automatic_masks import automatic_boxes
-from regionspot_d2.modeling.localizer import SamLocalizer
+from regionspot_d2.modeling.sam import SamLocalizer
 
 from .test_regionspot import tiny_model, vocabularies  # noqa: F401 (fixture)
 from .test_roi_heads import zoo_cfg

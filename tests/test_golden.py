@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from detectron2.structures import Boxes
 
-from regionspot_d2.modeling import RegionSpot, RegionSpotHead, SamLocalizer
-from regionspot_d2.modeling.vision_language import OpenAIClip, OpenClip
+from regionspot_d2.modeling import BoxPrompts, RegionSpot, RegionSpotHead, SamLocalizer
+from regionspot_d2.modeling.clip import OpenAIClip, OpenClip
 from regionspot_d2.modeling.vocabulary import TextEmbedder
 
 from . import tiny
@@ -73,7 +73,7 @@ def test_sam_input(golden, localizer):
 
 def test_mask_tokens_and_masks(golden, localizer):
     image, boxes = image_and_boxes(golden)
-    [tokens], [logits] = localizer([image], [boxes])
+    [tokens], [logits] = localizer([image], [BoxPrompts(boxes)])
     assert_close(tokens, golden["mask_tokens"], 1e-5)
     assert_close(logits[:, 0], golden["low_res_logits"], 1e-4)
     np.testing.assert_array_equal(
@@ -83,7 +83,7 @@ def test_mask_tokens_and_masks(golden, localizer):
 
 def test_tokens_do_not_need_masks(golden, localizer):
     image, boxes = image_and_boxes(golden)
-    [tokens], logits = localizer([image], [boxes], with_masks=False)
+    [tokens], logits = localizer([image], [BoxPrompts(boxes)], with_masks=False)
     assert logits is None
     assert_close(tokens, golden["mask_tokens"], 1e-5)
 
@@ -101,9 +101,9 @@ def test_regions_logits_and_scores(golden, model):
     image, boxes = image_and_boxes(golden)
     expected = F.normalize(torch.from_numpy(golden["region_embeddings"]), dim=1)
     with torch.no_grad():
-        [embeddings], _ = model.embed([image], [boxes])
-        [logits], _ = model.classify([image], [boxes], [list(golden["class_names"])])
-    assert_close(embeddings, expected.numpy(), 1e-4)
+        [answer] = model.answer(model.encode([image]), [BoxPrompts(boxes)], with_masks=False)
+        logits = model.score(answer.embeddings, list(golden["class_names"]))
+    assert_close(answer.embeddings, expected.numpy(), 1e-4)
     assert_close(logits, golden["logits"], 1e-4)
     assert_close(logits.softmax(1), golden["probs"], 1e-4)
 
@@ -113,7 +113,7 @@ def test_region_embeddings_before_scaling(golden, model):
     hook = model.region_head.projector.register_forward_hook(lambda *args: kept.append(args[2]))
     image, boxes = image_and_boxes(golden)
     with torch.no_grad():
-        model.embed([image], [boxes])
+        model.answer(model.encode([image]), [BoxPrompts(boxes)], with_masks=False)
     hook.remove()
     assert_close(kept[0][0], golden["region_embeddings"], 1e-4)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from detectron2.structures import BitMasks, Boxes
+from detectron2.structures import Boxes
 from segment_anything import SamPredictor
 
-from regionspot_d2.modeling import PointPrompts, SamLocalizer
-from regionspot_d2.modeling.localizer import load_frozen_weights
+from regionspot_d2.modeling import BoxPrompts, MaskPrompts, PointPrompts, SamLocalizer
+from regionspot_d2.modeling.sam import load_frozen_weights
 
 from . import tiny
 
@@ -34,9 +34,13 @@ def boxes() -> torch.Tensor:
     return torch.from_numpy(tiny.golden()["boxes"])
 
 
-def decode(localizer, image, prompts, **options):
-    [embedding] = localizer.encode_image([image])
-    return localizer.decode(embedding, image.shape[-2:], prompts, **options)
+def decode(localizer, image, prompts):
+    [embedding] = localizer.encode_images([image])
+    return localizer.decode(embedding, image.shape[-2:], prompts, with_masks=True)
+
+
+def box_prompts(values: torch.Tensor) -> BoxPrompts:
+    return BoxPrompts(Boxes(values))
 
 
 def stock_points(image, points, labels):
@@ -53,26 +57,26 @@ def stock_points(image, points, labels):
 
 
 def test_chunks_do_not_matter(image, boxes, localizer):
-    tokens, masks = decode(localizer, image, Boxes(boxes))
+    tokens, masks = decode(localizer, image, box_prompts(boxes))
     for size in (1, 2, 5, 100):
-        found, found_masks = decode(build(chunk_size=size), image, Boxes(boxes))
+        found, found_masks = decode(build(chunk_size=size), image, box_prompts(boxes))
         torch.testing.assert_close(found, tokens, atol=1e-5, rtol=0)
         torch.testing.assert_close(found_masks, masks, atol=1e-4, rtol=0)
 
 
 def test_order_does_not_matter(image, boxes, localizer):
     order = torch.randperm(len(boxes))
-    tokens, _ = decode(localizer, image, Boxes(boxes))
-    shuffled, _ = decode(localizer, image, Boxes(boxes[order]))
+    tokens, _ = decode(localizer, image, box_prompts(boxes))
+    shuffled, _ = decode(localizer, image, box_prompts(boxes[order]))
     torch.testing.assert_close(shuffled, tokens[order], atol=1e-5, rtol=0)
 
 
 def test_images_of_a_batch_do_not_matter_to_each_other(image, boxes, localizer):
     other = torch.randint(0, 256, (3, 50, 33), dtype=torch.uint8)
     box = torch.tensor([[3.0, 4.0, 20.0, 40.0]])
-    tokens, masks = localizer([image, other], [Boxes(boxes), Boxes(box)])
+    tokens, masks = localizer([image, other], [box_prompts(boxes), box_prompts(box)])
     for i, (alone, prompt) in enumerate([(image, boxes), (other, box)]):
-        expected, expected_masks = decode(localizer, alone, Boxes(prompt))
+        expected, expected_masks = decode(localizer, alone, box_prompts(prompt))
         torch.testing.assert_close(tokens[i], expected, atol=1e-5, rtol=0)
         torch.testing.assert_close(masks[i], expected_masks, atol=1e-4, rtol=0)
 
@@ -104,20 +108,20 @@ def test_masks_are_prompts_of_their_own(image, boxes, localizer):
     masks = torch.zeros(3, 90, 120, dtype=torch.bool)
     masks[0, 52:69, 54:82] = masks[1, 8:31, 58:67] = True
     masks[2, 52:69, 54:70] = masks[2, 60:69, 54:82] = True  # the box of mask 0, another shape
-    tokens, logits = decode(localizer, image, BitMasks(masks))
+    tokens, logits = decode(localizer, image, MaskPrompts(masks))
     assert logits.shape == (3, 1, 32, 32)
     assert (tokens[0] - tokens[2]).abs().max() > 1e-3
-    by_box, _ = decode(localizer, image, BitMasks(masks).get_bounding_boxes())
+    by_box, _ = decode(localizer, image, BoxPrompts(MaskPrompts(masks).boxes((90, 120))))
     assert (tokens - by_box).abs().max() > 1e-3
-    small, _ = decode(build(chunk_size=1), image, BitMasks(masks))
+    small, _ = decode(build(chunk_size=1), image, MaskPrompts(masks))
     torch.testing.assert_close(small, tokens, atol=1e-5, rtol=0)
 
 
 def test_no_prompts(image, localizer):
     empty = [
-        Boxes(torch.zeros(0, 4)),
+        box_prompts(torch.zeros(0, 4)),
         PointPrompts(torch.zeros(0, 1, 2), torch.zeros(0, 1)),
-        BitMasks(torch.zeros(0, 90, 120)),
+        MaskPrompts(torch.zeros(0, 90, 120)),
     ]
     for prompts in empty:
         tokens, masks = decode(localizer, image, prompts)
@@ -129,22 +133,24 @@ def test_no_prompts(image, localizer):
 @pytest.mark.parametrize("size", [(1, 1), (1, 700), (700, 1), (2000, 3)])
 def test_tiny_and_thin_images(size, localizer):
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
-    tokens, masks = decode(localizer, image, Boxes(torch.tensor([[0.0, 0.0, size[1], size[0]]])))
+    tokens, masks = decode(
+        localizer, image, box_prompts(torch.tensor([[0.0, 0.0, size[1], size[0]]]))
+    )
     assert tokens.isfinite().all()
     assert localizer.full_size_masks(masks, size).shape == (1, *size)
 
 
 def test_kinds_of_tokens(image, boxes):
-    mask, _ = decode(build(tokens="mask"), image, Boxes(boxes))
-    prompt, _ = decode(build(tokens="prompt"), image, Boxes(boxes))
+    mask, _ = decode(build(tokens="mask"), image, box_prompts(boxes))
+    prompt, _ = decode(build(tokens="prompt"), image, box_prompts(boxes))
     both_model = build(tokens="both")
-    both, _ = decode(both_model, image, Boxes(boxes))
+    both, _ = decode(both_model, image, box_prompts(boxes))
     assert both_model.token_dim == both.shape[1] == 64
     torch.testing.assert_close(both, torch.cat([prompt, mask], 1))
     # A prompt token knows the place alone, a mask token the image too.
     dark = torch.zeros_like(image)
-    torch.testing.assert_close(decode(build(tokens="prompt"), dark, Boxes(boxes))[0], prompt)
-    assert (decode(build(), dark, Boxes(boxes))[0] - mask).abs().max() > 1e-3
+    torch.testing.assert_close(decode(build(tokens="prompt"), dark, box_prompts(boxes))[0], prompt)
+    assert (decode(build(), dark, box_prompts(boxes))[0] - mask).abs().max() > 1e-3
 
 
 def test_unknown_kind_of_token():

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from detectron2.structures import Boxes
 from PIL import Image
 
 from regionspot_d2 import RegionSpotPredictor
 
 from .test_regionspot import tiny_model, vocabularies  # noqa: F401 (fixture)
-from .tiny import golden
+from .tiny import classify, golden
 
 WORDS = ["cat", "dog", "bird", "bus"]
 
@@ -44,9 +45,7 @@ def test_results_come_in_the_order_of_the_regions(predictor, boxes):
 
 def test_the_same_scores_as_the_model(predictor, boxes, image):
     tensor = torch.from_numpy(image).permute(2, 0, 1)
-    from detectron2.structures import Boxes
-
-    [logits], _ = predictor.model.classify([tensor], [Boxes(torch.from_numpy(boxes))], [WORDS])
+    logits = classify(predictor.model, tensor, Boxes(torch.from_numpy(boxes)), WORDS)
     found = predictor.predict(boxes=boxes)
     torch.testing.assert_close(found.scores, logits.softmax(1).max(1).values)
     assert torch.equal(found.pred_classes, logits.argmax(1))

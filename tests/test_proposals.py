@@ -40,7 +40,7 @@ from regionspot_d2.data.proposals import (
     write_proposals,
 )
 from regionspot_d2.modeling.automatic_masks import automatic_boxes
-from regionspot_d2.modeling.localizer import LOCALIZER_REGISTRY
+from regionspot_d2.modeling.interfaces import LOCALIZER_REGISTRY
 
 from . import tiny
 from .datasets_on_disk import write_coco

@@ -106,11 +106,6 @@ def test_pooling_answers_for_boxes_without_area_and_skips_the_class_token():
     torch.testing.assert_close(regions, F.one_hot(torch.tensor([1, 3, 0]), 4).float())
 
 
-def test_pooling_without_boxes_says_what_to_do():
-    with pytest.raises(ValueError, match="RegionSpotHead"):
-        pooled((2, 2))([torch.zeros(1, 1)], torch.zeros(1, 4, 4))
-
-
 def test_without_image_tokens_regions_see_each_other_alone():
     torch.manual_seed(0)
     head = RegionSpotHead(

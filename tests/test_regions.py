@@ -7,7 +7,15 @@ import pytest
 import torch
 from detectron2.structures import BitMasks, Boxes
 
-from regionspot_d2.regions import as_boxes, as_masks, as_points, as_prompts
+from regionspot_d2.modeling.prompts import (
+    BoxPrompts,
+    MaskPrompts,
+    PointPrompts,
+    as_boxes,
+    as_masks,
+    as_points,
+    as_prompts,
+)
 
 SIZE = (60, 90)  # height, width
 
@@ -103,7 +111,7 @@ def test_masks():
         torch.from_numpy(mask),
         BitMasks(torch.from_numpy(mask)[None]),
     ):
-        assert as_masks(given, SIZE).get_bounding_boxes().tensor.tolist() == [[4, 3, 20, 9]]
+        assert as_masks(given, SIZE).boxes(SIZE).tensor.tolist() == [[4, 3, 20, 9]]
     with pytest.raises(ValueError, match="region 5 is empty"):
         as_masks(np.stack([mask, mask * 0]), SIZE, first_region=4)
     with pytest.raises(ValueError, match=r"\(R, 60, 90\) is expected"):
@@ -116,8 +124,16 @@ def test_no_masks():
 
 def test_regions_of_all_kinds_are_numbered_together():
     mask = np.ones(SIZE, dtype=bool)
-    boxes, points, masks = as_prompts(SIZE, boxes=[1, 2, 3, 4], points=[[1, 2]], masks=mask)
-    assert (len(boxes), len(points.points), len(masks)) == (1, 1, 1)
+    prompts = as_prompts(
+        SIZE, boxes=[1, 2, 3, 4], points=[[[1, 2], [3, 4]], [[5, 6]]], masks=[mask] * 3
+    )
+    assert len(prompts) == 6
+    assert [type(part) for part in prompts.parts] == [BoxPrompts, PointPrompts, MaskPrompts]
+    assert [len(part) for part in prompts.parts] == [1, 2, 3]
+    found = torch.zeros(6, 30, 45, dtype=torch.bool)
+    found[1, 10:20, 10:20] = True
+    expected = [[1, 2, 3, 4], [1, 2, 40, 40], [5, 6, 6, 7], *[[0, 0, 90, 60]] * 3]
+    assert prompts.boxes(SIZE, found).tensor.tolist() == expected
     with pytest.raises(ValueError, match="region 2 is empty"):
         as_prompts(SIZE, boxes=[1, 2, 3, 4], points=[[1, 2]], masks=mask & False)
     with pytest.raises(ValueError, match="Region 1 has the point"):
@@ -126,3 +142,27 @@ def test_regions_of_all_kinds_are_numbered_together():
         as_prompts(SIZE)
     with pytest.raises(ValueError, match="no points="):
         as_prompts(SIZE, boxes=[1, 2, 3, 4], point_labels=[[1]])
+
+
+def test_the_number_of_prompts_is_that_of_the_regions():
+    assert len(PointPrompts(torch.zeros(5, 2, 2), torch.ones(5, 2))) == 5
+    assert len(as_points([[[1, 2], [3, 4]]], None, SIZE)) == 1
+
+
+def test_the_box_of_points_holds_them_and_their_mask():
+    size = (80, 120)
+    points = torch.tensor([[[50.5, 20.2], [10.0, 70.0]], [[50.5, 20.2], [10.0, 70.0]]])
+    prompts = PointPrompts(points, torch.tensor([[1, 1], [1, 0]]))
+    nothing = torch.zeros(2, 40, 60, dtype=torch.bool)
+    # Nothing is found: the pixels of the points on the region are what is known of it.
+    boxes = prompts.boxes(size, nothing)
+    assert boxes.tensor.tolist() == [[10, 20, 51, 71], [50, 20, 51, 21]]
+    corner = PointPrompts(torch.tensor([[[120.0, 80.0]]]), torch.ones(1, 1, dtype=torch.long))
+    assert corner.boxes(size, nothing[:1]).tensor.tolist() == [[119, 79, 120, 80]]
+    # All of the image is found.
+    assert prompts.boxes(size, ~nothing).tensor.tolist() == [[0, 0, 120, 80]] * 2
+    # Of points beside a region, and no mask, nothing is known.
+    prompts = PointPrompts(points, torch.zeros(2, 2, dtype=torch.long))
+    assert not prompts.boxes(size, nothing).tensor.any()
+    with pytest.raises(ValueError, match="pass the masks"):
+        prompts.boxes(size)

@@ -14,7 +14,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from fvcore.nn import sigmoid_focal_loss
 
-from regionspot_d2.modeling import PointPrompts
+from regionspot_d2.modeling import BoxPrompts
 
 from . import tiny
 
@@ -118,8 +118,8 @@ def test_scores_are_softmax_times_proposal_score():
     x = random_input(4, (60, 90), 5)
     [result] = model([x])
     found = result["instances"]
-    [logits], _ = model.classify(
-        [x["image"]], [x["proposals"].proposal_boxes], [WORDS["regionspot_pets"]]
+    logits = tiny.classify(
+        model, x["image"], x["proposals"].proposal_boxes, WORDS["regionspot_pets"]
     )
     expected = logits.softmax(1) * x["proposals"].objectness_logits[:, None]
     torch.testing.assert_close(found.scores, expected[found.region_index, found.pred_classes])
@@ -191,7 +191,7 @@ def test_loss_is_summed_over_words_and_averaged_over_regions():
     total, right = 0.0, 0
     for x in inputs:
         words = WORDS[x["dataset_name"]]
-        [logits], _ = model.classify([x["image"]], [x["instances"].gt_boxes], [words])
+        logits = tiny.classify(model, x["image"], x["instances"].gt_boxes, words)
         for logit, label in zip(logits, x["instances"].gt_classes):
             target = torch.zeros(len(words))
             target[label] = 1
@@ -212,9 +212,11 @@ def test_only_the_head_learns_and_cached_tokens_give_the_same_loss():
         assert (parameter.grad is not None) == parameter.requires_grad, name
         assert parameter.grad is None or parameter.grad.isfinite().all()
     tokens, _ = model.localizer(
-        [x["image"] for x in inputs], [x["instances"].gt_boxes for x in inputs], with_masks=False
+        [x["image"] for x in inputs],
+        [BoxPrompts(x["instances"].gt_boxes) for x in inputs],
+        with_masks=False,
     )
-    model.localizer.encode_image = None  # must not run
+    model.localizer.encode_images = None  # must not run
     cached = [{**x, "mask_tokens": token} for x, token in zip(inputs, tokens)]
     torch.testing.assert_close(model(cached)["loss_cls"], live)
 
@@ -282,25 +284,6 @@ def test_boxes_outside_or_without_area_have_an_answer():
     assert found.scores.isfinite().all()
     # Detectron2 drops boxes without area from results, as for any detector.
     assert found.region_index.unique().tolist() == [0, 1]
-
-
-def test_the_box_of_points_holds_them_and_their_mask():
-    model = tiny_model()
-    points = torch.tensor([[[50.5, 20.2], [10.0, 70.0]], [[50.5, 20.2], [10.0, 70.0]]])
-    prompts = PointPrompts(points, torch.tensor([[1, 1], [1, 0]]))
-    side = model.localizer.side
-    logits = torch.full((2, 1, side // 4, side // 4), -9.0)
-    # Nothing is found: the pixels of the points on the region are what is known of it.
-    boxes = model.region_boxes(prompts, (80, 120), logits)
-    assert boxes.tensor.tolist() == [[10, 20, 51, 71], [50, 20, 51, 21]]
-    corner = PointPrompts(torch.tensor([[[120.0, 80.0]]]), torch.ones(1, 1, dtype=torch.long))
-    box = model.region_boxes(corner, (80, 120), logits[:1])
-    assert box.tensor.tolist() == [[119, 79, 120, 80]]
-    # All of the image is found.
-    assert model.region_boxes(prompts, (80, 120), -logits).tensor.tolist() == [[0, 0, 120, 80]] * 2
-    # Of points beside a region, and no mask, nothing is known.
-    prompts = PointPrompts(points, torch.zeros(2, 2, dtype=torch.long))
-    assert not model.region_boxes(prompts, (80, 120), logits).tensor.any()
 
 
 def test_a_missing_weights_file_is_told_before_anything_is_built(monkeypatch):

@@ -101,7 +101,7 @@ def test_wrapped_detectors_keep_their_boxes_and_get_open_names(name):
     # The same boxes, in the order of the new scores.
     image = batch[0]["image"].flip(0)
     boxes = Boxes(own.pred_boxes.tensor / 2)
-    [logits], _ = regionspot.classify([image], [boxes], [words])
+    logits = tiny.classify(regionspot, image, boxes, words)
     scores, classes = logits.softmax(1).max(1)
     order = (own.scores * scores).argsort(descending=True)
     torch.testing.assert_close(found.scores, (own.scores * scores)[order])
@@ -180,7 +180,7 @@ def test_roi_heads_name_as_regionspot_does():
     image = batch[0]["image"].flip(0)
     order = proposals[0].objectness_logits.argsort(descending=True)[:6]
     boxes = proposals[0].proposal_boxes[order]
-    [logits], _ = regionspot.classify([image], [boxes], [WORDS["regionspot_pets"]])
+    logits = tiny.classify(regionspot, image, boxes, WORDS["regionspot_pets"])
     scores, classes = logits.softmax(1).max(1)
     objectness = proposals[0].objectness_logits[order].sigmoid()
     torch.testing.assert_close(found.scores, scores * objectness, atol=1e-4, rtol=1e-3)
@@ -269,8 +269,8 @@ def test_words_are_asked_for():
     cfg = plugged_cfg("", False)
     cfg.DATASETS.TEST = cfg.DATASETS.TRAIN = ()
     heads = build_model(cfg).roi_heads
-    with pytest.raises(ValueError, match="has no words"):
-        assert heads.words
+    with pytest.raises(ValueError, match="no vocabulary"):
+        assert heads.class_names
     heads.vocabulary = ["cat"]
-    assert heads.words == ["cat"]
+    assert heads.class_names == ["cat"]
     assert MetadataCatalog.get("regionspot_pets").thing_classes == WORDS["regionspot_pets"]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from regionspot_d2.engine import build_optimizer
-from regionspot_d2.modeling.frozen import FrozenModule
+from regionspot_d2.modeling.interfaces import FrozenModule
 
 from .tiny import tiny_cfg
 

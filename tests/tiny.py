@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.config import CfgNode, get_cfg
-from torch import nn
+from detectron2.structures import Boxes
+from torch import Tensor, nn
 
 from regionspot_d2 import add_regionspot_config
+from regionspot_d2.modeling import BoxPrompts, RegionSpot
 
 SAM_PIXEL_MEAN = (123.675, 116.28, 103.53)
 SAM_PIXEL_STD = (58.395, 57.12, 57.375)
@@ -169,3 +171,9 @@ def tiny_cfg() -> CfgNode:
     cfg.MODEL.REGION_HEAD.FFN_DIM = 96
     cfg.INPUT.FORMAT = "RGB"
     return cfg
+
+
+def classify(model: RegionSpot, image: Tensor, boxes: Boxes, class_names: list[str]) -> Tensor:
+    """Logits (R, C) of boxes on one image (3, H, W)."""
+    [answer] = model.answer(model.encode([image]), [BoxPrompts(boxes)], with_masks=False)
+    return model.score(answer.embeddings, class_names)

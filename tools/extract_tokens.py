@@ -25,7 +25,7 @@ from regionspot_d2.data.token_cache import TokenCacheError
 from regionspot_d2.data.token_extraction import extract_tokens
 from regionspot_d2.engine import ConfigError, load_config
 from regionspot_d2.files import WeightsNotFoundError
-from regionspot_d2.modeling.localizer import LOCALIZER_REGISTRY
+from regionspot_d2.modeling.interfaces import LOCALIZER_REGISTRY
 
 
 def argument_parser() -> argparse.ArgumentParser:

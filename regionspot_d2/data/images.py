@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import warnings
+from typing import TypeAlias
 
 import numpy as np
+import torch
 from detectron2.data.detection_utils import _apply_exif_orientation
 from detectron2.utils.file_io import PathManager
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+ImageLike: TypeAlias = str | os.PathLike[str] | np.ndarray | Image.Image | Tensor
 
 # 16-bit grey, as PIL's versions and formats name it. "I" holds 32 bits, but is also how older PIL opens 16-bit PNG.
 _DEEP_GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")
@@ -102,3 +107,60 @@ def _unidentified(name: str) -> str:
         if not file.read(1):
             return f"The image file '{name}' is empty."
     return f"The file '{name}' is not an image, or of a format that PIL cannot read."
+
+
+def as_image_tensor(image: ImageLike, channels: str) -> Tensor:
+    """Checks an image and copies it, so that a caller may draw on it afterwards.
+
+    Args:
+        image: a path, a PIL image, an array (H, W, 3) or (H, W), or a tensor (3, H, W) or (H, W);
+            values in 0..255.
+        channels: "RGB" or "BGR", the order in an array or tensor.
+
+    Returns:
+        (3, H, W), RGB, 0..255, uint8 or float32.
+
+    Raises:
+        ValueError: it is none of these.
+        ImageReadError: a file cannot be read.
+    """
+    if channels not in ("RGB", "BGR"):
+        raise ValueError(f"channels is '{channels}'; it must be 'RGB' or 'BGR'.")
+    if isinstance(image, (str, os.PathLike)):
+        image, channels = read_image(image), "RGB"
+    elif isinstance(image, Image.Image):
+        image, channels = to_rgb_array(image), "RGB"
+    if isinstance(image, Tensor):
+        pixels = image.detach().clone()
+        pixels = pixels.permute(1, 2, 0) if pixels.dim() == 3 else pixels
+    elif isinstance(image, np.ndarray):
+        pixels = torch.from_numpy(image.copy())
+    else:
+        raise ValueError(
+            f"The image is of the type {type(image).__name__}; a path, a PIL image, an array or a "
+            "tensor is expected."
+        )
+    if pixels.dim() == 2:
+        pixels = pixels[..., None].expand(-1, -1, 3)
+    if pixels.dim() != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
+        raise ValueError(
+            f"The image has the shape {tuple(image.shape)}; (H, W, 3) is expected of an array, "
+            "(3, H, W) of a tensor, (H, W) of a gray one."
+        )
+    if pixels.dtype != torch.uint8:
+        pixels = _checked_range(pixels)
+    pixels = pixels.permute(2, 0, 1)
+    return (pixels.flip(0) if channels == "BGR" else pixels).contiguous()
+
+
+def _checked_range(pixels: Tensor) -> Tensor:
+    values = pixels.float()
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and high <= 255):
+        raise ValueError(f"The image has values from {low:g} to {high:g}; 0..255 is expected.")
+    if 0 < high <= 1 and (pixels.is_floating_point() or pixels.dtype == torch.bool):
+        raise ValueError(
+            f"The image has values from {low:g} to {high:g}; 0..255 is expected. Multiply by 255 if "
+            "1 is white."
+        )
+    return values if pixels.is_floating_point() else pixels.to(torch.uint8)

@@ -22,6 +22,7 @@ from detectron2.utils.logger import log_every_n_seconds
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ..modeling.prompts import BoxPrompts
 from .build import load_records
 from .images import ImageReadError
 from .mapper import RegionMapper, UnreadableImages
@@ -159,7 +160,7 @@ def _run(
         tokens = iter(())
         if asked:
             images = [x["image"].to(device) for x in asked]
-            boxes = [x["instances"].gt_boxes.to(device) for x in asked]
+            boxes = [BoxPrompts(x["instances"].gt_boxes.to(device)) for x in asked]
             tokens = iter(localizer(images, boxes, with_masks=False)[0])
         for x in batch:
             if "error" in x:

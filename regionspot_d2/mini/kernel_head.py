@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
-from ..modeling.region_head import REGION_HEAD_REGISTRY, PooledRegionHead
-from ..modeling.vision_language import VisionLanguageModel
+from ..modeling.interfaces import REGION_HEAD_REGISTRY, VisionLanguageModel
+from ..modeling.region_head import PooledRegionHead
 
 _GEOMETRY_DIM = 10
 
@@ -77,7 +77,7 @@ class KernelRegionHead(PooledRegionHead):
         Returns:
             Per image the baseline's embeddings (R, D), rows of unit length, and the descriptions (R, W + 10).
         """
-        cells = image_tokens[:, self._vision_language[0].num_prefix_tokens :]
+        cells = image_tokens[:, self.vision_language.num_prefix_tokens :]
         baseline = super().forward([], image_tokens, boxes)
         pooled = self.pool(cells, boxes)
         return [

@@ -7,7 +7,8 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from ..modeling.localizer import LOCALIZER_REGISTRY, SamLocalizer, load_frozen_weights
+from ..modeling.interfaces import LOCALIZER_REGISTRY
+from ..modeling.sam import SamLocalizer, load_frozen_weights
 from .batch_norms import fold_batch_norms
 from .packages import Package
 

@@ -13,7 +13,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
-from ..modeling.vision_language import VISION_LANGUAGE_REGISTRY, VisionLanguageModel
+from ..modeling.interfaces import VISION_LANGUAGE_REGISTRY, VisionLanguageModel
 from .efficientnet import DenseEfficientNetLite
 from .text_vectors import TextVectors
 
@@ -62,15 +62,39 @@ class MiniVisionLanguage(VisionLanguageModel):
         super().__init__()
         self.classifier = classifier
         self.text_vectors = text_vectors
-        self.image_size = (side, side)
-        self.text_dim = class_vectors.shape[1]
-        self.token_parts = (self.text_dim, *classifier.feature_dims)
-        self.image_dim = sum(self.token_parts)
-        self.grid_size = (side // classifier.stride, side // classifier.stride)
-        self.fingerprint = f"{type(self).__name__}-{text_vectors.fingerprint}"
+        self.side = side
         self.register_buffer("class_vectors", class_vectors, persistent=False)
-        self.register_buffer("logit_scale", torch.tensor(_LOGIT_SCALE), persistent=False)
+        self.register_buffer("_logit_scale", torch.tensor(_LOGIT_SCALE), persistent=False)
         self.freeze()
+
+    @property
+    def token_parts(self) -> tuple[int, ...]:
+        return (self.text_dim, *self.classifier.feature_dims)
+
+    @property
+    def image_dim(self) -> int:
+        return sum(self.token_parts)
+
+    @property
+    def text_dim(self) -> int:
+        return self.class_vectors.shape[1]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.side, self.side
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        cells = self.side // self.classifier.stride
+        return cells, cells
+
+    @property
+    def logit_scale(self) -> Tensor:
+        return self._logit_scale
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{type(self).__name__}-{self.text_vectors.fingerprint}"
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:

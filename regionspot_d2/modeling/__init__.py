@@ -1,21 +1,39 @@
-from .frozen import FrozenModule
-from .localizer import LOCALIZER_REGISTRY, Localizer, PointPrompts, SamLocalizer
-from .region_head import REGION_HEAD_REGISTRY, PooledRegionHead, RegionSpotHead
+from .clip import OpenAIClip, OpenClip
+from .interfaces import (
+    LOCALIZER_REGISTRY,
+    REGION_HEAD_REGISTRY,
+    VISION_LANGUAGE_REGISTRY,
+    FrozenModule,
+    Localizer,
+    RegionHead,
+    VisionLanguageModel,
+)
+from .prompts import BoxPrompts, MaskPrompts, PointPrompts, Prompts
+from .region_head import PooledRegionHead, RegionSpotHead
 from .regionspot import RegionSpot
 from .roi_heads import RegionSpotROIHeads
-from .vision_language import VISION_LANGUAGE_REGISTRY, VisionLanguageModel
+from .sam import SamLocalizer
+from .wrapper import OpenVocabularyDetector, wrap
 
 __all__ = [
+    "BoxPrompts",
     "FrozenModule",
     "LOCALIZER_REGISTRY",
     "Localizer",
+    "MaskPrompts",
+    "OpenAIClip",
+    "OpenClip",
+    "OpenVocabularyDetector",
     "PointPrompts",
     "PooledRegionHead",
+    "Prompts",
     "REGION_HEAD_REGISTRY",
+    "RegionHead",
     "RegionSpot",
     "RegionSpotHead",
     "RegionSpotROIHeads",
     "SamLocalizer",
     "VISION_LANGUAGE_REGISTRY",
     "VisionLanguageModel",
+    "wrap",
 ]

@@ -13,12 +13,12 @@ from segment_anything.modeling import Sam
 from segment_anything.utils.amg import MaskData
 from torch import Tensor
 
-from .localizer import SamLocalizer
+from .sam import SamLocalizer
 
 
 @dataclass(frozen=True)
 class AutomaticMaskSettings:
-    """The settings of ``SamAutomaticMaskGenerator``, with its defaults, which were chosen for SAM ViT-H.
+    """The settings of ``SamAutomaticMaskGenerator`` and its defaults, chosen for SAM ViT-H.
 
     Attributes:
         points_per_side: points of the grid along one side of the image.
@@ -31,7 +31,7 @@ class AutomaticMaskSettings:
         crop_nms_thresh: as ``box_nms_thresh``, between crops.
         crop_overlap_ratio: overlap of crops, as a share of the image's length.
         crop_n_points_downscale_factor: how much sparser the grid gets from layer to layer.
-        min_mask_region_area: pixels below which holes and islands of a mask are removed; needs OpenCV.
+        min_mask_region_area: pixels below which holes and islands of a mask are removed.
     """
 
     points_per_side: int = 32
@@ -59,21 +59,22 @@ def automatic_boxes(
         **settings: the fields of :class:`AutomaticMaskSettings`.
 
     Returns:
-        On the CPU, best first: ``pred_boxes`` (XYXY, pixels of the given image), ``scores`` (predicted IoU x
-        stability, in 0..1) and, if asked for, ``pred_masks`` (bool, R x H x W). There may be none. A box encloses all
-        pixels of its mask, as COCO's and Detectron2's do; the generator's own ends one pixel earlier.
+        On the CPU, best first: ``pred_boxes`` (XYXY, pixels of the given image), ``scores``
+        (predicted IoU x stability, in 0..1) and, if asked for, ``pred_masks`` (bool, R x H x W).
+        There may be none. A box encloses all pixels of its mask, as COCO's and Detectron2's do; the
+        generator's own ends one pixel earlier.
 
     Raises:
-        TypeError: if the localizer has not SAM's parts, or a setting is unknown.
+        TypeError: the localizer lacks SAM's parts, or a setting is unknown.
     """
     if not isinstance(localizer, SamLocalizer):
         raise TypeError(
-            f"MODEL.LOCALIZER.NAME: {type(localizer).__name__} has no automatic mask generator; it must be a "
-            "SamLocalizer."
+            f"MODEL.LOCALIZER.NAME: {type(localizer).__name__} has no automatic mask generator; it "
+            "must be a SamLocalizer."
         )
     generator = _Generator(_as_sam(localizer), **asdict(AutomaticMaskSettings(**settings)))
     pixels = image.detach().cpu().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
-    # With a stability threshold of 0, masks without a pixel come through; their stability is not a number.
+    # With a stability threshold of 0, masks without a pixel come through; their stability is NaN.
     found = [mask for mask in generator.generate(np.ascontiguousarray(pixels)) if mask["area"] > 0]
     found.sort(key=_score, reverse=True)
 
@@ -108,7 +109,7 @@ def _as_sam(localizer: SamLocalizer) -> Sam:
 
 class _Generator(SamAutomaticMaskGenerator):
     def _generate_masks(self, image: np.ndarray) -> MaskData:
-        # It creates the categories for its NMS on the default device, which on a GPU fails with many masks.
+        # It creates the categories for its NMS on the default device, which fails on a GPU.
         with torch.device(self.predictor.device):
             return super()._generate_masks(image)
 

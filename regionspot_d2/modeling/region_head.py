@@ -7,26 +7,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
-from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
-from .vision_language import VisionLanguageModel
-
-REGION_HEAD_REGISTRY = Registry("REGION_HEAD")
-REGION_HEAD_REGISTRY.__doc__ = """
-Region heads, built as ``REGION_HEAD_REGISTRY.get(name)(cfg, localizer, vision_language)``.
-One that never reads mask tokens says so with ``uses_mask_tokens = False``; the localizer then runs for masks alone.
-"""
+from .interfaces import REGION_HEAD_REGISTRY, Localizer, RegionHead, VisionLanguageModel
 
 
 @REGION_HEAD_REGISTRY.register()
-class RegionSpotHead(nn.Module):
+class RegionSpotHead(RegionHead):
     """The trained part of RegionSpot (paper, section 3.2): mask tokens query the image tokens.
 
     Parameter names are those of the published checkpoints.
     """
 
-    uses_mask_tokens = True
+    reads_mask_tokens = True
+    reads_boxes = False
+    has_attention = True
 
     @configurable
     def __init__(
@@ -50,10 +45,12 @@ class RegionSpotHead(nn.Module):
             num_heads: attention heads of each layer.
             ffn_dim: width of the feed-forward part of each layer.
             dropout: of each layer.
-            with_image_tokens: False leaves the cross-attention out, for the ablation: regions then see each other
-                alone. (The paper does not say how it took the image tokens away; this is the plainest way.)
+            with_image_tokens: False leaves the cross-attention out, for the ablation: regions then
+                see only each other. (The paper does not say how it took the image tokens away; this
+                is the plainest way.)
         """
         super().__init__()
+        self.has_attention = with_image_tokens
         self.to_clip = nn.Linear(token_dim, image_dim)
         sizes = {"dim_feedforward": ffn_dim, "dropout": dropout, "batch_first": True}
         norm = nn.LayerNorm(image_dim)
@@ -68,12 +65,14 @@ class RegionSpotHead(nn.Module):
             )
         self.projector = nn.Linear(image_dim, text_dim)
         for parameter in self.decoder.parameters():
-            # Torch copies one layer; each starts from weights of its own.
+            # torch copies one layer; here each starts from weights of its own.
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, localizer: Any, vision_language: Any) -> dict[str, Any]:
+    def from_config(
+        cls, cfg: CfgNode, localizer: Localizer, vision_language: VisionLanguageModel
+    ) -> dict[str, Any]:
         return {
             "token_dim": localizer.token_dim,
             "image_dim": vision_language.image_dim,
@@ -88,31 +87,24 @@ class RegionSpotHead(nn.Module):
     def forward(
         self, tokens: list[Tensor], image_tokens: Tensor, boxes: list[Tensor] | None = None
     ) -> list[Tensor]:
-        """Embeds the regions of each image.
+        """See :meth:`RegionHead.forward`; a mask token knows its place, so boxes are not read.
 
-        The regions of an image attend to each other, so an answer depends on which others are asked with it.
-
-        Args:
-            tokens: per image the mask tokens (R, token_dim); R differs and may be 0.
-            image_tokens: (B, L, W).
-            boxes: not used: a mask token knows its place.
-
-        Returns:
-            Per image the region embeddings (R, D), rows of unit length.
+        The regions of an image attend to each other: an answer depends on which others are asked
+        with it.
         """
         counts = [len(token) for token in tokens]
         longest = max(counts, default=0)
         if longest == 0:
-            # Still a function of the parameters: every process of a distributed run needs gradients for all.
+            # Still a function of the parameters: every process of a distributed run needs
+            # gradients for all of them.
             zero = sum(parameter.sum() for parameter in self.parameters()) * 0.0
-            return [self.projector.weight.new_zeros(0, self.projector.out_features) + zero] * len(
-                counts
-            )
+            empty = self.projector.weight.new_zeros(0, self.projector.out_features) + zero
+            return [empty] * len(counts)
         queries = torch.stack([F.pad(token, (0, 0, 0, longest - len(token))) for token in tokens])
         places = torch.arange(longest, device=queries.device)
         lengths = torch.tensor(counts, device=queries.device)
-        # Padding is hidden from the regions. An image without any keeps one visible row, or its softmax
-        # would be over nothing; that row is dropped below.
+        # Padding is hidden from the regions. An image without any keeps one visible row, or its
+        # softmax would be over nothing; that row is dropped below.
         padding = places[None] >= lengths.clamp(min=1)[:, None]
         hidden = padding if padding.any() else None
         queries = self.to_clip(queries)
@@ -125,78 +117,62 @@ class RegionSpotHead(nn.Module):
 
     @torch.no_grad()
     def attention(self, tokens: Tensor, image_tokens: Tensor) -> Tensor:
-        """Where the regions of an image look: the last layer's attention to the image tokens (paper, Figure 4).
-
-        Args:
-            tokens: (R, token_dim).
-            image_tokens: (1, L, W).
-
-        Returns:
-            (R, L), averaged over the heads; rows sum to 1.
-
-        Raises:
-            ValueError: if the head was built without image tokens.
-        """
-        if isinstance(self.decoder, nn.TransformerEncoder):
+        """The last layer's attention to the image tokens, averaged over its heads."""
+        if not self.has_attention:
             raise ValueError("A head with MODEL.REGION_HEAD.IMAGE_TOKENS: False looks at no image.")
         if len(tokens) == 0:
             return image_tokens.new_zeros(0, image_tokens.shape[1])
-        attend = self.decoder.layers[-1].multihead_attn
-        seen: list[Tensor] = []
-        hook = attend.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[:3]))
-        try:
-            self([tokens], image_tokens)
-        finally:
-            hook.remove()
+        *layers, last = self.decoder.layers
+        queries = self.to_clip(tokens[None])
+        for layer in layers:
+            queries = layer(queries, image_tokens)
         # The layer itself does not ask for the weights: without them attention is faster.
-        return attend(*seen, need_weights=True)[1][0]
+        seen = last.self_attn(queries, queries, queries, need_weights=False)[0]
+        queries = last.norm1(queries + seen)
+        return last.multihead_attn(queries, image_tokens, image_tokens)[1][0]
 
 
 @REGION_HEAD_REGISTRY.register()
-class PooledRegionHead(nn.Module):
+class PooledRegionHead(RegionHead):
     """The training-free baseline: the image tokens in text space, averaged over the box.
 
-    A cell of the token grid counts by the share of it that the box covers, so that every box of positive area,
-    however small, has an answer.
+    A cell of the token grid counts by the share of it that the box covers, so that every box of
+    positive area, however small, has an answer.
     """
 
-    uses_mask_tokens = False
+    reads_mask_tokens = False
+    reads_boxes = True
 
     @configurable
     def __init__(self, *, vision_language: VisionLanguageModel) -> None:
         """
         Args:
-            vision_language: brings image tokens into text space. It stays the property of the model beside.
+            vision_language: brings image tokens into text space. The model owns it; the head only
+                looks at it, so it is no sub-module of the head.
         """
         super().__init__()
-        # In a list, so that it is not a sub-module twice.
-        self._vision_language = [vision_language]
+        # In a tuple, so that it is not a sub-module twice.
+        self._shared = (vision_language,)
+
+    @property
+    def vision_language(self) -> VisionLanguageModel:
+        """The model whose image tokens are pooled."""
+        return self._shared[0]
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, localizer: Any, vision_language: Any) -> dict[str, Any]:
+    def from_config(
+        cls, cfg: CfgNode, localizer: Localizer, vision_language: VisionLanguageModel
+    ) -> dict[str, Any]:
         return {"vision_language": vision_language}
 
     def forward(
-        self, tokens: list[Tensor], image_tokens: Tensor, boxes: list[Tensor] | None = None
+        self, tokens: list[Tensor], image_tokens: Tensor, boxes: list[Tensor]
     ) -> list[Tensor]:
-        """Embeds the regions of each image.
-
-        Args:
-            tokens: not used.
-            image_tokens: (B, L, W).
-            boxes: per image (R, 4), XYXY in 0..1 of the image.
-
-        Returns:
-            Per image the region embeddings (R, D), rows of unit length.
-
-        Raises:
-            ValueError: if there are no boxes.
-        """
-        model = self._vision_language[0]
+        model = self.vision_language
         pooled = self.pool(model.project(image_tokens[:, model.num_prefix_tokens :]), boxes)
         return [F.normalize(region, dim=-1) for region in pooled]
 
-    def pool(self, grid: Tensor, boxes: list[Tensor] | None) -> list[Tensor]:
+    def pool(self, grid: Tensor, boxes: list[Tensor]) -> list[Tensor]:
         """Averages the cells of a grid over boxes.
 
         Args:
@@ -205,16 +181,8 @@ class PooledRegionHead(nn.Module):
 
         Returns:
             Per image (R, C).
-
-        Raises:
-            ValueError: if there are no boxes.
         """
-        if boxes is None:
-            raise ValueError(
-                f"{type(self).__name__} averages over boxes and was given none; "
-                "MODEL.REGION_HEAD.NAME: RegionSpotHead works on mask tokens alone."
-            )
-        rows, columns = self._vision_language[0].grid_size
+        rows, columns = self.vision_language.grid_size
         pooled = []
         for cells, box in zip(grid, boxes):
             across = _coverage(box[:, 0], box[:, 2], columns)
@@ -225,7 +193,7 @@ class PooledRegionHead(nn.Module):
 
 
 def _coverage(start: Tensor, end: Tensor, cells: int) -> Tensor:
-    """Shares of ``cells`` equal parts of 0..1 that lie in [start, end]: (R,), (R,) -> (R, cells), sums 1."""
+    """How [start, end] spreads over equal parts of 0..1: (R,), (R,) -> (R, cells), sums 1."""
     edges = torch.linspace(0, 1, cells + 1, device=start.device, dtype=start.dtype)
     # A box without area keeps the cell it lies in.
     middle = ((start + end) / 2).clamp(0.5 / cells, 1 - 0.5 / cells)

@@ -1,57 +1,42 @@
-"""RegionSpot, the meta-architecture: regions and words in, named regions out."""
+"""RegionSpot, the meta-architecture: regions and a vocabulary in, named regions out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
-from detectron2.data import MetadataCatalog
 from detectron2.modeling.meta_arch import META_ARCH_REGISTRY
-from detectron2.modeling.postprocessing import detector_postprocess
-from detectron2.structures import BitMasks, Boxes, Instances
-from detectron2.utils import comm
-from detectron2.utils.events import get_event_storage, has_event_storage
-from fvcore.nn import sigmoid_focal_loss
+from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from ..files import cache_dir, local_weights
-from .localizer import LOCALIZER_REGISTRY, Localizer, PointPrompts, Prompts
-from .region_head import REGION_HEAD_REGISTRY
-from .vision_language import VISION_LANGUAGE_REGISTRY, VisionLanguageModel
-from .vocabulary import TextEmbedder
-
-# Boxes of point prompts are read off masks of this long side, in pixels.
-_POINT_BOX_SIDE = 256
-
-
-@dataclass
-class EncodedImages:
-    """What the frozen models know of images before any region is asked for.
-
-    Attributes:
-        image_sizes: (H, W) of each image.
-        image_tokens: (B, L, W) of the vision-language model.
-        embeddings: one of the localizer per image; empty where mask tokens are at hand already, or until a mask is
-            asked for if the region head reads no mask tokens.
-        images: the images themselves, for a localizer that runs late.
-    """
-
-    image_sizes: list[tuple[int, int]]
-    image_tokens: Tensor
-    embeddings: list[Tensor]
-    images: list[Tensor]
+from .answers import Answer, EncodedImages, LocalizedRegions, localize, relative_boxes
+from .interfaces import (
+    LOCALIZER_REGISTRY,
+    REGION_HEAD_REGISTRY,
+    VISION_LANGUAGE_REGISTRY,
+    Localizer,
+    RegionHead,
+    VisionLanguageModel,
+    to_rgb,
+)
+from .losses import focal_loss
+from .naming import name_regions
+from .prompts import BoxPrompts, Prompts
+from .vocabulary import TextEmbedder, dataset_class_names
 
 
 @META_ARCH_REGISTRY.register()
 class RegionSpot(nn.Module):
-    """Names any region of an image with any words (Yang et al., "Recognize Any Regions", NeurIPS 2024).
+    """Names any region of an image with any vocabulary (Yang et al., NeurIPS 2024).
 
-    A frozen localizer turns regions into mask tokens, a frozen vision-language model turns the image into tokens and
-    the words into embeddings; the region head, the only trained part, joins them.
+    A frozen localizer turns regions into mask tokens, a frozen vision-language model turns the image
+    into tokens and class names into vectors; the region head, the only trained part, joins them.
+
+    Every use of the model takes the same three steps: :meth:`encode` images, :meth:`answer` a
+    question about their regions, and :meth:`name` the answers in a vocabulary.
     """
 
     @configurable
@@ -60,7 +45,7 @@ class RegionSpot(nn.Module):
         *,
         localizer: Localizer,
         vision_language: VisionLanguageModel,
-        region_head: nn.Module,
+        region_head: RegionHead,
         text_embedder: TextEmbedder,
         focal_alpha: float = 0.25,
         focal_gamma: float = 2.0,
@@ -74,18 +59,16 @@ class RegionSpot(nn.Module):
         """
         Args:
             localizer: prompts to mask tokens, frozen.
-            vision_language: images to tokens and words to embeddings, frozen.
+            vision_language: images to tokens and class names to vectors, frozen.
             region_head: mask tokens and image tokens to region embeddings.
             text_embedder: embeds vocabularies with ``vision_language``.
-            focal_alpha: alpha of the focal loss.
-            focal_gamma: gamma of the focal loss.
+            focal_alpha, focal_gamma: of the focal loss.
             with_masks: whether inference gives ``pred_masks``.
-            score_thresh: results below this score are dropped.
-            max_detections: results kept per image, (region, name) pairs by score; negative keeps all.
-            keep_before_proposal_score: if positive, only so many pairs, by softmax alone, go on to be multiplied by
-                the score of their region: the order of the published code.
+            score_thresh, max_detections, keep_before_proposal_score: what inference keeps, as
+                ``score_thresh``, ``max_pairs`` and ``keep_before_region_score`` of
+                :func:`~regionspot_d2.modeling.naming.name_regions`.
             input_format: channel order of ``image`` in the inputs, "RGB" or "BGR".
-            default_dataset: data set whose names serve an input without ``dataset_name``.
+            default_dataset: its class names serve an input without ``dataset_name``.
         """
         super().__init__()
         self.localizer = localizer
@@ -110,7 +93,7 @@ class RegionSpot(nn.Module):
         localizer = LOCALIZER_REGISTRY.get(cfg.MODEL.LOCALIZER.NAME)(cfg)
         vision_language = VISION_LANGUAGE_REGISTRY.get(cfg.MODEL.VISION_LANGUAGE.NAME)(cfg)
         build_head = REGION_HEAD_REGISTRY.get(cfg.MODEL.REGION_HEAD.NAME)
-        datasets = tuple(cfg.DATASETS.TEST) + tuple(cfg.DATASETS.TRAIN)
+        datasets = (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)
         return {
             "localizer": localizer,
             "vision_language": vision_language,
@@ -128,6 +111,7 @@ class RegionSpot(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the model is, and where it takes images."""
         return self.vision_language.logit_scale.device
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
@@ -136,16 +120,18 @@ class RegionSpot(nn.Module):
             batched_inputs: Detectron2's dicts, one per image:
 
                 * image: (3, H, W), 0..255, channels as ``input_format`` says.
-                * dataset_name: its ``thing_classes`` in the ``MetadataCatalog`` are the words.
+                * dataset_name: its ``thing_classes`` in the ``MetadataCatalog`` are the vocabulary.
                 * instances (training): ``gt_boxes`` and ``gt_classes``.
-                * mask_tokens (training, optional): (R, token_dim) of those boxes, when they were extracted before;
-                  the localizer then does not run.
-                * proposals (inference): ``proposal_boxes`` and their scores as ``objectness_logits``.
-                * height, width (inference, optional): size of the output; by default that of ``image``.
+                * mask_tokens (training, optional): (R, T) of those boxes, extracted before; the
+                  localizer then does not run.
+                * proposals (inference): ``proposal_boxes``, and their scores as
+                  ``objectness_logits``.
+                * height, width (inference, optional): size of the output; by default that of
+                  ``image``.
 
         Returns:
-            In training ``{"loss_cls": Tensor}``; at inference a list of ``{"instances": Instances}``, see
-            :meth:`inference`.
+            In training ``{"loss_cls": Tensor}``; at inference a list of ``{"instances":
+            Instances}``, see :meth:`inference`.
         """
         if not self.training:
             return self.inference(batched_inputs)
@@ -154,12 +140,16 @@ class RegionSpot(nn.Module):
         if all("mask_tokens" in x for x in batched_inputs):
             dtype = torch.get_default_dtype()
             tokens = [x["mask_tokens"].to(self.device, dtype) for x in batched_inputs]
-        logits, _ = self.classify(
-            self._images(batched_inputs),
-            [target.gt_boxes for target in targets],
-            [self._words(x) for x in batched_inputs],
-            tokens,
+        answers = self.answer(
+            self.encode(self._images(batched_inputs)),
+            [BoxPrompts(target.gt_boxes) for target in targets],
+            with_masks=False,
+            mask_tokens=tokens,
         )
+        logits = [
+            self.score(answer.embeddings, self._class_names(x))
+            for answer, x in zip(answers, batched_inputs)
+        ]
         return self.losses(logits, [target.gt_classes for target in targets])
 
     @torch.no_grad()
@@ -173,302 +163,171 @@ class RegionSpot(nn.Module):
 
         Args:
             batched_inputs: as for :meth:`forward`.
-            detected_instances: regions found elsewhere (``pred_boxes``, XYXY in pixels of ``image``, and optionally
-                ``scores``), instead of ``proposals`` in the inputs.
+            detected_instances: regions found elsewhere (``pred_boxes``, XYXY in pixels of ``image``,
+                and optionally ``scores``), instead of ``proposals`` in the inputs.
             do_postprocess: whether results are scaled to ``height``, ``width`` and wrapped in dicts.
 
         Returns:
-            A list of ``{"instances": Instances}``, or of ``Instances``, with ``pred_boxes``, ``scores`` (softmax over
-            the words times the score of the region), ``pred_classes``, ``region_index`` (place of the region in the
-            input) and, if masks are on, ``pred_masks`` (bool, at output size), best first.
+            A list of ``{"instances": Instances}``, or of ``Instances``, best first, with the fields
+            of :func:`~regionspot_d2.modeling.naming.name_regions`; ``pred_masks`` if masks are on.
 
         Raises:
-            ValueError: if an input has no regions, or boxes that are not finite numbers.
+            ValueError: an input has no regions, or boxes that are not finite numbers.
         """
-        images = self._images(batched_inputs)
-        boxes, box_scores = self._regions(batched_inputs, detected_instances)
-        encoded = self.encode(images)
-        vocabularies = [self._words(x) for x in batched_inputs]
-        logits, mask_logits = self.classify(encoded, list(boxes), vocabularies)
+        regions = [
+            self._regions(i, x, None if detected_instances is None else detected_instances[i])
+            for i, x in enumerate(batched_inputs)
+        ]
+        answers = self.answer(
+            self.encode(self._images(batched_inputs)),
+            [BoxPrompts(boxes) for boxes, _ in regions],
+            with_masks=self.with_masks,
+        )
         results = []
-        for i, size in enumerate(encoded.image_sizes):
-            found = self._select(logits[i], boxes[i], box_scores[i], size)
-            output_size = size
-            if do_postprocess:
-                x = batched_inputs[i]
-                output_size = (int(x.get("height", size[0])), int(x.get("width", size[1])))
-                found = detector_postprocess(found, *output_size)
-            if mask_logits is not None:
-                # Several names of a region share its mask, and dropped regions never reach full size.
-                rows, places = found.region_index.unique(return_inverse=True)
-                masks = self.localizer.full_size_masks(mask_logits[i][rows], size, output_size)
-                found.pred_masks = masks[places]
+        for x, answer, (_, scores) in zip(batched_inputs, answers, regions):
+            height, width = answer.image_size
+            size = (int(x.get("height", height)), int(x.get("width", width)))
+            found = self.name(
+                answer,
+                self._class_names(x),
+                region_scores=scores,
+                score_thresh=self.score_thresh,
+                max_pairs=self.max_detections,
+                keep_before_region_score=self.keep_before_proposal_score,
+                output_size=size if do_postprocess else None,
+            )
             results.append({"instances": found} if do_postprocess else found)
         return results
 
-    def encode(self, images: list[Tensor], *, with_localizer: bool = True) -> EncodedImages:
-        """Runs the frozen image encoders.
+    @torch.no_grad()
+    def encode(self, images: Sequence[Tensor]) -> EncodedImages:
+        """Runs the frozen image encoders, the localizer's when it is first needed.
 
         Args:
             images: RGB, 0..255, each (3, H, W) of its own size, on the model's device.
-            with_localizer: False where mask tokens are at hand.
         """
-        with_localizer = with_localizer and (self._uses_mask_tokens or self.with_masks)
-        with torch.no_grad():
-            return EncodedImages(
-                image_sizes=[(image.shape[-2], image.shape[-1]) for image in images],
-                image_tokens=self.vision_language(images),
-                embeddings=self.localizer.encode_image(images) if with_localizer else [],
-                images=images,
-            )
+        return EncodedImages(tuple(images), self.vision_language(list(images)), self.localizer)
 
-    @property
-    def _uses_mask_tokens(self) -> bool:
-        return getattr(self.region_head, "uses_mask_tokens", True)
-
-    def classify(
+    def answer(
         self,
-        images: list[Tensor] | EncodedImages,
-        regions: list[Prompts],
-        vocabularies: Sequence[Sequence[str]],
-        mask_tokens: list[Tensor] | None = None,
-    ) -> tuple[list[Tensor], list[Tensor] | None]:
-        """Scores regions against words.
+        encoded: EncodedImages,
+        prompts: Sequence[Prompts],
+        *,
+        with_masks: bool,
+        mask_tokens: Sequence[Tensor] | None = None,
+    ) -> list[Answer]:
+        """Embeds regions in text space.
 
         Args:
-            images: RGB, 0..255, each (3, H, W); or what :meth:`encode` made of them.
-            regions: per image R boxes (XYXY), points or masks, pixels of the image. R may be 0.
-            vocabularies: per image its C names.
-            mask_tokens: per image (R, token_dim) if known; the localizer then does not run.
+            encoded: from :meth:`encode`.
+            prompts: the regions of each image, pixels of the image; there may be none.
+            with_masks: False skips whatever only masks need.
+            mask_tokens: (R, T) of each image if known; the localizer then does not run.
 
         Returns:
-            Per image the logits (R, C): cosines times the vision-language model's temperature; and per image mask
-            logits (R, 1, h, w), None with ``mask_tokens`` or if masks are off.
+            An answer per image; its regions are in the order asked.
         """
-        embeddings, mask_logits = self.embed(images, regions, mask_tokens)
-        return [self.score(e, names) for e, names in zip(embeddings, vocabularies)], mask_logits
-
-    def embed(
-        self,
-        images: list[Tensor] | EncodedImages,
-        regions: list[Prompts],
-        mask_tokens: list[Tensor] | None = None,
-    ) -> tuple[list[Tensor], list[Tensor] | None]:
-        """Embeds regions in the space of the words.
-
-        Args:
-            images, regions, mask_tokens: as for :meth:`classify`.
-
-        Returns:
-            Per image region embeddings (R, D), rows of unit length; and mask logits as for :meth:`classify`.
-        """
-        if not isinstance(images, EncodedImages):
-            images = self.encode(images, with_localizer=mask_tokens is None)
-        mask_logits: list[Tensor] | None = None
+        prompts = [prompt.to(self.device) for prompt in prompts]
         if mask_tokens is None:
-            # The box of a point is that of its mask.
-            points = any(isinstance(region, PointPrompts) for region in regions)
-            with_masks = points or (self.with_masks and not self.training)
-            mask_tokens, mask_logits = self.localize(images, regions, with_masks=with_masks)
-        boxes = []
-        for i, (region, size) in enumerate(zip(regions, images.image_sizes)):
-            logits = mask_logits[i] if mask_logits is not None else None
-            box = self.region_boxes(region, size, logits)
-            boxes.append(box.tensor / box.tensor.new_tensor([size[1], size[0]] * 2))
-        embeddings = self.region_head(mask_tokens, images.image_tokens, boxes)
-        return embeddings, mask_logits
-
-    def localize(
-        self, images: EncodedImages, regions: list[Prompts], *, with_masks: bool
-    ) -> tuple[list[Tensor], list[Tensor] | None]:
-        """Runs the localizer's decoder: ``Localizer.forward`` on images that are encoded already.
-
-        It does not run for a region head that reads no mask tokens, unless masks are wanted; the tokens are then zeros.
-        """
-        if not (with_masks or self._uses_mask_tokens):
-            width = self.localizer.token_dim
-            return [images.image_tokens.new_zeros(len(region), width) for region in regions], None
-        if not images.embeddings:
-            with torch.no_grad():
-                images.embeddings = self.localizer.encode_image(images.images)
-        found = [
-            self.localizer.decode(*args, with_masks=with_masks)
-            for args in zip(images.embeddings, images.image_sizes, regions)
+            regions = localize(encoded, self.region_head, prompts, with_masks=with_masks)
+        else:
+            regions = [
+                LocalizedRegions(tokens, prompt.boxes(size), None)
+                for tokens, prompt, size in zip(mask_tokens, prompts, encoded.image_sizes)
+            ]
+        embeddings = self.region_head(
+            [found.tokens for found in regions],
+            encoded.image_tokens,
+            [relative_boxes(r.boxes, size) for r, size in zip(regions, encoded.image_sizes)],
+        )
+        return [
+            Answer(size, embedding, found.boxes, found.mask_logits, self.localizer)
+            for size, embedding, found in zip(encoded.image_sizes, embeddings, regions)
         ]
-        masks = [mask for _, mask in found if mask is not None]
-        return [token for token, _ in found], masks if with_masks else None
 
-    def region_boxes(
-        self, region: Prompts, image_size: tuple[int, int], mask_logits: Tensor | None = None
-    ) -> Boxes:
-        """Boxes of regions: of boxes themselves, of masks their bounds, of points those around them and their masks.
+    @torch.no_grad()
+    def attention(self, encoded: EncodedImages, prompts: Prompts) -> Tensor:
+        """Where the region head looks to name each region of one image (paper, Figure 4).
 
         Args:
-            region: R prompts on one image.
-            image_size: its (H, W).
-            mask_logits: (R, 1, h, w); needed for points.
+            encoded: of one image.
+            prompts: R regions of it.
 
         Returns:
-            R boxes, XYXY, pixels of the image, inside it.
-        """
-        if isinstance(region, Boxes):
-            boxes = Boxes(region.tensor.clone())
-        elif isinstance(region, BitMasks):
-            boxes = region.get_bounding_boxes()
-        else:
-            if mask_logits is None:
-                raise ValueError(
-                    "The box of a point is the box of its mask; pass the mask logits with it."
-                )
-            scale = min(1.0, _POINT_BOX_SIDE / max(image_size))
-            size = tuple(max(1, round(length * scale)) for length in image_size)
-            masks = self.localizer.full_size_masks(mask_logits, image_size, (size[0], size[1]))
-            boxes = BitMasks(masks).get_bounding_boxes()
-            boxes.scale(image_size[1] / size[1], image_size[0] / size[0])
-            boxes = _around_points(boxes.tensor, masks.flatten(1).any(1), region, image_size)
-        boxes = boxes.to(self.device)
-        boxes.clip(image_size)
-        return boxes
+            (R, rows, columns) over the grid of image tokens, which covers the whole image. Each map
+            sums to 1, less what a class token takes.
 
-    def score(self, region_embeddings: Tensor, names: Sequence[str]) -> Tensor:
-        """Compares regions with words.
+        Raises:
+            ValueError: the region head has no attention to the image.
+        """
+        prompts = prompts.to(self.device)
+        [regions] = localize(encoded, self.region_head, [prompts], with_masks=False)
+        maps = self.region_head.attention(regions.tokens, encoded.image_tokens)
+        prefix = self.vision_language.num_prefix_tokens
+        return maps[:, prefix:].reshape(len(maps), *self.vision_language.grid_size)
+
+    def score(self, embeddings: Tensor, class_names: Sequence[str]) -> Tensor:
+        """Compares regions with a vocabulary.
 
         Args:
-            region_embeddings: (R, D), rows of unit length.
-            names: C class names.
+            embeddings: (R, D), rows of unit length.
+            class_names: C class names.
 
         Returns:
             Logits (R, C), float32: cosines times the vision-language model's temperature.
         """
-        words = self.text_embedder(names, region_embeddings.device)
+        texts = self.text_embedder(class_names, embeddings.device)
         # A cosine times 100 needs more digits than half precision has.
-        with torch.autocast(region_embeddings.device.type, enabled=False):
+        with torch.autocast(embeddings.device.type, enabled=False):
             scale = self.vision_language.logit_scale.float().exp()
-            return region_embeddings.float() @ words.T * scale
+            return embeddings.float() @ texts.T * scale
 
-    def losses(self, logits: list[Tensor], gt_classes: list[Tensor]) -> dict[str, Tensor]:
-        """Sigmoid focal loss, summed over the words, averaged over the regions of all images and processes.
+    def name(self, answer: Answer, class_names: Sequence[str], **rules: Any) -> Instances:
+        """Names the regions of an image.
 
         Args:
-            logits: per image (R, C); C may differ.
-            gt_classes: per image (R,), in 0..C-1.
+            answer: from :meth:`answer`.
+            class_names: the vocabulary.
+            **rules: what to keep, see :func:`~regionspot_d2.modeling.naming.name_regions`.
 
         Returns:
-            ``{"loss_cls": Tensor}``.
+            What that function returns, with ``pred_masks`` if the answer has masks.
         """
-        count = sum(len(classes) for classes in gt_classes)
-        total = sum(
-            sigmoid_focal_loss(
-                logit,
-                F.one_hot(classes, logit.shape[1]).to(logit.dtype),
-                alpha=self.focal_alpha,
-                gamma=self.focal_gamma,
-                reduction="sum",
-            )
-            for logit, classes in zip(logits, gt_classes)
-        )
-        if has_event_storage():
-            correct = sum(int((x.argmax(1) == y).sum()) for x, y in zip(logits, gt_classes))
-            get_event_storage().put_scalar("[metric]accuracy", correct / max(count, 1))
-        return {"loss_cls": total / _mean_over_processes(count, self.device)}
+        logits = self.score(answer.embeddings, class_names)
+        masks = None if answer.mask_logits is None else answer.masks
+        return name_regions(logits, answer.boxes, answer.image_size, masks=masks, **rules)
+
+    def losses(self, logits: list[Tensor], gt_classes: list[Tensor]) -> dict[str, Tensor]:
+        """See :func:`~regionspot_d2.modeling.losses.focal_loss`."""
+        loss = focal_loss(logits, gt_classes, alpha=self.focal_alpha, gamma=self.focal_gamma)
+        return {"loss_cls": loss}
 
     def _images(self, batched_inputs: list[dict[str, Any]]) -> list[Tensor]:
-        images = [x["image"].to(self.device) for x in batched_inputs]
-        return images if self.input_format == "RGB" else [image.flip(0) for image in images]
+        return [to_rgb(x["image"].to(self.device), self.input_format) for x in batched_inputs]
 
-    def _words(self, x: dict[str, Any]) -> Sequence[str]:
-        name = x.get("dataset_name", self.default_dataset)
-        if name is None:
-            raise ValueError(
-                "An input without 'dataset_name' has no words: set it to a data set in the MetadataCatalog "
-                "that has 'thing_classes', or name one in DATASETS.TEST."
-            )
-        words = MetadataCatalog.get(name).get("thing_classes")
-        if not words:
-            raise ValueError(
-                f"The data set '{name}' has no 'thing_classes' in the MetadataCatalog; "
-                f'MetadataCatalog.get("{name}").thing_classes = [...] sets the vocabulary.'
-            )
-        return words
+    def _class_names(self, x: dict[str, Any]) -> Sequence[str]:
+        return dataset_class_names(x.get("dataset_name", self.default_dataset))
 
     def _regions(
-        self, batched_inputs: list[dict[str, Any]], detected_instances: list[Instances] | None
-    ) -> tuple[list[Boxes], list[Tensor]]:
-        boxes, scores = [], []
-        for i, x in enumerate(batched_inputs):
-            if detected_instances is not None:
-                given = detected_instances[i].to(self.device)
-                box = given.pred_boxes
-                score = given.scores if given.has("scores") else box.tensor.new_ones(len(box))
-            elif "proposals" in x:
-                given = x["proposals"].to(self.device)
-                box, score = given.proposal_boxes, given.objectness_logits
-            else:
-                raise ValueError(
-                    f"Input {i} ({x.get('file_name', 'no file name')}) has no regions: it needs 'proposals' "
-                    "(MODEL.LOAD_PROPOSALS: True with DATASETS.PROPOSAL_FILES_TEST), or detected_instances."
-                )
-            bad = (~box.tensor.isfinite()).any(1).nonzero()
-            if len(bad):
-                raise ValueError(
-                    f"Box {int(bad[0])} of input {i} ({x.get('file_name', 'no file name')}) is not finite: "
-                    f"{box.tensor[bad[0, 0]].tolist()}."
-                )
-            boxes.append(box)
-            scores.append(score.float())
-        return boxes, scores
-
-    def _select(
-        self, logits: Tensor, boxes: Boxes, box_scores: Tensor, image_size: tuple[int, int]
-    ) -> Instances:
-        names = logits.shape[1]
-        probabilities = logits.softmax(1).flatten()
-        pairs = torch.arange(len(probabilities), device=logits.device)
-        if 0 < self.keep_before_proposal_score < len(pairs):
-            pairs = probabilities.topk(self.keep_before_proposal_score).indices
-        scores = probabilities[pairs] * box_scores[pairs // names]
-        above = scores > self.score_thresh
-        pairs, scores = pairs[above], scores[above]
-        if 0 <= self.max_detections < len(pairs):
-            scores, best = scores.topk(self.max_detections)
+        self, i: int, x: dict[str, Any], detected: Instances | None
+    ) -> tuple[Boxes, Tensor]:
+        if detected is not None:
+            given = detected.to(self.device)
+            boxes = given.pred_boxes
+            scores = given.scores if given.has("scores") else boxes.tensor.new_ones(len(boxes))
+        elif "proposals" in x:
+            given = x["proposals"].to(self.device)
+            boxes, scores = given.proposal_boxes, given.objectness_logits
         else:
-            scores, best = scores.sort(descending=True, stable=True)
-        pairs = pairs[best]
-        found = Instances(image_size)
-        found.pred_boxes = Boxes(boxes.tensor[pairs // names])
-        found.scores = scores
-        found.pred_classes = pairs % names
-        found.region_index = pairs // names
-        return found
-
-
-def _mean_over_processes(count: int, device: torch.device) -> float:
-    """Regions per process, so that averaged gradients are those of one process with the whole batch."""
-    if comm.get_world_size() == 1:
-        return max(count, 1)
-    total = torch.tensor(float(count), device=device)
-    torch.distributed.all_reduce(total)
-    return max(total.item(), 1.0) / comm.get_world_size()
-
-
-def _around_points(
-    boxes: Tensor, found: Tensor, region: PointPrompts, image_size: tuple[int, int]
-) -> Boxes:
-    """Widens the boxes of masks to hold the points on their regions, which a poor mask leaves out.
-
-    Args:
-        boxes: (R, 4), XYXY; of no meaning where the mask is empty.
-        found: (R,) bool, whether there is a mask.
-        region: R point prompts, in the same frame.
-        image_size: (H, W) of the image; a point on its far edge means the last pixel.
-    """
-    inside = (region.labels == 1)[..., None]
-    height, width = image_size
-    pixels = region.points.floor().minimum(region.points.new_tensor([width - 1, height - 1]))
-    first = pixels.masked_fill(~inside, torch.inf).amin(1)
-    last = pixels.masked_fill(~inside, -torch.inf).amax(1) + 1
-    start = torch.where(found[:, None], torch.minimum(boxes[:, :2], first), first)
-    end = torch.where(found[:, None], torch.maximum(boxes[:, 2:], last), last)
-    around = torch.cat([start, end], dim=1)
-    # Background points alone, and no mask.
-    return Boxes(around.where(around.isfinite(), around.new_zeros(())))
+            raise ValueError(
+                f"Input {i} ({x.get('file_name', 'no file name')}) has no regions: it needs "
+                "'proposals' (MODEL.LOAD_PROPOSALS: True with DATASETS.PROPOSAL_FILES_TEST), or "
+                "detected_instances."
+            )
+        bad = (~boxes.tensor.isfinite()).any(1).nonzero()
+        if len(bad):
+            raise ValueError(
+                f"Box {int(bad[0])} of input {i} ({x.get('file_name', 'no file name')}) is not "
+                f"finite: {boxes.tensor[bad[0, 0]].tolist()}."
+            )
+        return boxes, scores.float()

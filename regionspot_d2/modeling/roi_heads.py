@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.data import MetadataCatalog
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY
 from detectron2.structures import BitMasks, ImageList, Instances
 from torch import Tensor, nn
 
+from .interfaces import to_rgb
+from .prompts import BoxPrompts
 from .regionspot import RegionSpot
+from .vocabulary import dataset_class_names
 
 # Side of the masks handed to Detectron2's paste, as large as its PointRend's.
 _MASK_SIDE = 112
@@ -21,17 +23,20 @@ _MASK_SIDE = 112
 
 @ROI_HEADS_REGISTRY.register()
 class RegionSpotROIHeads(nn.Module):
-    """Names the boxes of a detector with the words of a vocabulary.
+    """Names the boxes of a detector in a vocabulary.
 
-    The boxes come from the host, the detector's own ROI heads (``MODEL.ROI_HEADS.HOST``), which keep their box regression,
-    losses and masks; or, without a host, straight from the proposal generator. Regions are named by :class:`RegionSpot`
-    on the image itself, not on the detector's features.
+    The boxes come from the host, the detector's own ROI heads (``MODEL.ROI_HEADS.HOST``), which keep
+    their box regression, losses and masks; or, without a host, straight from the proposal generator.
+    :class:`RegionSpot` names them on the image itself, not on the detector's features.
 
     A checkpoint of the detector loads as it is: its ROI heads become those of the host.
 
-    A result's score is the host's score of the box, or the sigmoid of a proposal's objectness, times the softmax over the
-    words.
+    A result's score is the host's score of the box, or the sigmoid of a proposal's objectness, times
+    the softmax over the vocabulary.
     """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     @configurable
     def __init__(
@@ -52,7 +57,7 @@ class RegionSpotROIHeads(nn.Module):
             pixel_mean: what the detector subtracted from its images, in ``input_format``.
             pixel_std: what it divided them by.
             input_format: channel order of the detector's images, "RGB" or "BGR".
-            vocabulary: the words; by default those of the first data set of the config.
+            vocabulary: class names; by default those of the first dataset of the config.
             max_detections: proposals named per image where there is no host.
         """
         super().__init__()
@@ -85,15 +90,15 @@ class RegionSpotROIHeads(nn.Module):
     ) -> tuple[list[Instances], dict[str, Tensor]]:
         """
         Args:
-            images: of the detector, normalised and padded.
+            images: of the detector, normalized and padded.
             features: of its backbone, for the host.
             proposals: ``proposal_boxes`` and ``objectness_logits`` of each image.
             targets: in training ``gt_boxes`` and ``gt_classes``, places in the vocabulary.
 
         Returns:
-            In training the proposals and the host's losses with ``loss_regionspot``; at inference ``Instances`` with
-            ``pred_boxes``, ``scores``, ``pred_classes`` and, if masks are on, ``pred_masks``, and no losses. With a
-            host, ``host_classes`` are the classes that it saw.
+            In training the proposals and the host's losses with ``loss_regionspot``; at inference
+            ``Instances`` with ``pred_boxes``, ``scores``, ``pred_classes`` and, if masks are on,
+            ``pred_masks``, and no losses. With a host, ``host_classes`` are the classes it saw.
         """
         pixels = self._pixels(images)
         if self.training:
@@ -118,7 +123,8 @@ class RegionSpotROIHeads(nn.Module):
 
         Args:
             features: of the detector's backbone.
-            instances: ``pred_boxes``, ``pred_classes`` and, unless those are the host's own, its ``host_classes``.
+            instances: ``pred_boxes``, ``pred_classes`` and, unless those are the host's own, its
+                ``host_classes``.
         """
         if self.host is None:
             return instances
@@ -133,18 +139,11 @@ class RegionSpotROIHeads(nn.Module):
         return instances
 
     @property
-    def words(self) -> list[str]:
+    def class_names(self) -> list[str]:
         """The vocabulary in use."""
         if self.vocabulary is not None:
             return self.vocabulary
-        dataset = self.regionspot.default_dataset
-        words = None if dataset is None else MetadataCatalog.get(dataset).get("thing_classes")
-        if not words:
-            raise ValueError(
-                "RegionSpotROIHeads has no words: set its vocabulary, or DATASETS.TEST to a data set whose "
-                "'thing_classes' are in the MetadataCatalog."
-            )
-        return words
+        return dataset_class_names(self.regionspot.default_dataset)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -157,14 +156,17 @@ class RegionSpotROIHeads(nn.Module):
 
     def _pixels(self, images: ImageList) -> list[Tensor]:
         pixels = images.tensor * self.pixel_std + self.pixel_mean
-        if self.input_format == "BGR":
-            pixels = pixels.flip(1)
-        return [image[:, :h, :w].clamp(0, 255) for image, (h, w) in zip(pixels, images.image_sizes)]
+        return [
+            to_rgb(image[:, :height, :width].clamp(0, 255), self.input_format)
+            for image, (height, width) in zip(pixels, images.image_sizes)
+        ]
 
     def _losses(self, pixels: list[Tensor], targets: list[Instances]) -> dict[str, Tensor]:
-        boxes = [target.gt_boxes for target in targets]
-        logits, _ = self.regionspot.classify(pixels, boxes, [self.words] * len(pixels))
-        losses = self.regionspot.losses(logits, [target.gt_classes for target in targets])
+        model = self.regionspot
+        prompts = [BoxPrompts(target.gt_boxes) for target in targets]
+        answers = model.answer(model.encode(pixels), prompts, with_masks=False)
+        logits = [model.score(answer.embeddings, self.class_names) for answer in answers]
+        losses = model.losses(logits, [target.gt_classes for target in targets])
         return {"loss_regionspot": losses["loss_cls"]}
 
     def _to_detections(self, proposals: Instances) -> Instances:
@@ -177,18 +179,18 @@ class RegionSpotROIHeads(nn.Module):
 
     @torch.no_grad()
     def _name(self, pixels: list[Tensor], found: list[Instances]) -> list[Instances]:
-        boxes = [instances.pred_boxes for instances in found]
-        logits, mask_logits = self.regionspot.classify(pixels, boxes, [self.words] * len(pixels))
-        for i, instances in enumerate(found):
-            scores, classes = logits[i].softmax(1).max(1)
-            instances.scores = instances.scores * scores
+        model = self.regionspot
+        with_masks = model.with_masks and not all(x.has("pred_masks") for x in found)
+        prompts = [BoxPrompts(instances.pred_boxes) for instances in found]
+        answers = model.answer(model.encode(pixels), prompts, with_masks=with_masks)
+        for instances, answer in zip(found, answers):
+            named = model.name(answer, self.class_names, region_scores=instances.scores, topk=1)
             if instances.has("pred_classes"):
                 instances.host_classes = instances.pred_classes
-            instances.pred_classes = classes
-            if mask_logits is not None and not instances.has("pred_masks"):
-                size = instances.image_size
-                masks = self.regionspot.localizer.full_size_masks(mask_logits[i], size)
+            instances.scores, instances.pred_classes = named.scores, named.pred_classes
+            if named.has("pred_masks") and not instances.has("pred_masks"):
                 # Detectron2 pastes masks into their boxes once the output size is known.
-                crops = BitMasks(masks).crop_and_resize(boxes[i].tensor, _MASK_SIDE)
+                masks = BitMasks(named.pred_masks)
+                crops = masks.crop_and_resize(instances.pred_boxes.tensor, _MASK_SIDE)
                 instances.pred_masks = crops[:, None].float()
         return found

@@ -230,9 +230,9 @@ def test_same_answer_every_time_and_with_any_number_of_threads(predictor, chelse
 
 def test_localizer_rests_until_a_mask_is_needed(predictor, chelsea, monkeypatch):
     calls = []
-    encode = predictor.model.localizer.encode_image
+    encode = predictor.model.localizer.encode_images
     monkeypatch.setattr(
-        predictor.model.localizer, "encode_image", lambda images: calls.append(1) or encode(images)
+        predictor.model.localizer, "encode_images", lambda images: calls.append(1) or encode(images)
     )
     predictor.set_image(chelsea)
     predictor.predict(boxes=CAT_BOX)

@@ -32,7 +32,7 @@ from regionspot_d2.mini.efficientnet import DenseEfficientNetLite
 from regionspot_d2.mini.mini import imagenet_vectors
 from regionspot_d2.mini.packages import Package
 from regionspot_d2.mini.text_vectors import TextVectors
-from regionspot_d2.modeling import PooledRegionHead
+from regionspot_d2.modeling import BoxPrompts, PooledRegionHead
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -419,7 +419,7 @@ def encoded(lite: LiteMedSam, chelsea: Tensor) -> tuple[Tensor, Tensor]:
     """What the localizer's image encoder is given for the cat, and what comes of it."""
     seen = []
     hook = lite.image_encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    [embedding] = lite.encode_image([chelsea])
+    [embedding] = lite.encode_images([chelsea])
     hook.remove()
     return seen[0], embedding
 
@@ -437,7 +437,9 @@ def test_its_tokens_and_masks_are_those_of_the_package_s_decoder(lite, encoded):
     _, embedding = encoded
     assert embedding.shape == (1, 256, 64, 64)
     boxes = torch.tensor([[10.0, 20, 200, 100], [0, 0, 451, 300], [300, 30, 310, 44]])
-    tokens, masks = lite.decode(embedding, (300, 451), Boxes(boxes))
+    tokens, masks = lite.decode(
+        embedding, (300, 451), BoxPrompts(Boxes(boxes)), with_masks=True
+    )
 
     kept = []
     hook = lite.mask_decoder.transformer.register_forward_hook(

@@ -42,7 +42,7 @@ from regionspot_d2.data.token_cache import (
 )
 from regionspot_d2.engine import RegionSpotTrainer, load_config
 from regionspot_d2.modeling import RegionSpot
-from regionspot_d2.modeling.localizer import LOCALIZER_REGISTRY
+from regionspot_d2.modeling.interfaces import LOCALIZER_REGISTRY
 
 _IMAGES = 64
 _SIZE = (640, 480)

@@ -1,13 +1,10 @@
-"""Frozen vision-language models: images become grids of tokens, words become vectors."""
+"""CLIP and its kind as vision-language models: open_clip's, and those of the clip package."""
 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import logging
 import zipfile
-import zlib
-from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -18,22 +15,15 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
-from fvcore.common.registry import Registry
 from open_clip.factory import load_state_dict
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from torch import Tensor, nn
 
-from ..files import local_weights
-from .frozen import FrozenModule
+from ..files import fingerprint, local_weights
 from .image_towers import image_tower
+from .interfaces import VISION_LANGUAGE_REGISTRY, VisionLanguageModel
 
 logger = logging.getLogger(__name__)
-
-VISION_LANGUAGE_REGISTRY = Registry("VISION_LANGUAGE")
-VISION_LANGUAGE_REGISTRY.__doc__ = """
-Vision-language models, called with the config: ``VISION_LANGUAGE_REGISTRY.get(name)(cfg)``.
-A registered object is a :class:`VisionLanguageModel`.
-"""
 
 # "{}." and OpenAI's 80 templates for ImageNet, as format strings.
 CLIP_TEMPLATES = ("{}.", *(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES))
@@ -41,69 +31,6 @@ CLIP_TEMPLATES = ("{}.", *(template("{}") for template in open_clip.OPENAI_IMAGE
 _WEIGHTS_KEY = "MODEL.VISION_LANGUAGE.WEIGHTS"
 _ARCH_KEY = "MODEL.VISION_LANGUAGE.ARCH"
 _TEXTS_AT_A_TIME = 256
-
-
-class VisionLanguageModel(FrozenModule):
-    """What the rest of the project asks of a vision-language model.
-
-    Attributes:
-        image_dim: W, the width of an image token.
-        text_dim: D, the width of a text embedding.
-        image_size: height and width that images are squashed to.
-        grid_size: rows and columns of the grid of image tokens. The image is squashed to the
-            model's size, so the grid covers the whole image.
-        num_prefix_tokens: tokens before the grid, 1 for a CLS token.
-            L = num_prefix_tokens + rows * columns.
-        templates: the prompt templates that suit the text side, with one ``{}`` for the class name.
-        logit_scale: scalar tensor; cosines are multiplied by its exponential.
-        fingerprint: a short text that changes when the text side changes, a key for embeddings
-            kept on disk.
-    """
-
-    image_dim: int
-    text_dim: int
-    image_size: tuple[int, int]
-    grid_size: tuple[int, int]
-    num_prefix_tokens: int
-    templates: tuple[str, ...]
-    logit_scale: Tensor
-    fingerprint: str
-
-    @abstractmethod
-    def forward(self, images: list[Tensor]) -> Tensor:
-        """Turns images into tokens.
-
-        Args:
-            images: RGB images in 0..255, each of shape (3, H, W), any sizes and any dtype.
-
-        Returns:
-            Tokens of shape (B, L, W): the prefix tokens, then the grid, row by row.
-        """
-
-    @abstractmethod
-    def project(self, image_tokens: Tensor) -> Tensor:
-        """Takes image tokens to the space of the text embeddings.
-
-        Args:
-            image_tokens: of shape (B, L, W), from :meth:`forward`.
-
-        Returns:
-            Vectors of shape (B, L, D), not normalised.
-        """
-
-    @abstractmethod
-    def encode_text(self, texts: list[str]) -> Tensor:
-        """Encodes texts.
-
-        Args:
-            texts: any number of texts.
-
-        Returns:
-            Embeddings of shape (len(texts), D), not normalised.
-
-        Raises:
-            ValueError: the model cannot encode one of the texts.
-        """
 
 
 class ClipModel(VisionLanguageModel):
@@ -132,68 +59,90 @@ class ClipModel(VisionLanguageModel):
             tokenizer: called with a list of texts and optionally ``context_length``, gives token
                 ids of shape (texts, context_length); longer texts are cut.
             image_size: height and width of the images that the image tower takes.
-            pixel_mean, pixel_std: of RGB values in 0..1.
+            pixel_mean: mean of RGB values in 0..1.
+            pixel_std: standard deviation of RGB values in 0..1.
             templates: prompt templates that suit the text side.
         """
         super().__init__()
         self.model = model.float()
         self.tokenizer = tokenizer
-        self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        self.templates = tuple(templates)
+        self._image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self._templates = tuple(templates)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
         self._tower = image_tower(
-            self.model.visual, self.image_size, sequence_first=self._sequence_first
+            self.model.visual, self._image_size, sequence_first=self._sequence_first
         )
-        self.image_dim = self._tower.width
-        self.grid_size = self._tower.grid_size
-        self.num_prefix_tokens = self._tower.num_prefix_tokens
         self.freeze()
-        self.text_dim = self.encode_text(["a"]).shape[1]
+        self._text_dim = self.encode_text(["a"]).shape[1]
+
+    @property
+    def image_dim(self) -> int:
+        return self._tower.width
+
+    @property
+    def text_dim(self) -> int:
+        return self._text_dim
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self._image_size
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        return self._tower.grid_size
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return self._tower.num_prefix_tokens
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        return self._templates
+
+    @property
+    def logit_scale(self) -> Tensor:
+        # Some models of open_clip keep it with shape (1,).
+        return self.model.logit_scale.reshape(())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        weights = [
+            (name, parameter)
+            for name, parameter in self.model.named_parameters()
+            if not name.startswith(("visual.", "logit_"))
+        ]
+        # What the weights do not show counts too: the activation, the number of heads.
+        parts = [
+            f"{name} {type(module).__name__} {vars(module).get('num_heads', '')}"
+            for name, module in self.model.named_modules()
+            if not name.startswith("visual")
+        ]
+        return f"{type(self).__name__}-{fingerprint(weights, *parts)[:16]}"
 
     @property
     def device(self) -> torch.device:
         return self.pixel_mean.device
 
-    @property
-    def logit_scale(self) -> Tensor:  # type: ignore[override]
-        # Some models of open_clip keep it with shape (1,).
-        return self.model.logit_scale.reshape(())
-
-    @cached_property
-    def fingerprint(self) -> str:  # type: ignore[override]
-        # All weights count, by a checksum that is quick: half a second for ViT-L/14.
-        digest = hashlib.sha256()
-        for name, parameter in self.model.named_parameters():
-            if not name.startswith(("visual.", "logit_")):
-                checksum = zlib.crc32(parameter.detach().cpu().contiguous().numpy().data)
-                digest.update(f"{name} {tuple(parameter.shape)} {checksum}\n".encode())
-        # So does what the weights do not show: the activation, the number of heads.
-        for name, module in self.model.named_modules():
-            if not name.startswith("visual"):
-                heads = getattr(module, "num_heads", "")
-                digest.update(f"{name} {type(module).__name__} {heads}\n".encode())
-        return f"{type(self).__name__}-{digest.hexdigest()[:16]}"
-
     def preprocess_images(self, images: list[Tensor]) -> Tensor:
-        """Squashes images to the model's size, without antialiasing, and normalises them.
+        """Squashes images to the model's size, without antialiasing, and normalizes them.
 
         The published heads were trained on images made in this way, not in CLIP's own.
 
         Args:
-            images: RGB images in 0..255, each of shape (3, H, W), any sizes and any dtype.
+            images: RGB, 0..255, each (3, H, W) of its own size, any dtype.
 
         Returns:
-            Float images of shape (B, 3, *image_size) on the model's device.
+            Float images (B, 3, *image_size) on the model's device.
 
         Raises:
-            ValueError: an image is not of shape (3, H, W) or is empty.
+            ValueError: an image has another shape or is empty.
         """
         pixels = self.pixel_mean.new_empty(len(images), 3, *self.image_size)
         for index, image in enumerate(images):
             if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
                 raise ValueError(
-                    f"Image {index} has shape {tuple(image.shape)}; RGB of shape (3, H, W) is due."
+                    f"Image {index} has the shape {tuple(image.shape)}; RGB (3, H, W) is expected."
                 )
             pixels[index] = F.interpolate(
                 image.to(self.device).float()[None],
@@ -249,7 +198,7 @@ class OpenClip(ClipModel):
 
     ``MODEL.VISION_LANGUAGE.ARCH`` is open_clip's name of the architecture, or OpenAI's
     ("ViT-L/14@336px"). OpenAI's weights want the activation QuickGELU. Their own files (TorchScript
-    archives) are recognised and get it whatever the name says, and so do URLs that open_clip lists
+    archives) are recognized and get it whatever the name says, and so do URLs that open_clip lists
     with it. For any other file of such weights, name the architecture that ends in "-quickgelu".
     """
 
@@ -286,7 +235,7 @@ class OpenClip(ClipModel):
         }
 
     def _encode_tokens(self, tokens: Tensor) -> Tensor:
-        # CoCa normalises unless told not to.
+        # CoCa normalizes unless told not to.
         return self.model.encode_text(tokens, normalize=False)
 
 
@@ -392,7 +341,7 @@ def _published(name: str, source: str) -> dict[str, Any]:
 
     Args:
         name: open_clip's name of the architecture.
-        source: where the weights come from: a file, an URL or "".
+        source: where the weights come from: a file, a URL or "".
 
     Returns:
         Its entry for these weights if the URL tells, with their mean, std and quick_gelu. Otherwise

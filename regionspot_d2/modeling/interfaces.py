@@ -1,0 +1,302 @@
+"""The three parts of the model as interfaces: localizer, vision-language model, region head.
+
+A new part is a class with one of these interfaces, registered under a name that the config gives.
+What a part can do or needs is a property here, never found out by looking at an object.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from detectron2.utils.registry import Registry
+from torch import Tensor, nn
+
+from .prompts import Prompts
+
+LOCALIZER_REGISTRY = Registry("LOCALIZER")
+LOCALIZER_REGISTRY.__doc__ = "Localizers, built as ``LOCALIZER_REGISTRY.get(name)(cfg)``."
+
+VISION_LANGUAGE_REGISTRY = Registry("VISION_LANGUAGE")
+VISION_LANGUAGE_REGISTRY.__doc__ = """
+Vision-language models, built as ``VISION_LANGUAGE_REGISTRY.get(name)(cfg)``.
+"""
+
+REGION_HEAD_REGISTRY = Registry("REGION_HEAD")
+REGION_HEAD_REGISTRY.__doc__ = """
+Region heads, built as ``REGION_HEAD_REGISTRY.get(name)(cfg, localizer, vision_language)``.
+"""
+
+# What a localizer knows of an image. Only the localizer that made it may look inside.
+Embedding: TypeAlias = Any
+
+
+class FrozenModule(nn.Module):
+    """A pretrained part of a larger model: used, never trained, never saved.
+
+    It stays in eval mode under ``train()``, its parameters take no gradient, and it is absent from
+    ``state_dict()``: a checkpoint of the parent holds only the trained parts, and loads with
+    ``strict=True``. A subclass calls :meth:`freeze` at the end of its ``__init__``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._state_prefix = ""
+        self.register_load_state_dict_post_hook(_forgive_missing_keys)
+
+    def freeze(self) -> FrozenModule:
+        """Stops gradients and switches to eval mode; returns the module itself."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        return self.eval()
+
+    def train(self, mode: bool = True) -> FrozenModule:
+        """Stays in eval mode whatever ``mode`` says."""
+        return super().train(False)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Adds nothing: the weights come from their own file, named by the config."""
+        destination = args[0] if args else kwargs.get("destination")
+        return {} if destination is None else destination
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # The hook below is not told where in the parent this module sits.
+        self._state_prefix = prefix
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _forgive_missing_keys(module: Any, incompatible: Any) -> None:
+    missing = incompatible.missing_keys
+    missing[:] = [key for key in missing if not key.startswith(module._state_prefix)]
+
+
+class Localizer(FrozenModule, ABC):
+    """Images and prompts in, one mask token per region out, and masks where they are wanted.
+
+    Attributes:
+        masks_are_fine: whether its masks tell more than the box they came from.
+    """
+
+    masks_are_fine: bool = True
+
+    @property
+    @abstractmethod
+    def token_dim(self) -> int:
+        """Width T of a mask token."""
+
+    @abstractmethod
+    def encode_images(self, images: list[Tensor]) -> list[Embedding]:
+        """Encodes images once, for any number of prompts.
+
+        Args:
+            images: RGB, 0..255, each (3, H, W) of its own size.
+
+        Returns:
+            One embedding per image.
+        """
+
+    @abstractmethod
+    def decode(
+        self,
+        embedding: Embedding,
+        image_size: tuple[int, int],
+        prompts: Prompts,
+        *,
+        with_masks: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Finds the regions that prompts of one kind ask for on one encoded image.
+
+        Args:
+            embedding: what :meth:`encode_images` gave for the image.
+            image_size: (H, W) of the image that was encoded.
+            prompts: R regions, pixels of that image. R may be 0.
+            with_masks: False skips whatever only masks need.
+
+        Returns:
+            Mask tokens (R, T), and mask logits (R, 1, h, w) or None.
+        """
+
+    @abstractmethod
+    def full_size_masks(
+        self,
+        mask_logits: Tensor,
+        image_size: tuple[int, int],
+        output_size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Brings mask logits to a size.
+
+        Args:
+            mask_logits: (R, 1, h, w) from :meth:`decode`.
+            image_size: (H, W) of the image that was encoded.
+            output_size: (H', W') of the masks, which cover the whole image; by default its own.
+
+        Returns:
+            A bool tensor (R, H', W').
+        """
+
+    def localize(
+        self,
+        embedding: Embedding,
+        image_size: tuple[int, int],
+        prompts: Prompts,
+        *,
+        with_masks: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """:meth:`decode` for prompts of mixed kinds, kind by kind."""
+        found = [
+            self.decode(embedding, image_size, part, with_masks=with_masks)
+            for part in prompts.parts
+        ]
+        if len(found) == 1:
+            return found[0]
+        masks = [mask for _, mask in found if mask is not None]
+        return torch.cat([token for token, _ in found]), torch.cat(masks) if with_masks else None
+
+    def forward(
+        self, images: list[Tensor], prompts: Sequence[Prompts], *, with_masks: bool = True
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Encodes images and decodes the prompts of each.
+
+        Args:
+            images: RGB, 0..255, each (3, H, W) of its own size.
+            prompts: of each image, pixels of that image.
+            with_masks: False skips whatever only masks need.
+
+        Returns:
+            Per image the mask tokens (R, T), and per image mask logits (R, 1, h, w) or None.
+        """
+        found = [
+            self.localize(embedding, image_size_of(image), prompt, with_masks=with_masks)
+            for image, embedding, prompt in zip(images, self.encode_images(images), prompts)
+        ]
+        masks = [mask for _, mask in found if mask is not None]
+        return [token for token, _ in found], masks if with_masks else None
+
+
+class VisionLanguageModel(FrozenModule, ABC):
+    """Images become grids of tokens, texts become vectors; tokens can be brought to text space."""
+
+    @property
+    @abstractmethod
+    def image_dim(self) -> int:
+        """Width W of an image token."""
+
+    @property
+    @abstractmethod
+    def text_dim(self) -> int:
+        """Width D of a text embedding."""
+
+    @property
+    @abstractmethod
+    def image_size(self) -> tuple[int, int]:
+        """Height and width that images are squashed to."""
+
+    @property
+    @abstractmethod
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of the image tokens; the grid covers the whole image."""
+
+    @property
+    @abstractmethod
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the grid, 1 for a class token. L = num_prefix_tokens + rows * columns."""
+
+    @property
+    @abstractmethod
+    def templates(self) -> tuple[str, ...]:
+        """Prompt templates that suit the text side, each with one ``{}`` for the class name."""
+
+    @property
+    @abstractmethod
+    def logit_scale(self) -> Tensor:
+        """A scalar tensor; cosines are multiplied by its exponential."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Changes when the text side changes; a key for embeddings that are kept on disk."""
+
+    @abstractmethod
+    def forward(self, images: list[Tensor]) -> Tensor:
+        """Turns images into tokens.
+
+        Args:
+            images: RGB, 0..255, each (3, H, W) of its own size, any dtype.
+
+        Returns:
+            (B, L, W): the prefix tokens, then the grid, row by row.
+        """
+
+    @abstractmethod
+    def project(self, image_tokens: Tensor) -> Tensor:
+        """Takes image tokens (B, L, W) to text space: (B, L, D), not normalized."""
+
+    @abstractmethod
+    def encode_text(self, texts: list[str]) -> Tensor:
+        """Encodes any number of texts: (len(texts), D), float32, not normalized.
+
+        Raises:
+            ValueError: the model cannot encode one of the texts.
+        """
+
+
+class RegionHead(nn.Module, ABC):
+    """Mask tokens, image tokens and boxes in, a vector in text space per region out.
+
+    Attributes:
+        has_attention: whether :meth:`attention` tells where the head looks.
+    """
+
+    has_attention: bool = False
+
+    @property
+    @abstractmethod
+    def reads_mask_tokens(self) -> bool:
+        """False lets the localizer run only where masks are wanted."""
+
+    @property
+    @abstractmethod
+    def reads_boxes(self) -> bool:
+        """Whether :meth:`forward` looks at ``boxes``."""
+
+    @abstractmethod
+    def forward(
+        self, tokens: list[Tensor], image_tokens: Tensor, boxes: list[Tensor]
+    ) -> list[Tensor]:
+        """Embeds the regions of each image.
+
+        Args:
+            tokens: per image the mask tokens (R, T); zeros if the head reads none. R may be 0.
+            image_tokens: (B, L, W).
+            boxes: per image (R, 4), XYXY in 0..1 of the image.
+
+        Returns:
+            Per image the region embeddings (R, D), rows of unit length.
+        """
+
+    def attention(self, tokens: Tensor, image_tokens: Tensor) -> Tensor:
+        """Where the head looks to name each region of an image (paper, Figure 4).
+
+        Args:
+            tokens: (R, T).
+            image_tokens: (1, L, W).
+
+        Returns:
+            (R, L), rows sum to 1.
+
+        Raises:
+            ValueError: the head has no attention to the image.
+        """
+        raise ValueError(f"{type(self).__name__} has no attention to the image.")
+
+
+def image_size_of(image: Tensor) -> tuple[int, int]:
+    """(H, W) of an image (..., H, W)."""
+    return image.shape[-2], image.shape[-1]
+
+
+def to_rgb(image: Tensor, channels: str) -> Tensor:
+    """An image (3, H, W) with channels in the order "RGB" or "BGR", as the model wants it."""
+    return image if channels == "RGB" else image.flip(0)
