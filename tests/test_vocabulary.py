@@ -28,13 +28,14 @@ def test_mean_of_raw_template_embeddings_then_unit_length():
 
 
 def test_a_known_vocabulary_is_not_encoded_again(tmp_path):
-    first = TextEmbedder(CountingModel(), tmp_path)
+    model = CountingModel()
+    first = TextEmbedder(model, tmp_path)
     words = first(["cat", "dog"])
     first(["cat", "dog"])
-    assert len(first._model.seen) == 4
-    second = TextEmbedder(CountingModel(), tmp_path)
-    assert torch.equal(second(["cat", "dog"]), words)
-    assert second._model.seen == []
+    assert len(model.seen) == 4
+    model = CountingModel()
+    assert torch.equal(TextEmbedder(model, tmp_path)(["cat", "dog"]), words)
+    assert model.seen == []
 
 
 @pytest.mark.parametrize(
@@ -78,10 +79,40 @@ def test_names_that_cannot_be_meant(names, message):
         check_names(names)
 
 
-def test_class_lists_of_data_sets_may_repeat_a_name():
+def test_class_lists_of_datasets_may_repeat_a_name():
     words = TextEmbedder(CountingModel())(["cat", "dog", "cat"])
     assert torch.equal(words[0], words[2])
 
 
 def test_clean_name():
     assert clean_name(" bell_pepper  (red) ") == "bell pepper (red)"
+
+
+def test_memory_and_disk_are_bounded(tmp_path):
+    model = CountingModel()
+    one_file = len(np_file_of(["name 0", "other"], tmp_path / "measure"))
+    embedder = TextEmbedder(model, tmp_path / "cache", max_disk_bytes=50 * one_file)
+    vocabularies = [[f"name {i}", "other"] for i in range(200)]
+    for names in vocabularies:
+        embedder(names)
+        # In use all the time: it stays in memory, and on disk while it is the newest.
+        embedder(vocabularies[0])
+    files = list((tmp_path / "cache").iterdir())
+    assert sum(file.stat().st_size for file in files) <= 50 * one_file
+    encoded = len(model.seen)
+    for names in [vocabularies[0], *vocabularies[-31:]]:
+        embedder(names)
+    assert len(model.seen) == encoded
+    # The newest are on disk for the next process, the oldest were dropped.
+    again = CountingModel()
+    reader = TextEmbedder(again, tmp_path / "cache", max_disk_bytes=50 * one_file)
+    reader(vocabularies[-1])
+    assert again.seen == []
+    reader(vocabularies[1])
+    assert again.seen != []
+
+
+def np_file_of(names: list[str], folder) -> bytes:
+    TextEmbedder(CountingModel(), folder)(names)
+    [file] = folder.iterdir()
+    return file.read_bytes()

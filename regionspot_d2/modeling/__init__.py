@@ -14,26 +14,3 @@ from .regionspot import RegionSpot
 from .roi_heads import RegionSpotROIHeads
 from .sam import SamLocalizer
 from .wrapper import OpenVocabularyDetector, wrap
-
-__all__ = [
-    "BoxPrompts",
-    "FrozenModule",
-    "LOCALIZER_REGISTRY",
-    "Localizer",
-    "MaskPrompts",
-    "OpenAIClip",
-    "OpenClip",
-    "OpenVocabularyDetector",
-    "PointPrompts",
-    "PooledRegionHead",
-    "Prompts",
-    "REGION_HEAD_REGISTRY",
-    "RegionHead",
-    "RegionSpot",
-    "RegionSpotHead",
-    "RegionSpotROIHeads",
-    "SamLocalizer",
-    "VISION_LANGUAGE_REGISTRY",
-    "VisionLanguageModel",
-    "wrap",
-]

@@ -20,18 +20,7 @@ from .sam import SamLocalizer
 class AutomaticMaskSettings:
     """The settings of ``SamAutomaticMaskGenerator`` and its defaults, chosen for SAM ViT-H.
 
-    Attributes:
-        points_per_side: points of the grid along one side of the image.
-        points_per_batch: points decoded at a time; bounds the memory.
-        pred_iou_thresh: keep masks whose predicted IoU is higher.
-        stability_score_thresh: keep masks whose stability is at least this.
-        stability_score_offset: shift of the cutoff that stability is measured with.
-        box_nms_thresh: IoU above which the worse of two masks is a duplicate.
-        crop_n_layers: layers of image crops to look at besides the whole image.
-        crop_nms_thresh: as ``box_nms_thresh``, between crops.
-        crop_overlap_ratio: overlap of crops, as a share of the image's length.
-        crop_n_points_downscale_factor: how much sparser the grid gets from layer to layer.
-        min_mask_region_area: pixels below which holes and islands of a mask are removed.
+    Its documentation explains each; ``points_per_batch`` only bounds the memory.
     """
 
     points_per_side: int = 32
@@ -50,10 +39,10 @@ class AutomaticMaskSettings:
 def automatic_boxes(
     localizer: SamLocalizer, image: Tensor, *, with_masks: bool = False, **settings: Any
 ) -> Instances:
-    """Finds the regions of an image that a SAM-shaped localizer can segment.
+    """Finds the regions of an image that a localizer with SAM's parts can segment.
 
     Args:
-        localizer: SAM, or any localizer of its parts.
+        localizer: finds them.
         image: (3, H, W) RGB, 0..255.
         with_masks: whether to return the masks too.
         **settings: the fields of :class:`AutomaticMaskSettings`.

@@ -36,9 +36,13 @@ _TEXTS_AT_A_TIME = 256
 class ClipModel(VisionLanguageModel):
     """What open_clip's models and the clip package's have in common."""
 
+    # Set in __init__.
     model: Any
     pixel_mean: Tensor
     pixel_std: Tensor
+    image_dim = text_dim = num_prefix_tokens = 0
+    image_size = grid_size = (0, 0)
+    templates: tuple[str, ...] = ()
     # The transformers of the clip package give (L, B, W).
     _sequence_first = False
 
@@ -57,48 +61,26 @@ class ClipModel(VisionLanguageModel):
         Args:
             model: a CLIP with an image tower ``visual``, ``encode_text`` and ``logit_scale``.
             tokenizer: called with a list of texts and optionally ``context_length``, gives token
-                ids of shape (texts, context_length); longer texts are cut.
+                ids (texts, context_length); longer texts are cut.
             image_size: height and width of the images that the image tower takes.
-            pixel_mean: mean of RGB values in 0..1.
-            pixel_std: standard deviation of RGB values in 0..1.
+            pixel_mean, pixel_std: of RGB values in 0..1.
             templates: prompt templates that suit the text side.
         """
         super().__init__()
         self.model = model.float()
         self.tokenizer = tokenizer
-        self._image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        self._templates = tuple(templates)
+        self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.templates = tuple(templates)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
         self._tower = image_tower(
-            self.model.visual, self._image_size, sequence_first=self._sequence_first
+            self.model.visual, self.image_size, sequence_first=self._sequence_first
         )
+        self.image_dim = self._tower.width
+        self.grid_size = self._tower.grid_size
+        self.num_prefix_tokens = self._tower.num_prefix_tokens
         self.freeze()
-        self._text_dim = self.encode_text(["a"]).shape[1]
-
-    @property
-    def image_dim(self) -> int:
-        return self._tower.width
-
-    @property
-    def text_dim(self) -> int:
-        return self._text_dim
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        return self._image_size
-
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        return self._tower.grid_size
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        return self._tower.num_prefix_tokens
-
-    @property
-    def templates(self) -> tuple[str, ...]:
-        return self._templates
+        self.text_dim = self.encode_text(["a"]).shape[1]
 
     @property
     def logit_scale(self) -> Tensor:
@@ -130,7 +112,7 @@ class ClipModel(VisionLanguageModel):
         The published heads were trained on images made in this way, not in CLIP's own.
 
         Args:
-            images: RGB, 0..255, each (3, H, W) of its own size, any dtype.
+            images: as for :meth:`forward`.
 
         Returns:
             Float images (B, 3, *image_size) on the model's device.

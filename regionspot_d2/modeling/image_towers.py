@@ -30,20 +30,20 @@ class ImageTower(ABC):
 
     @abstractmethod
     def tokens(self, pixels: Tensor) -> Tensor:
-        """Takes normalised images (B, 3, H, W) of the tower's size to tokens (B, L, W)."""
+        """Takes normalized images (B, 3, H, W) of the tower's size to tokens (B, L, W)."""
 
     @abstractmethod
     def project(self, tokens: Tensor) -> Tensor:
-        """Takes tokens (B, L, W) to text space (B, L, D), each by itself, not normalised."""
+        """Takes tokens (B, L, W) to text space (B, L, D), each by itself, not normalized."""
 
 
 def image_tower(
     visual: nn.Module, image_size: tuple[int, int], *, sequence_first: bool = False
 ) -> ImageTower:
-    """Finds the grid of an image tower.
+    """Finds the grid of an image tower, the ``visual`` part of a CLIP-like model.
 
     Args:
-        visual: the ``visual`` part of a CLIP-like model.
+        visual: the tower.
         image_size: height and width of the images it takes.
         sequence_first: a ViT's transformer gives (L, B, W), as in the clip package, not (B, L, W).
 

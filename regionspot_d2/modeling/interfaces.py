@@ -48,9 +48,7 @@ class FrozenModule(nn.Module):
 
     def freeze(self) -> FrozenModule:
         """Stops gradients and switches to eval mode; returns the module itself."""
-        for parameter in self.parameters():
-            parameter.requires_grad_(False)
-        return self.eval()
+        return self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> FrozenModule:
         """Stays in eval mode whatever ``mode`` says."""
@@ -109,9 +107,9 @@ class Localizer(FrozenModule, ABC):
         """Finds the regions that prompts of one kind ask for on one encoded image.
 
         Args:
-            embedding: what :meth:`encode_images` gave for the image.
-            image_size: (H, W) of the image that was encoded.
-            prompts: R regions, pixels of that image. R may be 0.
+            embedding: of the image, from :meth:`encode_images`.
+            image_size: its (H, W).
+            prompts: R regions, pixels of the image. R may be 0.
             with_masks: False skips whatever only masks need.
 
         Returns:
@@ -125,15 +123,15 @@ class Localizer(FrozenModule, ABC):
         image_size: tuple[int, int],
         output_size: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Brings mask logits to a size.
+        """Turns mask logits (R, 1, h, w) into masks of the whole image.
 
         Args:
-            mask_logits: (R, 1, h, w) from :meth:`decode`.
-            image_size: (H, W) of the image that was encoded.
-            output_size: (H', W') of the masks, which cover the whole image; by default its own.
+            mask_logits: from :meth:`decode`.
+            image_size: (H, W) of the image.
+            output_size: (H', W') of the masks; by default that of the image.
 
         Returns:
-            A bool tensor (R, H', W').
+            (R, H', W'), bool.
         """
 
     def localize(
@@ -158,11 +156,6 @@ class Localizer(FrozenModule, ABC):
         self, images: list[Tensor], prompts: Sequence[Prompts], *, with_masks: bool = True
     ) -> tuple[list[Tensor], list[Tensor] | None]:
         """Encodes images and decodes the prompts of each.
-
-        Args:
-            images: RGB, 0..255, each (3, H, W) of its own size.
-            prompts: of each image, pixels of that image.
-            with_masks: False skips whatever only masks need.
 
         Returns:
             Per image the mask tokens (R, T), and per image mask logits (R, 1, h, w) or None.
@@ -268,7 +261,7 @@ class RegionHead(nn.Module, ABC):
         """Embeds the regions of each image.
 
         Args:
-            tokens: per image the mask tokens (R, T); zeros if the head reads none. R may be 0.
+            tokens: per image the mask tokens (R, T), zeros if the head reads none. R may be 0.
             image_tokens: (B, L, W).
             boxes: per image (R, 4), XYXY in 0..1 of the image.
 
@@ -277,7 +270,7 @@ class RegionHead(nn.Module, ABC):
         """
 
     def attention(self, tokens: Tensor, image_tokens: Tensor) -> Tensor:
-        """Where the head looks to name each region of an image (paper, Figure 4).
+        """Where the head looks to name each region of one image (paper, Figure 4).
 
         Args:
             tokens: (R, T).
@@ -287,7 +280,7 @@ class RegionHead(nn.Module, ABC):
             (R, L), rows sum to 1.
 
         Raises:
-            ValueError: the head has no attention to the image.
+            ValueError: ``has_attention`` is False.
         """
         raise ValueError(f"{type(self).__name__} has no attention to the image.")
 

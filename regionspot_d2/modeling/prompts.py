@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +23,10 @@ class Prompts(ABC):
     boxes_need_masks: bool = False
 
     @abstractmethod
-    def __len__(self) -> int:
-        """R, the number of regions."""
+    def __len__(self) -> int: ...
 
     @abstractmethod
-    def to(self, device: torch.device | str) -> Prompts:
-        """The same regions on another device."""
+    def to(self, device: torch.device | str) -> Prompts: ...
 
     @abstractmethod
     def boxes(self, image_size: tuple[int, int], masks: Tensor | None = None) -> Boxes:
@@ -51,11 +49,7 @@ class Prompts(ABC):
 
 @dataclass(frozen=True)
 class BoxPrompts(Prompts):
-    """Regions given as boxes.
-
-    Attributes:
-        values: R boxes, XYXY, pixels of the image.
-    """
+    """Regions given as R boxes, XYXY, pixels of the image."""
 
     values: Boxes
 
@@ -75,7 +69,7 @@ class PointPrompts(Prompts):
 
     Attributes:
         points: (R, P, 2) XY, pixels of the image.
-        labels: (R, P), 1 on the region, 0 on the background, -1 where a row has fewer than P points.
+        labels: (R, P), 1 on the region, 0 beside it, -1 where a row has fewer than P points.
     """
 
     points: Tensor
@@ -100,7 +94,7 @@ class PointPrompts(Prompts):
         if masks is None:
             raise ValueError("The box of a point is the box of its mask; pass the masks with it.")
         height, width = image_size
-        found = BitMasks(masks).get_bounding_boxes()
+        found = BitMasks(masks).get_bounding_boxes().to(masks.device)
         found.scale(width / masks.shape[2], height / masks.shape[1])
         has_mask = masks.flatten(1).any(1)[:, None]
         on_region = (self.labels == 1)[..., None]
@@ -119,11 +113,7 @@ class PointPrompts(Prompts):
 
 @dataclass(frozen=True)
 class MaskPrompts(Prompts):
-    """Regions given as masks.
-
-    Attributes:
-        masks: (R, H, W), bool, at the size of the image.
-    """
+    """Regions given as masks: (R, H, W), bool, at the size of the image."""
 
     masks: Tensor
 
@@ -175,10 +165,8 @@ def as_prompts(
 
     Args:
         image_size: (H, W) of the image.
-        boxes: see :func:`as_boxes`.
-        points: see :func:`as_points`.
-        point_labels: the ``labels`` of :func:`as_points`.
-        masks: see :func:`as_masks`.
+        boxes, points, point_labels, masks: see :func:`as_boxes`, :func:`as_points` and
+            :func:`as_masks`.
 
     Raises:
         ValueError: there are none, or one of them makes no sense; the message names it.
@@ -198,10 +186,10 @@ def as_prompts(
 
 
 def as_boxes(boxes: Any, image_size: tuple[int, int]) -> Boxes:
-    """Checks boxes; what hangs over the edge of the image is cut off.
+    """Checks R boxes, XYXY in pixels of the image; what hangs over its edge is cut off.
 
     Args:
-        boxes: R boxes, XYXY, pixels of the image: ``Boxes``, a tensor, an array or lists.
+        boxes: ``Boxes``, a tensor, an array or lists.
         image_size: (H, W) of the image.
 
     Raises:
@@ -211,13 +199,11 @@ def as_boxes(boxes: Any, image_size: tuple[int, int]) -> Boxes:
     values = _numbers(boxes.tensor if isinstance(boxes, Boxes) else boxes, "boxes")
     if values.numel() == 0:
         return Boxes(torch.zeros(0, 4))
-    if values.dim() == 1 and len(values) == 4:
+    if values.shape == (4,):
         values = values[None]
     if values.dim() != 2 or values.shape[1] != 4:
-        raise ValueError(
-            f"Boxes have the shape {tuple(values.shape)}; (R, 4) is expected, each x0, y0, x1, y1 "
-            "in pixels."
-        )
+        shape = tuple(values.shape)
+        raise ValueError(f"Boxes have the shape {shape}; (R, 4), x0, y0, x1, y1, is expected.")
     height, width = image_size
     x0, y0, x1, y1 = values.unbind(1)
     faults = {
@@ -260,9 +246,9 @@ def as_points(
     rows = [_numbers(region, "points") for region in _each(points, "points")]
     for i, row in enumerate(rows):
         if row.dim() not in (1, 2) or (row.numel() and row.shape[-1] != 2):
+            shape, region = tuple(row.shape), first_region + i
             raise ValueError(
-                f"The points of region {first_region + i} have the shape {tuple(row.shape)}; "
-                "(P, 2) is expected, each x, y in pixels."
+                f"The points of region {region} have the shape {shape}; (P, 2), x, y, is expected."
             )
     rows = [row.reshape(-1, 2) for row in rows]
     marks = [torch.ones(len(row)) for row in rows]
@@ -282,21 +268,16 @@ def as_points(
 
 def _check_points(row: Tensor, mark: Tensor, image_size: tuple[int, int], region: str) -> None:
     if len(row) == 0 or len(mark) != len(row):
-        raise ValueError(
-            f"{region} has {len(row)} points and {len(mark)} labels; as many of both are expected, "
-            "at least one."
-        )
+        counts = f"{len(row)} points and {len(mark)} labels"
+        raise ValueError(f"{region} has {counts}; as many of both are expected, at least one.")
     if not set(mark.tolist()) <= {0, 1}:
-        raise ValueError(
-            f"{region} has the labels {mark.tolist()}; 1 is on the region, 0 beside it."
-        )
+        raise ValueError(f"{region} has the labels {mark.tolist()}; 1 is on it, 0 beside it.")
     height, width = image_size
     inside = (row >= 0).all(1) & (row[:, 0] <= width) & (row[:, 1] <= height)
     if not inside.all():
         x, y = row[~inside][0].tolist()
-        raise ValueError(
-            f"{region} has the point ({x:g}, {y:g}), outside the image of {width} x {height} pixels."
-        )
+        image = f"the image of {width} x {height} pixels"
+        raise ValueError(f"{region} has the point ({x:g}, {y:g}), outside {image}.")
 
 
 def as_masks(masks: Any, image_size: tuple[int, int], first_region: int = 0) -> MaskPrompts:
@@ -311,30 +292,29 @@ def as_masks(masks: Any, image_size: tuple[int, int], first_region: int = 0) -> 
     if values.dim() == 2:
         values = values[None]
     if values.dim() != 3 or tuple(values.shape[1:]) != tuple(image_size):
-        raise ValueError(
-            f"Masks have the shape {tuple(values.shape)}; (R, {image_size[0]}, {image_size[1]}) is "
-            "expected, the size of the image."
-        )
+        shape, (height, width) = tuple(values.shape), image_size
+        expected = f"(R, {height}, {width}) is expected, the size of the image."
+        raise ValueError(f"Masks have the shape {shape}; {expected}")
     empty = (~values.flatten(1).any(1)).nonzero()
     if len(empty):
         raise ValueError(f"The mask of region {first_region + int(empty[0])} is empty.")
     return MaskPrompts(values)
 
 
-def _each(values: Any, what: str) -> Iterable[Any]:
+def _each(values: Any, what: str) -> list[Any]:
     try:
         return list(values)
     except TypeError as error:
-        raise ValueError(
-            f"The {what} are {values!r}; a list with an entry per region is expected."
-        ) from error
+        message = f"The {what} are {values!r}; a list with an entry per region is expected."
+        raise ValueError(message) from error
 
 
 def _numbers(values: Any, what: str) -> Tensor:
     try:
-        if isinstance(values, Sequence) and len(values) and isinstance(values[0], Tensor):
-            return torch.stack(list(values)).detach().float().cpu()
-        if isinstance(values, Sequence) and len(values) and isinstance(values[0], np.ndarray):
+        first = values[0] if isinstance(values, Sequence) and len(values) else None
+        if isinstance(first, Tensor):
+            values = torch.stack(list(values))
+        elif isinstance(first, np.ndarray):
             values = np.stack(values)
         return torch.as_tensor(values).detach().float().cpu()
     except (TypeError, ValueError, RuntimeError) as error:

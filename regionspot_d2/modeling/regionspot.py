@@ -32,8 +32,9 @@ from .vocabulary import TextEmbedder, dataset_class_names
 class RegionSpot(nn.Module):
     """Names any region of an image with any vocabulary (Yang et al., NeurIPS 2024).
 
-    A frozen localizer turns regions into mask tokens, a frozen vision-language model turns the image
-    into tokens and class names into vectors; the region head, the only trained part, joins them.
+    A frozen localizer turns regions into mask tokens, a frozen vision-language model turns the
+    image into tokens and class names into vectors; the region head, the only trained part, joins
+    them.
 
     Every use of the model takes the same three steps: :meth:`encode` images, :meth:`answer` a
     question about their regions, and :meth:`name` the answers in a vocabulary.
@@ -58,10 +59,7 @@ class RegionSpot(nn.Module):
     ) -> None:
         """
         Args:
-            localizer: prompts to mask tokens, frozen.
-            vision_language: images to tokens and class names to vectors, frozen.
-            region_head: mask tokens and image tokens to region embeddings.
-            text_embedder: embeds vocabularies with ``vision_language``.
+            localizer, vision_language, region_head, text_embedder: the parts of the model.
             focal_alpha, focal_gamma: of the focal loss.
             with_masks: whether inference gives ``pred_masks``.
             score_thresh, max_detections, keep_before_proposal_score: what inference keeps, as
@@ -111,7 +109,6 @@ class RegionSpot(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is, and where it takes images."""
         return self.vision_language.logit_scale.device
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
@@ -122,16 +119,12 @@ class RegionSpot(nn.Module):
                 * image: (3, H, W), 0..255, channels as ``input_format`` says.
                 * dataset_name: its ``thing_classes`` in the ``MetadataCatalog`` are the vocabulary.
                 * instances (training): ``gt_boxes`` and ``gt_classes``.
-                * mask_tokens (training, optional): (R, T) of those boxes, extracted before; the
-                  localizer then does not run.
-                * proposals (inference): ``proposal_boxes``, and their scores as
-                  ``objectness_logits``.
-                * height, width (inference, optional): size of the output; by default that of
-                  ``image``.
+                * mask_tokens (training, optional): (R, T) of those boxes; the localizer then rests.
+                * proposals (inference): ``proposal_boxes``, their scores as ``objectness_logits``.
+                * height, width (inference, optional): of the output, by default those of ``image``.
 
         Returns:
-            In training ``{"loss_cls": Tensor}``; at inference a list of ``{"instances":
-            Instances}``, see :meth:`inference`.
+            In training ``{"loss_cls": Tensor}``; at inference see :meth:`inference`.
         """
         if not self.training:
             return self.inference(batched_inputs)
@@ -163,8 +156,8 @@ class RegionSpot(nn.Module):
 
         Args:
             batched_inputs: as for :meth:`forward`.
-            detected_instances: regions found elsewhere (``pred_boxes``, XYXY in pixels of ``image``,
-                and optionally ``scores``), instead of ``proposals`` in the inputs.
+            detected_instances: regions found elsewhere (``pred_boxes``, XYXY in pixels of
+                ``image``, and optionally ``scores``), instead of ``proposals`` in the inputs.
             do_postprocess: whether results are scaled to ``height``, ``width`` and wrapped in dicts.
 
         Returns:
@@ -249,10 +242,6 @@ class RegionSpot(nn.Module):
     def attention(self, encoded: EncodedImages, prompts: Prompts) -> Tensor:
         """Where the region head looks to name each region of one image (paper, Figure 4).
 
-        Args:
-            encoded: of one image.
-            prompts: R regions of it.
-
         Returns:
             (R, rows, columns) over the grid of image tokens, which covers the whole image. Each map
             sums to 1, less what a class token takes.
@@ -267,11 +256,7 @@ class RegionSpot(nn.Module):
         return maps[:, prefix:].reshape(len(maps), *self.vision_language.grid_size)
 
     def score(self, embeddings: Tensor, class_names: Sequence[str]) -> Tensor:
-        """Compares regions with a vocabulary.
-
-        Args:
-            embeddings: (R, D), rows of unit length.
-            class_names: C class names.
+        """Compares regions (R, D), rows of unit length, with C class names.
 
         Returns:
             Logits (R, C), float32: cosines times the vision-language model's temperature.
@@ -288,7 +273,7 @@ class RegionSpot(nn.Module):
         Args:
             answer: from :meth:`answer`.
             class_names: the vocabulary.
-            **rules: what to keep, see :func:`~regionspot_d2.modeling.naming.name_regions`.
+            **rules: which names to keep, see :func:`~regionspot_d2.modeling.naming.name_regions`.
 
         Returns:
             What that function returns, with ``pred_masks`` if the answer has masks.

@@ -53,9 +53,9 @@ class RegionSpotROIHeads(nn.Module):
         """
         Args:
             regionspot: names regions.
-            host: ROI heads of Detectron2's interface whose detections are named; None names proposals.
-            pixel_mean: what the detector subtracted from its images, in ``input_format``.
-            pixel_std: what it divided them by.
+            host: ROI heads of Detectron2's interface whose detections are named; None names the
+                proposals.
+            pixel_mean, pixel_std: how the detector normalized its images, in ``input_format``.
             input_format: channel order of the detector's images, "RGB" or "BGR".
             vocabulary: class names; by default those of the first dataset of the config.
             max_detections: proposals named per image where there is no host.

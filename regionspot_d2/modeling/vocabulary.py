@@ -73,7 +73,7 @@ class TextEmbedder:
         Args:
             vision_language: encodes the texts.
             cache_folder: where embeddings are kept; None keeps them only in memory.
-            max_disk_bytes: size of all embeddings in ``cache_folder``.
+            max_disk_bytes: of all embeddings in ``cache_folder``.
         """
         self._model = vision_language
         self._folder = cache_folder

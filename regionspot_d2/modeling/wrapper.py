@@ -108,15 +108,13 @@ def wrap(
     vocabulary: Sequence[str],
     input_format: str = "BGR",
 ) -> OpenVocabularyDetector:
-    """Lets a finished detector name what it finds with any words.
+    """Lets a finished detector name what it finds in any vocabulary.
 
     Example::
 
-        detector = build_model(detector_cfg)
-        model = regionspot_d2.wrap(detector, predictor.model, vocabulary=["cat", "dog"])
+        model = regionspot_d2.wrap(build_model(detector_cfg), predictor.model, vocabulary=["cat"])
         [output] = model([{"image": image}])
 
-    Args:
-        detector, regionspot, vocabulary, input_format: as for :class:`OpenVocabularyDetector`.
+    The arguments are those of :class:`OpenVocabularyDetector`.
     """
     return OpenVocabularyDetector(detector, regionspot, vocabulary, input_format=input_format)

@@ -437,9 +437,7 @@ def test_its_tokens_and_masks_are_those_of_the_package_s_decoder(lite, encoded):
     _, embedding = encoded
     assert embedding.shape == (1, 256, 64, 64)
     boxes = torch.tensor([[10.0, 20, 200, 100], [0, 0, 451, 300], [300, 30, 310, 44]])
-    tokens, masks = lite.decode(
-        embedding, (300, 451), BoxPrompts(Boxes(boxes)), with_masks=True
-    )
+    tokens, masks = lite.decode(embedding, (300, 451), BoxPrompts(Boxes(boxes)), with_masks=True)
 
     kept = []
     hook = lite.mask_decoder.transformer.register_forward_hook(
