@@ -27,7 +27,7 @@ from detectron2.evaluation import DatasetEvaluator, LVISEvaluator
 from detectron2.structures import Boxes, Instances
 
 from regionspot_d2.evaluation import LVISAPEvaluator
-from regionspot_d2.evaluation.libraries import lvis_library
+from regionspot_d2.evaluation.coco import lvis_library
 
 _DATASET = "benchmark_lvis_v1"
 _WIDTH, _HEIGHT = 640, 480
