@@ -1,4 +1,4 @@
-"""LVIS: the AP is that of the lvis library, Fixed AP that of its definition."""
+"""LVIS: AP equals that of the package lvis, Fixed AP equals its definition."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def content(tmp_path: Path) -> Iterator[dict[str, Any]]:
 
 
 def by_the_library(json_file: str, results: list[dict[str, Any]], task: str) -> dict[str, float]:
-    """AP by the package lvis alone, in percent."""
+    """AP by the package lvis itself, in percent."""
     reference = pytest.importorskip("lvis")
     if "float" not in vars(np):
         np.float = float
@@ -118,7 +118,7 @@ def test_fixed_ap_is_that_of_its_definition(
     rng = np.random.default_rng(2)
     outputs = data.random_outputs(content, rng)
     for found in outputs:
-        # No ties: the order among equal scores is anybody's choice.
+        # No ties: the order among equal scores is undefined.
         found.scores[:] = found.scores.new_tensor(rng.random(len(found)))
     evaluator = LVISAPEvaluator(
         NAME,
@@ -223,7 +223,7 @@ def test_no_results_and_no_masks(content: dict[str, Any], tmp_path: Path) -> Non
     found = data.run(LVISAPEvaluator(NAME, fixed_ap=True), content, nothing)
     assert np.isnan(found["bbox"]["AP"]) and np.isnan(found["bbox_fixed"]["APr"])
 
-    # Masks have nothing to be compared with in annotations of boxes alone, such as MDETR's minival.
+    # Annotations that only have boxes, such as MDETR's minival, cannot be compared with masks.
     for annotation in content["annotations"]:
         del annotation["segmentation"]
     Path(MetadataCatalog.get(NAME).json_file).write_text(json.dumps(content))
@@ -261,7 +261,7 @@ def test_spellings() -> None:
 def test_overlap_of_lvis_with_the_training_names(
     dataset: str, counts: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The numbers of rare, common and frequent LVIS classes, without synonyms, whose name a training set has."""
+    """How many rare, common and frequent LVIS classes have a name of a training set."""
     names = find_training_names([dataset])
     found = {
         frequency: sum(
