@@ -72,6 +72,24 @@ def iou(a: list[float], b: list[float]) -> float:
     return inter / (a[2] * a[3] + b[2] * b[3] - inter)
 
 
+def match(
+    results: list[dict[str, Any]],
+    objects: list[dict[str, Any]],
+    threshold: float,
+    exhaustive: bool,
+) -> list[tuple[float, bool]]:
+    """Score and success of each result that counts in an image and class, best first."""
+    free, outcomes = list(objects), []
+    for result in results:
+        overlaps = [iou(result["bbox"], a["bbox"]) for a in free]
+        if overlaps and max(overlaps) >= threshold:
+            free.pop(int(np.argmax(overlaps)))
+            outcomes.append((result["score"], True))
+        elif exhaustive:
+            outcomes.append((result["score"], False))
+    return outcomes
+
+
 def slow_fixed_ap(
     content: dict[str, Any], results: list[dict[str, Any]], per_class: int
 ) -> dict[int, float]:
@@ -88,18 +106,10 @@ def slow_fixed_ap(
             outcomes = []
             for image in content["images"]:
                 objects = [a for a in truth if a["image_id"] == image["id"]]
-                if not objects and category_id not in image["neg_category_ids"]:
-                    continue
-                free = list(objects)
-                for result in best:
-                    if result["image_id"] != image["id"]:
-                        continue
-                    overlaps = [iou(result["bbox"], a["bbox"]) for a in free]
-                    if overlaps and max(overlaps) >= threshold:
-                        free.pop(int(np.argmax(overlaps)))
-                        outcomes.append((result["score"], True))
-                    elif category_id not in image["not_exhaustive_category_ids"]:
-                        outcomes.append((result["score"], False))
+                if objects or category_id in image["neg_category_ids"]:
+                    exhaustive = category_id not in image["not_exhaustive_category_ids"]
+                    found = [result for result in best if result["image_id"] == image["id"]]
+                    outcomes += match(found, objects, threshold, exhaustive)
             outcomes.sort(key=lambda outcome: -outcome[0])
             hits = np.cumsum([hit for _, hit in outcomes])
             recall = hits / len(truth)

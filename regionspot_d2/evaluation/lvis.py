@@ -169,11 +169,10 @@ class LVISAPEvaluator(DatasetEvaluator):
         self, results: list[dict[str, Any]], task: str, max_dets_per_image: int
     ) -> dict[str, float]:
         """AP of results in LVIS format, in percent; -1 results per image is no limit."""
-        areas = [f"AP{area}" for area in _AREAS]
         if not results:
             logger.warning("There are no predictions.")
-            names = ["AP", "AP50", "AP75", *areas, *(f"AP{group}" for group in self._groups)]
-            return dict.fromkeys(names, float("nan"))
+            suffixes = ["", "50", "75", *_AREAS, *self._groups]
+            return {f"AP{suffix}": float("nan") for suffix in suffixes}
         if task == "segm":
             # The libraries take areas from the boxes where there are any.
             results = [{k: v for k, v in result.items() if k != "bbox"} for result in results]

@@ -10,7 +10,7 @@ import itertools
 import logging
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,11 +30,6 @@ logger = logging.getLogger(__name__)
 _TOLERANCE = 0.05
 
 _NOT_LISTED = np.iinfo(np.int64).max
-
-
-class _Truth(NamedTuple):
-    boxes: torch.Tensor  # (G, 4), XYXY, pixels of the original image, inside it
-    classes: np.ndarray  # (G,), contiguous
 
 
 class RegionClassificationEvaluator(DatasetEvaluator):
@@ -103,15 +98,15 @@ class RegionClassificationEvaluator(DatasetEvaluator):
                 )
             boxes = Boxes(x["proposals"].proposal_boxes.tensor.detach().cpu().clone())
             boxes.scale(x["width"] / x["image"].shape[-1], x["height"] / x["image"].shape[-2])
-            truth = self._truth[x["image_id"]]
+            true_boxes, true_classes = self._truth[x["image_id"]]
             ranks, counts = _rank_names(instances, len(boxes), self._num_classes)
-            rows = np.full((len(truth.classes), 3), [0, _NOT_LISTED, 0])
-            rows[:, 0] = truth.classes
+            rows = np.full((len(true_classes), 3), [0, _NOT_LISTED, 0])
+            rows[:, 0] = true_classes
             if len(boxes) and len(rows):
-                distance, nearest = torch.cdist(truth.boxes, boxes.tensor, p=torch.inf).min(dim=1)
+                distance, nearest = torch.cdist(true_boxes, boxes.tensor, p=torch.inf).min(dim=1)
                 found = (distance <= _TOLERANCE).numpy()
                 region = nearest.numpy()[found]
-                rows[found, 1] = ranks[region, truth.classes[found]]
+                rows[found, 1] = ranks[region, true_classes[found]]
                 rows[found, 2] = counts[region]
             self._regions.append(rows)
 
@@ -138,23 +133,24 @@ class RegionClassificationEvaluator(DatasetEvaluator):
         if min(metrics["decided1"], metrics["decided5"]) < 100:
             logger.warning(
                 "Some ground-truth regions were not asked for, or too few of their names were "
-                f"kept: the first name is known for {metrics['decided1']:.2f} %, the first five for "
-                f"{metrics['decided5']:.2f} %; the others count as wrong. Raise "
+                f"kept: the first name is known for {metrics['decided1']:.2f} %, the first five "
+                f"for {metrics['decided5']:.2f} %; the others count as wrong. Raise "
                 "TEST.DETECTIONS_PER_IMAGE (-1: no limit), lower "
-                "MODEL.ROI_HEADS.SCORE_THRESH_TEST, and check that the boxes are the ground truth's."
+                "MODEL.ROI_HEADS.SCORE_THRESH_TEST, and check that the boxes are ground truth."
             )
         logger.info(f"Evaluation of region classification:\n{create_small_table(metrics)}")
         return OrderedDict(region_classification=metrics)
 
 
-def _ground_truth(record: dict[str, Any]) -> _Truth:
+def _ground_truth(record: dict[str, Any]) -> tuple[torch.Tensor, np.ndarray]:
+    """Boxes (G, 4), XYXY, clipped to the original image; and contiguous class ids (G,)."""
     annotations = [a for a in record.get("annotations", []) if not a.get("iscrowd", 0)]
     boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
     inside = Boxes(torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4))
     # As Detectron2 clips proposals.
     inside.clip((record["height"], record["width"]))
     classes = np.array([a["category_id"] for a in annotations], dtype=np.int64)
-    return _Truth(inside.tensor, classes)
+    return inside.tensor, classes
 
 
 def _rank_names(

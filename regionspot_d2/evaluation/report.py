@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -73,11 +72,8 @@ def build_report(cfg: CfgNode, results: Mapping[str, Any]) -> dict[str, Any]:
         if not metrics:
             continue
         metadata = MetadataCatalog.get(dataset)
-        common = {
-            "dataset": dataset,
-            "split": metadata.get("split"),
-            **_describe_boxes(cfg, index),
-        }
+        common = {"dataset": dataset, "split": metadata.get("split")}
+        common.update(_describe_boxes(cfg, index))
         for suffix, kind in _KINDS[metadata.evaluator_type].items():
             values = {
                 name: metrics[task + suffix]
@@ -89,15 +85,15 @@ def build_report(cfg: CfgNode, results: Mapping[str, Any]) -> dict[str, Any]:
         if "region_classification" in metrics:
             accuracies = metrics["region_classification"]
             classification.append({**common, **accuracies, "regions": int(accuracies["regions"])})
-    return _plain(
-        {
-            "model": _describe_model(cfg),
-            "protocol": _describe_protocol(cfg),
-            "detection": detection,
-            "region_classification": classification,
-            "odinw": [{"name": k, **v} for k, v in summarize_odinw(results).items()],
-        }
-    )
+    report = {
+        "model": _describe_model(cfg),
+        "protocol": _describe_protocol(cfg),
+        "detection": detection,
+        "region_classification": classification,
+        "odinw": [{"name": k, **v} for k, v in summarize_odinw(results).items()],
+    }
+    # JSON has no NaN.
+    return json.loads(json.dumps(report), parse_constant=lambda _: None)
 
 
 def summarize_odinw(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -119,11 +115,8 @@ def summarize_odinw(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[
     summary = {}
     for name, sets in complete.items():
         ap = np.nan_to_num([results[dataset]["bbox"]["AP"] for dataset in sets])
-        summary[name] = {
-            "mean": float(ap.mean()),
-            "median": float(np.median(ap)),
-            "sets": len(sets),
-        }
+        mean, median = float(ap.mean()), float(np.median(ap))
+        summary[name] = {"mean": mean, "median": median, "sets": len(sets)}
     return summary
 
 
@@ -168,12 +161,14 @@ def _describe_boxes(cfg: CfgNode, index: int) -> dict[str, Any]:
 
 
 def _describe_model(cfg: CfgNode) -> dict[str, str]:
-    parts = {"architecture": cfg.MODEL.META_ARCHITECTURE}
-    for key in ("LOCALIZER", "VISION_LANGUAGE"):
-        parts[key.lower().replace("_", "-")] = f"{cfg.MODEL[key].NAME} {cfg.MODEL[key].ARCH}"
-    parts["region head"] = cfg.MODEL.REGION_HEAD.NAME
-    parts["weights"] = cfg.MODEL.WEIGHTS or "none"
-    return parts
+    localizer, vision_language = cfg.MODEL.LOCALIZER, cfg.MODEL.VISION_LANGUAGE
+    return {
+        "architecture": cfg.MODEL.META_ARCHITECTURE,
+        "localizer": f"{localizer.NAME} {localizer.ARCH}",
+        "vision-language": f"{vision_language.NAME} {vision_language.ARCH}",
+        "region head": cfg.MODEL.REGION_HEAD.NAME,
+        "weights": cfg.MODEL.WEIGHTS or "none",
+    }
 
 
 def _describe_protocol(cfg: CfgNode) -> dict[str, str]:
@@ -238,12 +233,3 @@ def _format(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-def _plain(value: Any) -> Any:
-    """Replaces NaN, which JSON does not have, by None."""
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -65,7 +65,7 @@ class DenseEfficientNetLite(nn.Module):
             images: RGB in 0..255, (B, 3, side, side), float.
 
         Returns:
-            The features, (B, dim, h, w) for each of ``feature_dims``, h = w = side / ``stride``, and
+            The features, (B, dim, h, w) for each of ``feature_dims``, h = w = side / stride; and
             the logits of the ImageNet classes, (B, 1000, h / 2, w / 2).
         """
         network = self.network
