@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-from regionspot_d2.mini import VOCABULARIES, known_vocabulary
+from regionspot_d2.data.datasets.vocabularies import VOCABULARIES, known_vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}

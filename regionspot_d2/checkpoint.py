@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable
-from typing import IO, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import IO, Any, Protocol, runtime_checkable
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -16,6 +16,13 @@ from .files import local_weights
 logger = logging.getLogger(__name__)
 
 _HEAD = "region_head."
+
+
+@runtime_checkable
+class RenamedParameters(Protocol):
+    """A module that knows older files' names of its parameters and buffers."""
+
+    renamed_parameters: Mapping[str, str]
 
 
 class RegionSpotCheckpointer(DetectionCheckpointer):
@@ -96,9 +103,14 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         state = checkpoint["model"]
         wanted = self._head_keys()
+        renamed: dict[str, str] = {}
+        for module in self.model.modules():
+            if isinstance(module, RenamedParameters):
+                renamed.update(module.renamed_parameters)
         prefixes = {key[: key.index(_HEAD) + len(_HEAD)] for key in wanted}
         for key in list(state):
             bare = key[key.index(_HEAD) + len(_HEAD) :] if _HEAD in key else key
+            bare = renamed.get(bare, bare)
             for prefix in prefixes:
                 if prefix + bare in wanted and prefix + bare != key:
                     state[prefix + bare] = state.pop(key)
@@ -122,7 +134,7 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
                 raise ValueError(
                     f"The region head in '{self._path}' does not fit this model: {key} is {found} in the file and "
                     f"{tuple(expected[key].shape)} in the model. Was it trained with another MODEL.VISION_LANGUAGE, "
-                    "MODEL.LOCALIZER or MODEL.REGION_HEAD (DEPTH; NUM_CENTRES of a KernelRegionHead)?"
+                    "MODEL.LOCALIZER or MODEL.REGION_HEAD (DEPTH; NUM_CENTERS of a KernelRegionHead)?"
                 )
         return super()._load_model(checkpoint)
 

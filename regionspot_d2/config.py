@@ -51,8 +51,9 @@ def add_regionspot_config(cfg: CN) -> None:
     cfg.MODEL.REGION_HEAD.DROPOUT = 0.1
     # False takes the image tokens away, for the ablation: the layers then have self-attention alone.
     cfg.MODEL.REGION_HEAD.IMAGE_TOKENS = True
-    # KernelRegionHead: regions of its training that it compares others with.
-    cfg.MODEL.REGION_HEAD.NUM_CENTRES = 0
+    # KernelRegionHead: the training regions that it compares others with.
+    cfg.MODEL.REGION_HEAD.NUM_CENTERS = 0
+    cfg.register_renamed_key("MODEL.REGION_HEAD.NUM_CENTRES", "MODEL.REGION_HEAD.NUM_CENTERS")
     # Sigmoid focal loss over the vocabulary.
     cfg.MODEL.REGION_HEAD.FOCAL_ALPHA = 0.25
     cfg.MODEL.REGION_HEAD.FOCAL_GAMMA = 2.0

@@ -1,4 +1,4 @@
-"""Small datasets in LVIS and COCO layout, and random results on them, for the tests of the evaluation."""
+"""Small datasets in LVIS and COCO format with random results, for the evaluation's tests."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ CATEGORIES = [
 def annotations(
     rng: np.random.Generator, num_images: int = 20, objects_per_image: int = 6
 ) -> dict[str, Any]:
-    """A json in LVIS layout, which is COCO's with more: category ids 1..9, boxes as polygons too."""
+    """LVIS (hence COCO) annotations: category ids 1..9, each object's mask is its box."""
     categories = [
         {"id": i, "name": name, "synonyms": synonyms, "frequency": frequency}
         for i, (name, frequency, synonyms) in enumerate(CATEGORIES, start=1)
     ]
     images, found = [], []
     for image_id in range(1, num_images + 1):
-        # The ninth class is nowhere.
+        # The ninth class occurs nowhere.
         classes = rng.integers(1, len(CATEGORIES), objects_per_image)
         absent = [c for c in range(1, len(CATEGORIES) + 1) if c not in classes]
         images.append(
@@ -72,7 +72,7 @@ def annotations(
 
 
 def register_lvis(name: str, content: dict[str, Any], folder: Path) -> None:
-    """Registers a json as an LVIS dataset."""
+    """Registers annotations as an LVIS dataset."""
     json_file = _write(name, content, folder)
     DatasetCatalog.register(name, lambda: load_lvis(json_file, f"{folder}/"))
     MetadataCatalog.get(name).set(
@@ -84,7 +84,7 @@ def register_lvis(name: str, content: dict[str, Any], folder: Path) -> None:
 
 
 def register_coco(name: str, content: dict[str, Any], folder: Path) -> None:
-    """Registers a json as a COCO dataset."""
+    """Registers annotations as a COCO dataset."""
     json_file = _write(name, content, folder)
     DatasetCatalog.register(name, lambda: load_coco_json(json_file, str(folder), name))
     MetadataCatalog.get(name).set(json_file=json_file, evaluator_type="coco", split="val")
@@ -113,7 +113,7 @@ def random_outputs(
     *,
     masks: bool = False,
 ) -> list[Instances]:
-    """Results around the objects of each image, some of the right class; scores of few digits, so that many tie."""
+    """Results around the objects of each image, half of the right class; many scores tie."""
     outputs = []
     for image in content["images"]:
         boxes, classes = [], []
@@ -133,7 +133,7 @@ def random_outputs(
 def oracle_outputs(
     records: Sequence[dict[str, Any]], num_classes: int, *, masks: bool = False
 ) -> Iterator[tuple[dict[str, Any], Instances]]:
-    """Inputs with the true boxes as proposals; results with score 1 for the true class, low ones for all others."""
+    """Inputs with the true boxes as proposals; results score 1 for the true class, else 0.01."""
     for record in records:
         boxes = np.array([a["bbox"] for a in record["annotations"]]).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
@@ -152,7 +152,7 @@ def oracle_outputs(
 
 
 def instances(boxes: Any, classes: Any, scores: Any, *, masks: bool = False) -> Instances:
-    """Results of one image from XYXY boxes; masks are the boxes filled."""
+    """Results of one image from XYXY boxes; masks are the filled boxes."""
     found = Instances((SIDE, SIDE))
     found.pred_boxes = Boxes(torch.as_tensor(np.array(boxes).reshape(-1, 4), dtype=torch.float32))
     found.pred_classes = torch.as_tensor(np.array(classes, dtype=np.int64))

@@ -1,4 +1,4 @@
-"""COCO layout: the AP is that of pycocotools; a perfect model has AP 100, in ODinW's layout too."""
+"""COCO format: AP equals pycocotools'; a perfect model has AP 100, on ODinW's files too."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_oracle(content: dict[str, Any], masks: bool) -> None:
 def test_oracle_on_the_layout_of_odinw(
     content: dict[str, Any], tmp_path: Path, empty_cache: Path, backend: str
 ) -> None:
-    """A background class 0 and annotation ids from 0: one of them would be a miss, the other a class too many."""
+    """A background class 0 would be a class too many, annotation id 0 a missed object."""
     name = f"odinw_like_{backend}"
     content["categories"].insert(0, {"id": 0, "name": "things", "supercategory": "none"})
     for number, annotation in enumerate(content["annotations"]):
@@ -92,13 +92,13 @@ def test_oracle_on_the_layout_of_odinw(
     for x, found in data.oracle_outputs(records, classes, masks=True):
         evaluator.process([x], [{"instances": found}])
     found = evaluator.evaluate()
-    # Boxes alone: these annotations have no masks.
+    # Only boxes: these annotations have no masks.
     assert found.keys() == {"bbox"}
     assert found["bbox"]["AP"] == pytest.approx(100)
     data.forget(name)
 
 
-def test_without_annotations_results_are_written_only(
+def test_without_annotations_results_are_only_written(
     content: dict[str, Any], tmp_path: Path
 ) -> None:
     content["annotations"].clear()

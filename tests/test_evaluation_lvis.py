@@ -1,4 +1,4 @@
-"""LVIS: the AP is that of the lvis library, Fixed AP that of its definition."""
+"""LVIS: AP equals that of the package lvis, Fixed AP equals its definition."""
 
 from __future__ import annotations
 
@@ -14,12 +14,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.lvis_v1_categories import LVIS_CATEGORIES
 
 from regionspot_d2.evaluation import LVISAPEvaluator, lvis
-from regionspot_d2.evaluation.libraries import lvis_library
-from regionspot_d2.evaluation.training_names import (
-    class_groups,
-    find_training_names,
-    spellings,
-)
+from regionspot_d2.evaluation.coco import lvis_library
+from regionspot_d2.evaluation.seen_names import class_groups, find_training_names, spellings
 
 from . import synthetic_lvis as data
 
@@ -36,7 +32,7 @@ def content(tmp_path: Path) -> Iterator[dict[str, Any]]:
 
 
 def by_the_library(json_file: str, results: list[dict[str, Any]], task: str) -> dict[str, float]:
-    """AP by the package lvis alone, in percent."""
+    """AP by the package lvis itself, in percent."""
     reference = pytest.importorskip("lvis")
     if "float" not in vars(np):
         np.float = float
@@ -76,6 +72,24 @@ def iou(a: list[float], b: list[float]) -> float:
     return inter / (a[2] * a[3] + b[2] * b[3] - inter)
 
 
+def match(
+    results: list[dict[str, Any]],
+    objects: list[dict[str, Any]],
+    threshold: float,
+    exhaustive: bool,
+) -> list[tuple[float, bool]]:
+    """Score and success of each result that counts in an image and class, best first."""
+    free, outcomes = list(objects), []
+    for result in results:
+        overlaps = [iou(result["bbox"], a["bbox"]) for a in free]
+        if overlaps and max(overlaps) >= threshold:
+            free.pop(int(np.argmax(overlaps)))
+            outcomes.append((result["score"], True))
+        elif exhaustive:
+            outcomes.append((result["score"], False))
+    return outcomes
+
+
 def slow_fixed_ap(
     content: dict[str, Any], results: list[dict[str, Any]], per_class: int
 ) -> dict[int, float]:
@@ -92,18 +106,10 @@ def slow_fixed_ap(
             outcomes = []
             for image in content["images"]:
                 objects = [a for a in truth if a["image_id"] == image["id"]]
-                if not objects and category_id not in image["neg_category_ids"]:
-                    continue
-                free = list(objects)
-                for result in best:
-                    if result["image_id"] != image["id"]:
-                        continue
-                    overlaps = [iou(result["bbox"], a["bbox"]) for a in free]
-                    if overlaps and max(overlaps) >= threshold:
-                        free.pop(int(np.argmax(overlaps)))
-                        outcomes.append((result["score"], True))
-                    elif category_id not in image["not_exhaustive_category_ids"]:
-                        outcomes.append((result["score"], False))
+                if objects or category_id in image["neg_category_ids"]:
+                    exhaustive = category_id not in image["not_exhaustive_category_ids"]
+                    found = [result for result in best if result["image_id"] == image["id"]]
+                    outcomes += match(found, objects, threshold, exhaustive)
             outcomes.sort(key=lambda outcome: -outcome[0])
             hits = np.cumsum([hit for _, hit in outcomes])
             recall = hits / len(truth)
@@ -122,7 +128,7 @@ def test_fixed_ap_is_that_of_its_definition(
     rng = np.random.default_rng(2)
     outputs = data.random_outputs(content, rng)
     for found in outputs:
-        # No ties: the order among equal scores is anybody's choice.
+        # No ties: the order among equal scores is undefined.
         found.scores[:] = found.scores.new_tensor(rng.random(len(found)))
     evaluator = LVISAPEvaluator(
         NAME,
@@ -170,17 +176,18 @@ def test_dropping_results_early_changes_nothing(
 ) -> None:
     outputs = data.random_outputs(content, np.random.default_rng(4))
     options = {"fixed_ap": True, "max_dets_per_class": 20, "max_dets_per_image": 5}
-    collected = []
+    runs, collected = [], []
     for every in (10_000, 50):
-        monkeypatch.setattr(lvis, "_PRUNE_EVERY", every)
+        monkeypatch.setattr(lvis, "PRUNE_EVERY", every)
         evaluator = LVISAPEvaluator(NAME, output_dir=str(tmp_path), **options)
         scores = data.run(evaluator, content, outputs)
-        results = (tmp_path / "lvis_instances_results.json").read_text()
-        collected.append((scores, results, evaluator._collected))
-    (scores, results, total), (pruned_scores, pruned_results, pruned_total) = collected
-    assert pruned_total < total / 2
-    assert pruned_results == results
-    assert repr(pruned_scores) == repr(scores)
+        runs.append((repr(scores), (tmp_path / "lvis_instances_results.json").read_text()))
+        buffer = lvis.ResultBuffer(num_classes=9, per_image=5, per_class=20)
+        for image, found in zip(content["images"], outputs):
+            buffer.add(image["id"], found)
+        collected.append(len(buffer.results))
+    assert collected[1] < collected[0] / 2
+    assert runs[1] == runs[0]
 
 
 def test_oracle(content: dict[str, Any]) -> None:
@@ -226,7 +233,7 @@ def test_no_results_and_no_masks(content: dict[str, Any], tmp_path: Path) -> Non
     found = data.run(LVISAPEvaluator(NAME, fixed_ap=True), content, nothing)
     assert np.isnan(found["bbox"]["AP"]) and np.isnan(found["bbox_fixed"]["APr"])
 
-    # Masks have nothing to be compared with in annotations of boxes alone, such as MDETR's minival.
+    # Annotations that only have boxes, such as MDETR's minival, cannot be compared with masks.
     for annotation in content["annotations"]:
         del annotation["segmentation"]
     Path(MetadataCatalog.get(NAME).json_file).write_text(json.dumps(content))
@@ -264,7 +271,7 @@ def test_spellings() -> None:
 def test_overlap_of_lvis_with_the_training_names(
     dataset: str, counts: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The numbers of rare, common and frequent LVIS classes, without synonyms, whose name a training set has."""
+    """How many rare, common and frequent LVIS classes have a name of a training set."""
     names = find_training_names([dataset])
     found = {
         frequency: sum(
@@ -285,13 +292,55 @@ def test_training_names_come_from_registered_data(content: dict[str, Any]) -> No
     assert not names.contain(["sofa"])
 
 
-def test_library_is_chosen_for_a_while_only() -> None:
-    before = sys.modules.get("lvis")
-    with lvis_library("hotcoco"):
-        import lvis as chosen
+@pytest.mark.parametrize(
+    ("flag", "backend"),
+    [("iscrowd", "hotcoco"), ("ignore", "hotcoco"), ("iscrowd", "reference")],
+)
+def test_flags_that_the_libraries_treat_differently(
+    content: dict[str, Any], tmp_path: Path, flag: str, backend: str
+) -> None:
+    pytest.importorskip("lvis")
+    outputs = data.random_outputs(content, np.random.default_rng(1))
+    unflagged = data.run(LVISAPEvaluator(NAME, backend="reference"), content, outputs)
+    path = Path(MetadataCatalog.get(NAME).json_file)
+    for annotation in content["annotations"][4:40:3]:
+        annotation[flag] = 1
+    path.write_text(json.dumps(content))
+    if backend == "hotcoco":
+        message = f"{path.name}: 12 annotations, the first with id 5,.*BACKEND: reference"
+        with pytest.raises(ValueError, match=message):
+            LVISAPEvaluator(NAME, backend=backend)
+    else:
+        # lvis knows no crowds.
+        found = data.run(LVISAPEvaluator(NAME, backend=backend), content, outputs)
+        assert found["bbox"] == pytest.approx(unflagged["bbox"], nan_ok=True)
 
+
+def test_the_reference_honors_ignore(content: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("lvis")
+    for annotation in content["annotations"][::3]:
+        annotation["ignore"] = 1
+    path = Path(MetadataCatalog.get(NAME).json_file)
+    path.write_text(json.dumps(content))
+    outputs = data.random_outputs(content, np.random.default_rng(1))
+    evaluator = LVISAPEvaluator(NAME, output_dir=str(tmp_path), backend="reference")
+    found = data.run(evaluator, content, outputs)["bbox"]
+    results = json.loads((tmp_path / "lvis_instances_results.json").read_text())
+    expected = by_the_library(str(path), results, "bbox")
+    assert [found[m] for m in ("AP", "AP50")] == pytest.approx(
+        [expected[m] for m in ("AP", "AP50")], abs=1e-6
+    )
+
+
+def test_library_is_chosen_by_the_backend_and_nothing_else_changes() -> None:
+    modules, float_before = dict(sys.modules), vars(np).get("float")
+    with lvis_library("hotcoco") as chosen:
         assert chosen.__name__ == "hotcoco"
-    assert sys.modules.get("lvis") is before
+    assert sys.modules == modules
+    pytest.importorskip("lvis")
+    with lvis_library("reference") as chosen:
+        assert chosen.__name__ == "lvis" and np.float is float
+    assert vars(np).get("float") is float_before
     with pytest.raises(ValueError, match="TEST.EVALUATION_BACKEND is 'fast'"):
         LVISAPEvaluator(NAME, backend="fast")
 

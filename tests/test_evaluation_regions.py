@@ -19,14 +19,15 @@ from . import synthetic_lvis as data
 
 NAME = "synthetic_regions_val"
 
-# Classes (ids less one) of the annotations: 0 and 1 are rare, 6 is frequent. The last box reaches out of the image.
+# (image id, class, XYWH box). Classes 0 and 1 are rare, 6 is frequent. The last box extends beyond
+# the image.
 TRUTH = [
     (1, 0, [10, 10, 50, 50]),
     (1, 1, [60.33, 20.7, 70.1, 90.9]),
     (1, 6, [10, 110, 20, 20]),
     (2, 6, [150, 150, 80, 80]),
 ]
-# Names of each region by rank, as a model with seven of the nine classes in mind gives them.
+# The names of each region by rank, from a model that names seven of the nine classes.
 RANKED = {
     0: [0, 1, 2, 3, 4, 5, 6],
     1: [0, 2, 3, 4, 5, 6, 1],
@@ -55,7 +56,7 @@ def dataset(tmp_path: Path) -> Iterator[None]:
 
 
 def model_output(image_id: int, keep: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Regions in another order than the annotations, at three times the size; the best ``keep`` pairs."""
+    """The best ``keep`` pairs of regions in another order and size than the annotations."""
     numbers = [i for i, truth in enumerate(TRUTH) if truth[0] == image_id][::-1]
     boxes = torch.tensor([TRUTH[i][2] for i in numbers]).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
@@ -105,7 +106,7 @@ def test_groups_are_selections_of_classes() -> None:
     assert found["mAcc1seen"] == 25
 
 
-def test_cut_off_results_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_cut_off_results_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert evaluate(keep=None)["decided5"] == 100
     assert not caplog.messages

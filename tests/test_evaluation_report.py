@@ -1,4 +1,4 @@
-"""The results table says which protocol made a number."""
+"""The results table names the protocol behind each number."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_evaluators_are_chosen_by_metadata(cfg: CfgNode) -> None:
     data.forget("synthetic_report_other")
 
 
-def test_files_of_several_datasets_do_not_meet(cfg: CfgNode) -> None:
+def test_files_of_several_datasets_are_kept_apart(cfg: CfgNode) -> None:
     for dataset in cfg.DATASETS.TEST:
         oracle_results(cfg, dataset)
     folder = Path(cfg.OUTPUT_DIR) / "inference"
@@ -126,7 +126,7 @@ def test_table_of_several_datasets(cfg: CfgNode) -> None:
 
 
 def test_table_of_one_dataset(cfg: CfgNode) -> None:
-    """DefaultTrainer.test gives the results of a single dataset without its name. NaN is no json."""
+    """DefaultTrainer.test returns a single dataset's results without its name; NaN becomes null."""
     cfg.DATASETS.TEST = (COCO,)
     cfg.TEST.FIXED_AP = True
     cfg.TEST.DETECTIONS_PER_IMAGE = 300
@@ -150,7 +150,7 @@ def test_recall_is_that_of_the_boxes_that_are_loaded(cfg: CfgNode) -> None:
 def test_recall_of_another_dataset_is_not_reported(cfg, made_for, expected) -> None:
     path = cfg.DATASETS.PROPOSAL_FILES_TEST[1]
     proposals, _ = read_proposals(path)
-    # A data set of the same images, with those objects only that the boxes are around.
+    # A dataset of the same images, with only the objects that the boxes enclose.
     records = [{**x, "annotations": x["annotations"][:3]} for x in DatasetCatalog.get(COCO)]
     write_proposals(path, records, proposals, {"dataset": made_for, "source": "glip"})
     cfg.DATASETS.TEST = (COCO,)

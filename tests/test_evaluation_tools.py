@@ -147,7 +147,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_mistakes_are_told_in_a_line(
+def test_mistakes_end_in_one_line(
     content: dict[str, Any], tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     paths = ["--input", str(tmp_path / "no_results.json"), "--output", str(tmp_path / "pictures")]

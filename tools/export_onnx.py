@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from regionspot_d2 import RegionSpotPredictor
+from regionspot_d2.data.datasets.vocabularies import VOCABULARIES, known_vocabulary
 from regionspot_d2.engine import ConfigError, load_config
-from regionspot_d2.mini import VOCABULARIES, known_vocabulary
 from regionspot_d2.modeling import RegionSpotHead
 
 TOLERANCE = 1e-4

@@ -3,9 +3,8 @@
 from .build import build_evaluator
 from .coco import COCOAPEvaluator
 from .lvis import LVISAPEvaluator
-from .odinw import summarize_odinw
 from .region_classification import RegionClassificationEvaluator
-from .report import write_report
+from .report import summarize_odinw, write_report
 
 __all__ = [
     "COCOAPEvaluator",

@@ -1,4 +1,4 @@
-"""The evaluators of a dataset, chosen by its metadata."""
+"""Chooses the evaluators of a dataset by its metadata."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from .coco import COCOAPEvaluator
 from .lvis import LVISAPEvaluator
 from .region_classification import RegionClassificationEvaluator
-from .training_names import class_groups, find_training_names
+from .seen_names import class_groups, find_training_names
 
 
 def build_evaluator(
@@ -20,12 +20,12 @@ def build_evaluator(
     """Builds what ``Trainer.build_evaluator`` returns.
 
     Args:
-        cfg: ``DATASETS.TRAIN`` tells seen names from unseen ones in LVIS.
-        dataset_name: a registered dataset whose metadata has ``evaluator_type`` "coco" or "lvis".
+        cfg: ``DATASETS.TRAIN`` tells seen class names from unseen ones.
+        dataset_name: a dataset whose metadata has the ``evaluator_type`` "coco" or "lvis".
         output_folder: for the results json; by default ``<OUTPUT_DIR>/inference/<dataset_name>``.
 
     Raises:
-        ValueError: for another type of evaluator.
+        ValueError: the dataset has another type of evaluator.
     """
     if output_folder is None:
         output_folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)

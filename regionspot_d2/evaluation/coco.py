@@ -1,17 +1,80 @@
-"""COCO-format datasets, ODinW and own data among them: Detectron2's evaluator with a choice of library."""
+"""The libraries that compute AP, and the evaluator of COCO-format datasets.
+
+hotcoco gives the same digits as the reference libraries, pycocotools and lvis, many times faster.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import importlib
+from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
-from detectron2.evaluation import COCOEvaluator
+import hotcoco
+import numpy as np
+from detectron2.evaluation import COCOEvaluator, coco_evaluation
 
-from .libraries import check_backend, coco_library
+BACKENDS = ("hotcoco", "reference")
+
+
+def check_backend(backend: str) -> str:
+    """Returns ``backend``; raises a ValueError unless it is one of :data:`BACKENDS`."""
+    if backend not in BACKENDS:
+        raise ValueError(f"TEST.EVALUATION_BACKEND is '{backend}'; it must be one of {BACKENDS}.")
+    return backend
+
+
+@contextlib.contextmanager
+def lvis_library(backend: str) -> Iterator[ModuleType]:
+    """Yields the module whose ``LVIS``, ``LVISResults`` and ``LVISEval`` compute LVIS AP.
+
+    Raises:
+        ImportError: the backend is "reference" and the package lvis is not installed.
+    """
+    if check_backend(backend) == "hotcoco":
+        yield hotcoco
+        return
+    try:
+        library = importlib.import_module("lvis")
+    except ImportError as error:
+        raise ImportError(
+            "TEST.EVALUATION_BACKEND: reference computes LVIS AP with the package lvis, which is "
+            "not installed: pip install --no-deps lvis==0.5.3. The default, hotcoco, gives the "
+            "same numbers."
+        ) from error
+    # lvis 0.5.3, the last release, still uses a name that NumPy 1.24 removed.
+    removed = "float" not in vars(np)
+    try:
+        if removed:
+            np.float = float  # type: ignore[attr-defined]
+        yield library
+    finally:
+        if removed:
+            del np.float  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def coco_library(backend: str) -> Iterator[None]:
+    """While open, Detectron2's ``COCOEvaluator`` computes with hotcoco, or with pycocotools."""
+    if check_backend(backend) == "reference":
+        yield
+        return
+    # COCOEvaluator bound these names when its module was imported.
+    replaced = {"COCO": hotcoco.COCO, "COCOeval": hotcoco.COCOeval}
+    originals = {name: vars(coco_evaluation)[name] for name in replaced}
+    vars(coco_evaluation).update(replaced)
+    try:
+        yield
+    finally:
+        vars(coco_evaluation).update(originals)
 
 
 class COCOAPEvaluator(COCOEvaluator):
-    """Detectron2's COCO evaluator on hotcoco or pycocotools, for boxes, and masks where both sides have them."""
+    """Detectron2's COCO evaluator with a choice of library, for ODinW and custom data too.
+
+    Boxes are always evaluated, masks where both predictions and annotations have them.
+    """
 
     def __init__(
         self,
@@ -24,10 +87,7 @@ class COCOAPEvaluator(COCOEvaluator):
     ) -> None:
         """
         Args:
-            dataset_name: a dataset with a ``json_file`` in COCO format.
-            tasks: of "bbox" and "segm"; None for what predictions and annotations have.
-            distributed: whether results of all processes are collected.
-            output_dir: folder for ``coco_instances_results.json``; None writes nothing.
+            dataset_name, tasks, distributed, output_dir: as for Detectron2's ``COCOEvaluator``.
             backend: "hotcoco", or "reference" for pycocotools.
         """
         self._backend = check_backend(backend)

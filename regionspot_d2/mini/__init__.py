@@ -1,19 +1,12 @@
-"""The mini model: small real towers out of packages of the package index, and a head trained on them.
+"""The mini model: small real towers from packages of the package index, and a head trained on them.
 
-It is for machines that reach no model hub. Nothing else in ``regionspot_d2`` imports it; the package does once, so that
-its parts are in the registries.
+It serves machines that reach no model hub. ``regionspot_d2/__init__.py`` imports this package to
+register its parts; nothing else in ``regionspot_d2`` does.
 """
 
-from . import paths as _  # only registration
-from .kernel_head import KernelRegionHead
-from .lite_medsam import LiteMedSam
-from .mini import MiniVisionLanguage
-from .text_vectors import VOCABULARIES, known_vocabulary
+from . import paths as _  # registers embedded://
+from .head import KernelRegionHead
+from .localizer import LiteMedSam
+from .vision_language import MiniVisionLanguage
 
-__all__ = [
-    "KernelRegionHead",
-    "LiteMedSam",
-    "MiniVisionLanguage",
-    "VOCABULARIES",
-    "known_vocabulary",
-]
+__all__ = ["KernelRegionHead", "LiteMedSam", "MiniVisionLanguage"]

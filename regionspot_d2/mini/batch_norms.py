@@ -1,4 +1,4 @@
-"""Networks of packages, made quicker on a CPU without a change of what they compute."""
+"""Makes convolutional networks faster on a CPU without changing what they compute."""
 
 from __future__ import annotations
 
@@ -8,24 +8,23 @@ from torch.nn.utils import fuse_conv_bn_eval
 
 
 def fold_batch_norms(network: nn.Module, pairs: list[tuple[str, str]]) -> nn.Module:
-    """Folds batch norms into the convolutions before them, in place, and lays the weights out for a CPU.
+    """Folds batch norms into the convolutions before them and lays weights out channels-last.
 
-    It takes a fifth to a quarter off the time of a small network.
+    This saves a fifth to a quarter of a small network's time on a CPU.
 
     Args:
-        network: in eval mode.
+        network: in eval mode, changed in place.
         pairs: attribute names (convolution, batch norm) to look for in each of its modules.
 
     Returns:
         The same network.
     """
     for module in list(network.modules()):
+        children = dict(module.named_children())
         for conv, norm in pairs:
-            if hasattr(module, conv):
-                # In double precision, so that the result, and a hash of it, is the same on all machines.
-                fused = fuse_conv_bn_eval(
-                    getattr(module, conv).double(), getattr(module, norm).double()
-                )
+            if conv in children:
+                # In double precision, so that the result, and its hash, are the same everywhere.
+                fused = fuse_conv_bn_eval(children[conv].double(), children[norm].double())
                 setattr(module, conv, fused.float())
                 setattr(module, norm, nn.Identity())
     return network.to(memory_format=torch.channels_last)

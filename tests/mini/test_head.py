@@ -10,14 +10,16 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.utils.file_io import PathManager
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from regionspot_d2 import RegionSpotPredictor, add_regionspot_config
 from regionspot_d2.checkpoint import RegionSpotCheckpointer
+from regionspot_d2.data.datasets.vocabularies import known_vocabulary
+from regionspot_d2.engine.setup import ConfigError, load_config
 from regionspot_d2.files import WeightsNotFoundError
-from regionspot_d2.mini import KernelRegionHead, known_vocabulary
-from regionspot_d2.mini.kernel_fit import RegionTargets, fit_kernel_head
+from regionspot_d2.mini import KernelRegionHead
+from regionspot_d2.mini.fit import RegionTargets, fit_kernel_head
 from regionspot_d2.modeling import PooledRegionHead
 
 ROOT = Path(__file__).parents[2]
@@ -38,8 +40,8 @@ def boxes(count: int) -> torch.Tensor:
     return corners.flatten(1)
 
 
-def untrained(centres: int = 0) -> KernelRegionHead:
-    return KernelRegionHead(vision_language=Grid(), num_centres=centres)
+def untrained(centers: int = 0) -> KernelRegionHead:
+    return KernelRegionHead(vision_language=Grid(), num_centers=centers)
 
 
 def fit(head: KernelRegionHead, data: RegionTargets, **changes: float) -> KernelRegionHead:
@@ -57,12 +59,12 @@ def some_regions(head: KernelRegionHead, count: int) -> RegionTargets:
     return RegionTargets(baseline, descriptions, targets, torch.ones(count))
 
 
-@pytest.mark.parametrize("centres", [0, 7])
-def test_untrained_it_is_the_baseline(centres):
+@pytest.mark.parametrize("centers", [0, 7])
+def test_untrained_it_is_the_baseline(centers):
     image = torch.randn(2, 16, 12)
     regions = [boxes(3), boxes(5)]
     expected = PooledRegionHead(vision_language=Grid())([], image, regions)
-    for found, wanted in zip(untrained(centres)([], image, regions), expected):
+    for found, wanted in zip(untrained(centers)([], image, regions), expected):
         torch.testing.assert_close(found, wanted)
 
 
@@ -161,18 +163,52 @@ def test_shipped_file():
     cfg = get_cfg()
     add_regionspot_config(cfg)
     cfg.merge_from_file(str(ROOT / "configs/mini/regionspot_mini.yaml"))
-    assert len(head["centres"]) == cfg.MODEL.REGION_HEAD.NUM_CENTRES
+    assert len(head["centers"]) == cfg.MODEL.REGION_HEAD.NUM_CENTERS
     assert set(head) == set(untrained().state_dict())
     assert all(part.dtype == torch.float16 and part.isfinite().all() for part in head.values())
 
 
 @pytest.mark.parametrize(
-    "centres, message", [(7, "NUM_CENTRES of a Kernel"), (-1, "is -1; it must")]
+    "centers, message", [(7, "NUM_CENTERS of a Kernel"), (-1, "is -1; it must")]
 )
-def test_another_number_of_centres_than_the_file_has_is_an_error(centres, message):
+def test_another_number_of_centers_than_the_file_has_is_an_error(centers, message):
     with pytest.raises(ValueError, match=message):
-        model = nn.ModuleDict({"region_head": untrained(centres)})
+        model = nn.ModuleDict({"region_head": untrained(centers)})
         RegionSpotCheckpointer(model).load(SHIPPED)
+
+
+def test_a_file_with_the_buffer_s_former_name_loads(tmp_path):
+    head = load_file(PathManager.get_local_path(SHIPPED))
+    count = len(head["centers"])
+    former = {name.replace("centers", "centres"): part for name, part in head.items()}
+    path = tmp_path / "former.safetensors"
+    save_file(former, path)
+
+    def empty() -> KernelRegionHead:
+        real = Grid()
+        real.image_dim, real.text_dim = head["mean"].numel() - 10, head["memory"].shape[0]
+        return KernelRegionHead(vision_language=real, num_centers=count)
+
+    for load in (
+        lambda model: RegionSpotCheckpointer(model).load(str(path)),
+        lambda model: model["region_head"].load_state_dict(dict(former)),
+    ):
+        model = nn.ModuleDict({"region_head": empty()})
+        load(model)
+        found = model["region_head"].state_dict()
+        assert all(torch.equal(found[name], part.float()) for name, part in head.items())
+
+
+def test_the_config_key_s_former_name_is_an_error_that_tells_the_new_one(tmp_path):
+    former = "MODEL.REGION_HEAD.NUM_CENTRES"
+    message = f"Key {former} was renamed to MODEL.REGION_HEAD.NUM_CENTERS; please update"
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config("", [former, "7"], training=False)
+    assert len(str(error.value).splitlines()) == 1
+    path = tmp_path / "old.yaml"
+    path.write_text("MODEL:\n  REGION_HEAD:\n    NUM_CENTRES: 7\n")
+    with pytest.raises(ConfigError, match=f"old.yaml: .*{message}"):
+        load_config(str(path), training=False)
 
 
 @pytest.fixture(scope="module")

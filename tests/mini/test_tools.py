@@ -107,7 +107,7 @@ def prepare(monkeypatch, tmp_path) -> ModuleType:
     return tool
 
 
-def test_photos_of_packages_become_a_data_set(prepare, monkeypatch, tmp_path):
+def test_photos_of_packages_become_a_dataset(prepare, monkeypatch, tmp_path):
     run(prepare, "--output", tmp_path / "out", monkeypatch=monkeypatch)
     assert [p.name for p in (tmp_path / "out/unlabelled").iterdir()] == ["theme_b.jpg"]
     found = json.loads((tmp_path / "out/labelled/instances.json").read_text())
@@ -124,11 +124,13 @@ def test_photos_of_packages_become_a_data_set(prepare, monkeypatch, tmp_path):
     ]
 
 
-def test_another_photo_than_the_one_labelled_is_an_error(prepare, monkeypatch, tmp_path):
+def test_another_photo_than_the_one_labeled_is_an_error(prepare, monkeypatch, tmp_path):
     packages = json.loads(prepare.PHOTOS.read_text())
     packages[1]["photos"][0]["sha256"] = "0" * 64
     prepare.PHOTOS.write_text(json.dumps(packages))
-    with pytest.raises(SystemExit, match="data has no data/c.jpg, or another one than the 1.0"):
+    with pytest.raises(
+        SystemExit, match="data lacks data/c.jpg, or has another one than version 1.0"
+    ):
         run(prepare, "--output", tmp_path / "out", monkeypatch=monkeypatch)
 
 
@@ -171,12 +173,12 @@ def test_fitting_twice_gives_the_same_head_of_the_size_it_says(
         run(tool, *options, monkeypatch=monkeypatch)
         heads.append(load_file(path))
     assert all((heads[0][key] == heads[1][key]).all() for key in heads[0])
-    # A labelled box and two others of each photo.
-    assert "MODEL.REGION_HEAD.NUM_CENTRES 12" in capsys.readouterr().out
-    assert len(heads[0]["centres"]) == 12
+    # A labeled box and two others of each photo.
+    assert "MODEL.REGION_HEAD.NUM_CENTERS 12" in capsys.readouterr().out
+    assert len(heads[0]["centers"]) == 12
 
 
-def test_measuring_prints_a_table_for_each_data_set(dataset, monkeypatch, capsys):
+def test_measuring_prints_a_table_for_each_dataset(dataset, monkeypatch, capsys):
     content = json.loads(dataset[0].read_text())
     content["categories"][3]["name"] = "human face"
     dataset[0].write_text(json.dumps(content))

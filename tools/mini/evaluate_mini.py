@@ -1,13 +1,17 @@
 #!/usr/bin/env python
-"""Measures the embedded model by k-fold cross-validation: no box is scored by a head that saw its photo.
+"""Measures the mini model by k-fold cross-validation: no head is scored on photos it was fitted to.
 
-Compares three ways to name given boxes: the training-free baseline, "crop and classify" (each box cut out and classified, see
-``train_mini_head.py``), and the trained head, fitted anew for each fold on the other folds of all data sets. Prints, for each data
-set, a Markdown table of top-1 and top-5 accuracy, in percent, mean and standard deviation over several ways to split; once more for
-boxes whose name, as it is spelled, is on no box of the other folds; and the processor time of one photo with 20 boxes, from pixels to names. Example::
+Compares three ways to name given boxes: the training-free baseline, "crop and classify" (each box
+is cropped and classified, see ``train_mini_head.py``), and the trained head, fitted for each fold
+to the other folds of all datasets. For each dataset it prints a Markdown table of top-1 and top-5
+accuracy in percent (mean and standard deviation over several random splits), for all boxes and for
+those whose name, as spelled, is on no box of the other folds; then the processor time of one photo
+with 20 boxes, from pixels to names. Example::
 
+    PHOTOS=package_photos
     python tools/mini/evaluate_mini.py --coco instances.json images/ \\
-        --lvis-names package_photos/labelled/instances.json package_photos/labelled/images --photos package_photos/unlabelled
+        --lvis-names $PHOTOS/labelled/instances.json $PHOTOS/labelled/images \\
+        --photos $PHOTOS/unlabelled
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -31,17 +35,17 @@ from train_mini_head import (
     add_settings,
     check_names,
     fit,
-    labelled_photos,
+    labeled_photos,
     load_model,
     prepare,
     random_boxes,
     read,
     settings_of,
-    unlabelled_photos,
+    unlabeled_photos,
 )
 
 from regionspot_d2 import RegionSpotPredictor
-from regionspot_d2.mini import known_vocabulary
+from regionspot_d2.data.datasets.vocabularies import known_vocabulary
 from regionspot_d2.modeling import RegionSpot
 from regionspot_d2.modeling.vocabulary import clean_name
 
@@ -49,14 +53,22 @@ METHODS = ("PooledRegionHead", "crop and classify", "trained head")
 
 
 @dataclass
+class Dataset:
+    """A dataset of the command line: its file, its vocabulary, its photos with boxes."""
+
+    json_file: str
+    names: list[str]
+    photos: list[Photo] = field(default_factory=list)
+
+
+@dataclass
 class Measured:
-    """A labelled photo.
+    """A labeled photo.
 
     Attributes:
-        photo: its boxes and their names.
-        prepared: what the fit needs of it.
-        dataset: place of its data set among those of the command line.
-        labels: (R,), which of the names of the data set its boxes have; -1 for none of them: the box is only trained on.
+        dataset: index of its dataset on the command line.
+        labels: (R,), indices of its boxes' names in the vocabulary of the dataset; -1 for a name
+            outside the vocabulary, whose box is only trained on.
     """
 
     photo: Photo
@@ -69,27 +81,27 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for option, names in (("--coco", "the data set's names"), ("--lvis-names", "those of LVIS")):
+    for option, names in (("--coco", "its own names"), ("--lvis-names", "LVIS's names")):
         parser.add_argument(
             option,
             nargs=2,
             action="append",
             default=[],
             metavar=("JSON", "IMAGES"),
-            help=f"data in COCO format, to be named with {names}; may be given several times",
+            help=f"a dataset in COCO format, named with {names}; may be repeated",
         )
     parser.add_argument(
         "--photos", type=Path, nargs="*", default=[], help="folders of photos without labels"
     )
     parser.add_argument("--folds", type=int, default=4)
-    parser.add_argument("--splits", type=int, default=5, help="ways to split the photos into folds")
+    parser.add_argument("--splits", type=int, default=5, help="number of random splits into folds")
     parser.add_argument("--timing-boxes", type=int, default=20)
     add_settings(parser)
     return parser.parse_args()
 
 
 def hits(regions: Tensor, words: Tensor, labels: Tensor) -> Tensor:
-    """Whether the label is first, and among the first five: (R, 2)."""
+    """Whether the label ranks first, and among the first five: (R, 2)."""
     right = (regions @ words.T).topk(min(5, len(words))).indices == labels[:, None]
     return torch.stack([right[:, 0], right.any(1)], dim=1).float()
 
@@ -103,7 +115,11 @@ def cross_validate(
     folds: int,
     split: int,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Per photo the hits of its boxes by a head that did not see it (R, 2), and which have a name it did not see (R,)."""
+    """Scores each photo by a head that was fitted to the other folds.
+
+    Returns:
+        Per photo the hits of its boxes (R, 2), and which of them have names unseen in the fit (R,).
+    """
     order = torch.randperm(len(measured), generator=torch.Generator().manual_seed(split))
     fold_of = torch.empty(len(measured), dtype=torch.long)
     fold_of[order] = torch.arange(len(measured)) % folds
@@ -124,7 +140,7 @@ def cross_validate(
 
 
 def seconds(run: Callable[[], object], repeats: int = 5) -> float:
-    """Of the processor, so that other work on the machine does not count."""
+    """Processor time of the fastest run; other work on the machine does not count."""
     run()
     times = []
     for _ in range(repeats):
@@ -137,7 +153,7 @@ def seconds(run: Callable[[], object], repeats: int = 5) -> float:
 def timings(
     model: RegionSpot, crop_classifier: CropClassifier, photo: Photo, names: list[str], count: int
 ) -> tuple[float, float]:
-    """Seconds of a photo with so many boxes, from pixels to names: with the head, and crop by crop."""
+    """Seconds from pixels to the names of ``count`` boxes: with the head, and crop by crop."""
     image = read(photo)
     boxes = random_boxes(count, "timing")
     pixels = boxes * torch.tensor([image.shape[2], image.shape[1]] * 2)
@@ -155,7 +171,7 @@ def timings(
 
 
 def cell(values: list[float]) -> str:
-    """Mean and deviation, in percent, of the splits that have such boxes."""
+    """Mean and standard deviation in percent; NaN stands for a split without such boxes."""
     values = [value for value in values if not math.isnan(value)]
     if not values:
         return "–"
@@ -168,68 +184,118 @@ def category_names(json_file: str) -> list[str]:
         return sorted({category["name"] for category in json.load(file)["categories"]})
 
 
+def load_datasets(args: argparse.Namespace) -> list[Dataset]:
+    """The labeled photos of the command line; exits if they are too few."""
+    datasets = [Dataset(files[0], category_names(files[0])) for files in args.coco]
+    datasets += [Dataset(files[0], known_vocabulary("lvis")) for files in args.lvis_names]
+    for dataset, files in zip(datasets, args.coco + args.lvis_names):
+        dataset.photos = [photo for photo in labeled_photos(*files) if photo.names]
+        if not dataset.photos:
+            raise SystemExit(f"error: {dataset.json_file} has no photo with boxes")
+    count = sum(len(dataset.photos) for dataset in datasets)
+    if count < args.folds:
+        raise SystemExit(
+            f"error: {count} photos with boxes do not make {args.folds} folds; "
+            "give more with --coco or --lvis-names"
+        )
+    return datasets
+
+
+def measure(
+    model: RegionSpot, crop_classifier: CropClassifier, datasets: list[Dataset], settings: Settings
+) -> list[Measured]:
+    """Runs the frozen networks over all photos."""
+    measured = []
+    for number, dataset in enumerate(datasets):
+        places = {clean_name(name): place for place, name in enumerate(dataset.names)}
+        for photo in dataset.photos:
+            labels = torch.tensor([places.get(clean_name(n), -1) for n in photo.names])
+            prepared = prepare(model, photo, crop_classifier, settings)
+            measured.append(Measured(photo, prepared, number, labels))
+    return measured
+
+
+def accuracies(
+    measured: list[Measured], number: int, by_method: dict[str, list[Tensor]], unseen: list[Tensor]
+) -> dict[str, list[float]]:
+    """Accuracies of a dataset in one split.
+
+    Args:
+        measured: all photos.
+        number: the dataset.
+        by_method: per method and photo the hits of its boxes (R, 2).
+        unseen: per photo which boxes have unseen names (R,).
+
+    Returns:
+        Per method top-1 and top-5, the same of unseen names, and the number of their boxes.
+    """
+    chosen = [i for i, m in enumerate(measured) if m.dataset == number]
+    known = torch.cat([measured[i].labels >= 0 for i in chosen])
+    new = torch.cat([unseen[i] for i in chosen])[known]
+    rows = {}
+    for method, photos in by_method.items():
+        scored = torch.cat([photos[i] for i in chosen])[known]
+        rows[method] = [*scored.mean(0).tolist(), *scored[new].mean(0).tolist(), new.sum().item()]
+    return rows
+
+
+def print_table(
+    dataset: Dataset, labels: list[Tensor], splits: list[dict[str, list[float]]]
+) -> None:
+    """Prints a dataset's Markdown table.
+
+    Args:
+        dataset: names the table.
+        labels: per photo, from :class:`Measured`.
+        splits: per split what :func:`accuracies` returned.
+    """
+    boxes = int((torch.cat(labels) >= 0).sum())
+    unseen_boxes = statistics.fmean(rows[METHODS[0]][4] for rows in splits)
+    print(
+        f"\n{dataset.json_file}: {len(labels)} photos, {boxes} boxes, {unseen_boxes:.0f} of an "
+        f"unseen name, {len(dataset.names)} names\n"
+    )
+    print("| | top-1 | top-5 | unseen top-1 | unseen top-5 |")
+    print("|---|---|---|---|---|")
+    for method in METHODS:
+        columns = list(zip(*(rows[method] for rows in splits)))[:4]
+        print(f"| {method} | {' | '.join(cell(list(column)) for column in columns)} |")
+
+
 def main() -> None:
     args = parse_args()
     settings = settings_of(args)
     model = load_model()
     crop_classifier = CropClassifier(model)
-    datasets = [(files, category_names(files[0])) for files in args.coco]
-    datasets += [(files, known_vocabulary("lvis")) for files in args.lvis_names]
-    loaded = [[p for p in labelled_photos(*files) if p.names] for files, _ in datasets]
-    for (files, _), photos in zip(datasets, loaded):
-        if not photos:
-            raise SystemExit(f"error: {files[0]} has no photo with boxes")
-    if sum(map(len, loaded)) < args.folds:
-        raise SystemExit(
-            f"error: {sum(map(len, loaded))} photos with boxes do not make {args.folds} folds; give --coco or --lvis-names"
-        )
-    check_names(model, [photo for photos in loaded for photo in photos])
-    words = [model.text_embedder(names, model.device) for _, names in datasets]
-    measured = []
-    for number, (_, names) in enumerate(datasets):
-        places = {clean_name(name): place for place, name in enumerate(names)}
-        for photo in loaded[number]:
-            labels = torch.tensor([places.get(clean_name(n), -1) for n in photo.names])
-            prepared = prepare(model, photo, crop_classifier, settings)
-            measured.append(Measured(photo, prepared, number, labels))
-    more = unlabelled_photos(args.photos)
+    datasets = load_datasets(args)
+    check_names(model, [photo for dataset in datasets for photo in dataset.photos])
+    words = [model.text_embedder(dataset.names, model.device) for dataset in datasets]
+    measured = measure(model, crop_classifier, datasets, settings)
+    more = unlabeled_photos(args.photos)
     extra = (more, [prepare(model, photo, crop_classifier, settings) for photo in more])
 
-    fixed: dict[str, list[Tensor]] = {"PooledRegionHead": [], "crop and classify": []}
+    by_method: dict[str, list[Tensor]] = {"PooledRegionHead": [], "crop and classify": []}
     for m in measured:
         crops = crop_classifier(read(m.photo), m.photo.boxes)
-        fixed["crop and classify"].append(hits(crops, words[m.dataset], m.labels))
-        fixed["PooledRegionHead"].append(hits(m.prepared.baseline, words[m.dataset], m.labels))
-    rows: list[dict[str, list[list[float]]]] = [{m: [] for m in METHODS} for _ in datasets]
+        by_method["crop and classify"].append(hits(crops, words[m.dataset], m.labels))
+        by_method["PooledRegionHead"].append(hits(m.prepared.baseline, words[m.dataset], m.labels))
+    splits: list[list[dict[str, list[float]]]] = [[] for _ in datasets]
     for split in range(args.splits):
-        right, unseen = cross_validate(model, measured, extra, words, settings, args.folds, split)
-        for number in range(len(datasets)):
-            chosen = [i for i, m in enumerate(measured) if m.dataset == number]
-            known = torch.cat([measured[i].labels >= 0 for i in chosen])
-            new = torch.cat([unseen[i] for i in chosen])[known]
-            for method in METHODS:
-                scored = torch.cat([fixed.get(method, right)[i] for i in chosen])[known]
-                row = [*scored.mean(0).tolist(), *scored[new].mean(0).tolist(), new.sum().item()]
-                rows[number][method].append(row)
+        trained, unseen = cross_validate(model, measured, extra, words, settings, args.folds, split)
+        by_method["trained head"] = trained
+        for number, rows in enumerate(splits):
+            rows.append(accuracies(measured, number, by_method, unseen))
 
     print(f"{args.folds} folds, {args.splits} splits; {len(more)} more photos; {settings}")
-    for number, (files, names) in enumerate(datasets):
-        labels = [m.labels for m in measured if m.dataset == number]
-        boxes = int((torch.cat(labels) >= 0).sum())
-        unseen_boxes = statistics.fmean(row[4] for row in rows[number][METHODS[0]])
-        print(
-            f"\n{files[0]}: {len(labels)} photos, {boxes} boxes, {unseen_boxes:.0f} of an unseen name, {len(names)} names\n"
-        )
-        print("| | top-1 | top-5 | unseen top-1 | unseen top-5 |")
-        print("|---|---|---|---|---|")
-        for method in METHODS:
-            cells = [cell(list(column)) for column in list(zip(*rows[number][method]))[:4]]
-            print(f"| {method} | {' | '.join(cells)} |")
-    first = measured[0].photo
-    head_time, crop_time = timings(model, crop_classifier, first, datasets[0][1], args.timing_boxes)
+    for number, dataset in enumerate(datasets):
+        print_table(dataset, [m.labels for m in measured if m.dataset == number], splits[number])
+    head_time, crop_time = timings(
+        model, crop_classifier, measured[0].photo, datasets[0].names, args.timing_boxes
+    )
     print(
-        f"\nProcessor time of {args.timing_boxes} boxes, {torch.get_num_threads()} threads: trained head {head_time:.3f} s, "
-        f"crop and classify {crop_time:.3f} s, {crop_time / head_time:.1f} times as much."
+        f"\nProcessor time of {args.timing_boxes} boxes, {torch.get_num_threads()} threads: "
+        f"trained head {head_time:.3f} s, crop and classify {crop_time:.3f} s, "
+        f"{crop_time / head_time:.1f} times as much."
     )
 
 

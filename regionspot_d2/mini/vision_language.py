@@ -1,4 +1,4 @@
-"""The embedded vision-language model: an ImageNet classifier that speaks in CLIP's words."""
+"""The mini vision-language model: an ImageNet classifier whose answers lie in CLIP's text space."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
 from ..modeling.interfaces import VISION_LANGUAGE_REGISTRY, VisionLanguageModel
-from .efficientnet import DenseEfficientNetLite
+from .classifier import DenseEfficientNetLite
 from .text_vectors import TextVectors
 
 _IMAGENET_NAMES = Path(__file__).with_name("imagenet_names.json")
-# A larger side finds more small objects, in time that grows with its square.
+# A larger side finds smaller objects; time grows with its square.
 _SIDE = 448
-# Softness of the classifier's answers and how many of them count, chosen by zero-shot accuracy on COCO boxes.
+# Softness of the classifier's answers and how many of them count, chosen by zero-shot accuracy on
+# COCO boxes.
 _TEMPERATURE = 2.0
 _CLASSES_PER_CELL = 50
-# Bring all parts of an image token to a standard deviation of about 1.
+# These bring all parts of an image token to a standard deviation of about 1.
 _CONSE_SCALE = 150.0
 _FEATURE_SCALES = (0.4, 0.2, 0.1)
-# Without what all names have in common, cosines spread five times wider than CLIP's own, whose factor is 100.
+# With the mean vector of all names subtracted, cosines spread five times wider than CLIP's own,
+# whose factor is 100.
 _LOGIT_SCALE = math.log(20)
 
 
@@ -34,15 +36,17 @@ _LOGIT_SCALE = math.log(20)
 class MiniVisionLanguage(VisionLanguageModel):
     """A small stand-in for CLIP, for trying, testing and teaching. It is not CLIP.
 
-    Images: EfficientNet-Lite2 classifies each cell of the image, and the CLIP text vectors of its ImageNet classes are
-    averaged by their probabilities ("ConSE", Norouzi et al., ICLR 2014, per cell). An image token is that average beside the
-    features of the classifier's last blocks at three resolutions. Words: CLIP ViT-B/32's vectors of the
-    names of LVIS, COCO, Objects365 and OpenImages, and no others.
+    Images: EfficientNet-Lite2 classifies each cell of the image, and the CLIP text vectors of its
+    ImageNet classes are averaged, weighted by their probabilities ("ConSE", Norouzi et al., ICLR
+    2014, per cell). An image token is that average followed by the features of the classifier's
+    last blocks at three resolutions. Text: CLIP ViT-B/32's vectors of the names of LVIS, COCO,
+    Objects365 and OpenImages, and no others.
 
-    ``MODEL.VISION_LANGUAGE.ARCH`` and ``.WEIGHTS`` are not read: models and weights are those of pinned packages.
+    ``MODEL.VISION_LANGUAGE.ARCH`` and ``.WEIGHTS`` are ignored: models and weights are those of
+    pinned packages.
 
     Attributes:
-        token_parts: widths of the parts of an image token, the one in text space first.
+        token_parts: widths of the parts of an image token; the first part lies in text space.
     """
 
     num_prefix_tokens = 0
@@ -54,8 +58,9 @@ class MiniVisionLanguage(VisionLanguageModel):
     ) -> None:
         """
         Args:
-            classifier: a :class:`DenseEfficientNetLite` or its like.
-            class_vectors: (K, D), the place of each of the classifier's classes in text space; zero for a class without.
+            classifier: a :class:`DenseEfficientNetLite`, or a module with its interface.
+            class_vectors: (K, D), the classifier's classes in text space; zeros for a class that
+                has no place there.
             text_vectors: embeds names.
             side: height and width of the images that ``classifier`` takes.
         """
@@ -112,7 +117,7 @@ class MiniVisionLanguage(VisionLanguageModel):
         if not images:
             return self.class_vectors.new_zeros(0, rows * columns, self.image_dim)
         features, logits = self.classifier(torch.stack([self._squash(image) for image in images]))
-        coarse = self._conse(logits.flatten(2).transpose(1, 2)) * _CONSE_SCALE
+        coarse = self.to_text_space(logits.flatten(2).transpose(1, 2)) * _CONSE_SCALE
         conse = coarse.transpose(1, 2).unflatten(2, logits.shape[2:])
         parts = [F.interpolate(conse, self.grid_size)]
         parts += [part * scale for part, scale in zip(features, _FEATURE_SCALES)]
@@ -130,8 +135,8 @@ class MiniVisionLanguage(VisionLanguageModel):
             image, self.image_size, mode="bilinear", align_corners=False, antialias=True
         )[0]
 
-    def _conse(self, logits: Tensor) -> Tensor:
-        """Class logits (B, L, K) -> vectors in text space (B, L, D)."""
+    def to_text_space(self, logits: Tensor) -> Tensor:
+        """Brings class logits (..., K) into text space: (..., D), not normalized."""
         probabilities = (logits / _TEMPERATURE).softmax(-1)
         top, classes = probabilities.topk(min(_CLASSES_PER_CELL, logits.shape[-1]))
         top = top / top.sum(-1, keepdim=True)
@@ -141,14 +146,11 @@ class MiniVisionLanguage(VisionLanguageModel):
 def imagenet_vectors(text_vectors: TextVectors) -> Tensor:
     """The place of each ImageNet class in text space.
 
-    The mean vector of all names is taken off. A box holds many half-right guesses, whose average comes close to that mean
-    and hence to the names that lie nearest to it; what is left tells the names apart.
-
-    Args:
-        text_vectors: embeds the names that stand for the classes.
+    The mean vector of all names is subtracted. A box holds many half-right guesses, whose average
+    comes close to that mean and hence to the names nearest to it; what is left tells names apart.
 
     Returns:
-        (1000, dim), zero for the few classes (scenes, mostly) that no name stands for.
+        (1000, dim), zeros for the few classes (mostly scenes) that no name stands for.
     """
     with PathManager.open(str(_IMAGENET_NAMES)) as file:
         table = json.load(file)

