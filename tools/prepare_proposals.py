@@ -6,10 +6,9 @@
     # GLIP's boxes, or any detector's results json
     tools/prepare_proposals.py --dataset lvis_v1_val --source glip --boxes glip.json \\
         --output lvis_v1_val_glip.pkl
-    tools/prepare_proposals.py --dataset coco_2017_val --source results --boxes coco_instances_results.json \\
-        --topk 100 --min-score 0.05 --output coco_2017_val_detector.pkl
-    # SAM's automatic masks, by the localizer of a RegionSpot config; start an interrupted run again
-    # to continue it
+    tools/prepare_proposals.py --dataset coco_2017_val --source results --topk 100 \\
+        --boxes coco_instances_results.json --min-score 0.05 --output coco_2017_val_detector.pkl
+    # SAM's automatic masks, by the localizer of a RegionSpot config; run again to continue
     tools/prepare_proposals.py --dataset lvis_v1_minival --source sam \\
         --config-file configs/regionspot_B.yaml --points-per-side 32 --num-gpus 8 \\
         --output lvis_v1_minival_sam.pkl
@@ -120,13 +119,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """Reads the config of the model, or only of the datasets if the source is not a model.
-
-    A LazyConfig is read later, by :func:`detector_regions`.
-
-    Raises:
-        ConfigError: the config cannot be used, or the dataset is missing.
-    """
+    """Reads the config of the model, or of the datasets only; LazyConfigs are read later."""
     if args.source == "detector":
         cfg = _detector_config(args)
     else:
@@ -184,8 +177,7 @@ def sam_regions(args: argparse.Namespace, cfg: CfgNode) -> FindRegions:
 
 
 def _sam_settings(args: argparse.Namespace) -> dict[str, Any]:
-    names = [field.name for field in dataclasses.fields(AutomaticMaskSettings)]
-    return {name: getattr(args, name) for name in names}
+    return {f.name: getattr(args, f.name) for f in dataclasses.fields(AutomaticMaskSettings)}
 
 
 def detector_regions(args: argparse.Namespace, cfg: CfgNode) -> FindRegions:
@@ -239,8 +231,7 @@ def run_model(
     if todo:
         find = (sam_regions if args.source == "sam" else detector_regions)(args, cfg)
         for record in tqdm(share, unit="image", disable=not comm.is_main_process()):
-            boxes, scores = from_instances(find(record))
-            entry = {"boxes": boxes.tolist(), "scores": scores.tolist()}
+            entry = {k: v.tolist() for k, v in from_instances(find(record))._asdict().items()}
             journal.add(record["image_id"], entry)
     comm.synchronize()
     if not comm.is_main_process():
@@ -281,18 +272,17 @@ def main(args: argparse.Namespace, cfg: CfgNode) -> None:
 
 def summary(output: str, info: Mapping[str, Any]) -> str:
     """Describes the content of a proposal file in a few lines."""
-    per_image = info["boxes"] / max(info["images"], 1)
     text = (
         f"{output}: {info['boxes']} boxes of {info['dataset']} from {info['source']}\n"
         f"  images: {info['images']}, without boxes: {info['images_without_boxes']}, "
-        f"boxes per image: {per_image:.1f}\n"
+        f"boxes per image: {info['boxes'] / max(info['images'], 1):.1f}\n"
     )
     recall = info["recall"]
     if recall is None:
         return text + "  recall: unknown, the dataset has no annotated boxes"
     return text + (
-        f"  recall of {recall['objects']} annotated boxes: {100 * recall['recall_50']:.1f} % at IoU 0.5, "
-        f"{100 * recall['recall_50_95']:.1f} % at IoU 0.5:0.95"
+        f"  recall of {recall['objects']} annotated boxes: {100 * recall['recall_50']:.1f} % at "
+        f"IoU 0.5, {100 * recall['recall_50_95']:.1f} % at IoU 0.5:0.95"
     )
 
 

@@ -228,8 +228,7 @@ def read_proposals(path: str) -> tuple[ProposalsByImage, dict[str, Any]]:
         The regions, and ``info``, which is empty in files that we did not write.
 
     Raises:
-        ValueError: the file is not a proposal file, or holds more than arrays and containers; code
-            that is hidden in it does not run.
+        ValueError: the file is no proposal file, or holds more than arrays; nothing of it was run.
     """
     found, mode, info = _load(path)
     regions = {}
@@ -283,8 +282,8 @@ def _load(path: str) -> tuple[ProposalsByImage, BoxMode, dict[str, Any]]:
         )
     if not len(ids) == len(boxes) == len(scores):
         raise ValueError(
-            f"{path} is damaged: it has {len(ids)} image ids, but the boxes of {len(boxes)} images "
-            f"and the scores of {len(scores)}."
+            f"{path} is damaged: it has {len(ids)} image ids, boxes of {len(boxes)} images, scores "
+            f"of {len(scores)} images."
         )
     mode = content.get("bbox_mode", BoxMode.XYXY_ABS)
     if mode not in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS):
