@@ -142,7 +142,8 @@ class _PlainUnpickler(pickle.Unpickler):
             for name in ("_reconstruct", "scalar")
         ),
         *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
-        ("_codecs", "encode"),  # how Python 3 pickles bytes for Python 2
+        ("_codecs", "encode"),  # how Python 3 pickles bytes for Python 2,
+        ("__builtin__", "bytes"),  # and how it pickles them if there are none
         ("collections", "OrderedDict"),
     }
 

@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+# Real photos with boxes, where the checkout has them.
+TINYCOCO = Path(__file__).resolve().parents[2] / "shared" / "data" / "tinycoco"
+
 # (width, height) of the images 1, 2, ...
 SIZES = ((64, 48), (50, 70), (40, 40), (80, 60))
 

@@ -1,18 +1,17 @@
-"""Registered datasets: their names, their loaders, what is corrected on the way in, and the tools about them."""
+"""Registered datasets: names, loaders, corrections on the way in, and the tools for them."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
+from detectron2.data.datasets.lvis import load_lvis_json
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.file_io import PathManager
@@ -20,7 +19,6 @@ from PIL import Image
 
 from regionspot_d2.data import ODINW_13, ODINW_35, class_names, register_coco_format
 from regionspot_d2.data.datasets import (
-    annotations,
     lvis,
     minival,
     read_categories,
@@ -30,19 +28,8 @@ from regionspot_d2.data.datasets import (
     source_file,
 )
 
-from .datasets_on_disk import SIZES, annotation, write_coco, write_images
-
-ROOT = Path(__file__).resolve().parent.parent
-TINYCOCO = ROOT.parent / "shared" / "data" / "tinycoco"
-
-
-def load_tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+from .datasets_on_disk import SIZES, TINYCOCO, annotation, write_coco, write_images
+from .tools import ROOT, load_tool
 
 
 @pytest.fixture
@@ -52,17 +39,6 @@ def catalogs(monkeypatch: pytest.MonkeyPatch, empty_cache: Path) -> None:
     for catalog in (DatasetCatalog, MetadataCatalog):
         kept = {name: entry for name, entry in catalog.data.items() if not name.startswith(ours)}
         monkeypatch.setattr(catalog, "data", kept)
-    monkeypatch.setattr(annotations, "_SOURCES", {})
-
-
-@pytest.fixture
-def no_lvis_module() -> Iterator[None]:
-    """Leaves ``sys.modules["lvis"]`` as it was."""
-    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "lvis"}
-    yield
-    for name in [name for name in sys.modules if name.split(".")[0] == "lvis"]:
-        del sys.modules[name]
-    sys.modules.update(before)
 
 
 # Registration
@@ -330,13 +306,11 @@ def write_lvis(root: Path) -> Path:
 
 
 def test_lvis_loads_whatever_is_imported_as_lvis(
-    tmp_path: Path, catalogs: None, no_lvis_module: None
+    tmp_path: Path, catalogs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """hotcoco in the place of lvis serves the evaluation, and lacks what Detectron2's loader reads."""
-    import hotcoco
-
-    hotcoco.init_as_lvis()
-    replaced = sys.modules["lvis"]
+    """hotcoco serves the evaluation as ``lvis``, without what Detectron2's loader reads."""
+    replaced = ModuleType("lvis")
+    monkeypatch.setitem(sys.modules, "lvis", replaced)
     # Detectron2's own name, with other paths.
     MetadataCatalog.data["lvis_v1_val"] = Metadata(
         name="lvis_v1_val",
@@ -355,6 +329,57 @@ def test_lvis_loads_whatever_is_imported_as_lvis(
     assert [len(r["annotations"]) for r in records] == [2, 1, 1]
     assert records[0]["neg_category_ids"] == [1]
     assert sys.modules["lvis"] is replaced
+
+
+def test_lvis_records_are_those_of_detectron2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Index:
+        """What ``load_lvis_json`` reads of the package ``lvis``, which fails on current NumPy."""
+
+        def __init__(self, path: str) -> None:
+            content = json.loads(Path(path).read_text())
+            self.imgs = {image["id"]: image for image in content["images"]}
+            self.img_ann_map: dict[int, list[dict]] = {number: [] for number in self.imgs}
+            for entry in content["annotations"]:
+                self.img_ann_map[entry["image_id"]].append(entry)
+
+        def load_imgs(self, ids: list[int]) -> list[dict]:
+            return [self.imgs[number] for number in ids]
+
+    json_file = write_lvis(tmp_path)
+    content = json.loads(json_file.read_text())
+    content["images"].reverse()
+    del content["images"][0]["neg_category_ids"]
+    content["annotations"][3]["image_id"] = 1  # image 3 has none
+    json_file.write_text(json.dumps(content))
+    package = ModuleType("lvis")
+    package.LVIS = Index  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lvis", package)
+
+    wanted = load_lvis_json(str(json_file), f"{tmp_path}/coco/", "lvis_v1_val")
+
+    assert lvis.load_lvis(str(json_file), f"{tmp_path}/coco/") == wanted
+    assert [len(record["annotations"]) for record in wanted] == [3, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"id": 2}, "several annotations have the same 'id'"),
+        ({"segmentation": []}, "annotation 1 has no valid polygons"),
+        ({"segmentation": [[1, 2, 3, 4]]}, "annotation 1 has no valid polygons"),
+    ],
+)
+def test_lvis_annotations_that_detectron2_refuses(
+    tmp_path: Path, change: dict, message: str
+) -> None:
+    json_file = write_lvis(tmp_path)
+    content = json.loads(json_file.read_text())
+    content["annotations"][0].update(change)
+    json_file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"lvis_v1_val.json: {message}"):
+        lvis.load_lvis(str(json_file), f"{tmp_path}/coco/")
 
 
 def test_minival_is_the_part_on_val2017(

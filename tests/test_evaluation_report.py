@@ -15,8 +15,12 @@ from detectron2.evaluation import DatasetEvaluators
 
 from regionspot_d2 import add_regionspot_config
 from regionspot_d2.data import ODINW_13, ODINW_35
-from regionspot_d2.data.proposal_sources import from_ground_truth
-from regionspot_d2.data.proposals import Proposals, read_proposals, write_proposals
+from regionspot_d2.data.proposals import (
+    Proposals,
+    from_ground_truth,
+    read_proposals,
+    write_proposals,
+)
 from regionspot_d2.evaluation import (
     COCOAPEvaluator,
     LVISAPEvaluator,

@@ -1,4 +1,4 @@
-"""From a GLIP json with known misses to the AP that one can compute by hand, through every file between."""
+"""From a GLIP json with known misses, through every file, to the AP computed by hand."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from .datasets_on_disk import write_coco
 
 NAME = "glip_to_ap"
 CAT, DOG = 0, 1
-# Boxes XYXY, scores and what the fake model calls them. The data set has two cats and two dogs.
+# Boxes XYXY, scores and what the fake model calls them. The dataset has two cats and two dogs.
 GLIP = {
     # Both found.
     "1": [([4.25, 6.5, 24.25, 37.25], 0.9, CAT), ([30.0, 10.0, 63.5, 30.0], 0.7, DOG)],
     # The dog of image 2 is missed; of image 3 there is nothing to say.
     "2": [],
-    # The cat is missed by a box beside it, and a dog is seen where there is none.
+    # A box beside the cat misses it, and a dog is seen where there is none.
     "4": [([10.0, 10.0, 18.0, 18.0], 0.8, CAT), ([30.0, 5.0, 60.0, 40.0], 0.95, DOG)],
 }
 
 
 class FakeModel(torch.nn.Module):
-    """Calls every proposal by its class in ``GLIP``, with certainty."""
+    """Names every proposal by its class in ``GLIP``, with certainty."""
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         results = []
@@ -74,8 +74,8 @@ def test_known_misses_give_the_ap_computed_by_hand(tmp_path):
     loader = build_test_loader(cfg, NAME)
     results = inference_on_dataset(FakeModel(), loader, build_evaluator(cfg, NAME))
 
-    # Each class reaches recall 1/2, that is 51 of COCO's 101 recall points: the cat's right box comes first (precision
-    # 1), the dog's second (precision 1/2).
+    # Each class reaches recall 1/2, which is 51 of COCO's 101 recall points: the right box of the
+    # cat comes first (precision 1), that of the dog second (precision 1/2).
     points = 51 / 101
     assert results["bbox"]["AP-cat"] == pytest.approx(100 * points)
     assert results["bbox"]["AP-dog"] == pytest.approx(100 * points / 2)

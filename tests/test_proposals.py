@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import pickle
@@ -24,17 +25,15 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from regionspot_d2.data import register_coco_format
-from regionspot_d2.data.partial_proposals import PartialProposals
-from regionspot_d2.data.proposal_sources import (
-    from_glip_json,
-    from_ground_truth,
-    from_instances,
-    from_results_json,
-)
+from regionspot_d2.data.build import load_records
+from regionspot_d2.data.proposal_sources import from_glip_json, from_instances, from_results_json
 from regionspot_d2.data.proposals import (
     Proposals,
+    attach_proposals,
     box_recall,
     fit_to_dataset,
+    from_ground_truth,
+    proposals_exist,
     read_proposals,
     select,
     write_proposals,
@@ -43,10 +42,10 @@ from regionspot_d2.modeling.automatic_masks import automatic_boxes
 from regionspot_d2.modeling.interfaces import LOCALIZER_REGISTRY
 
 from . import tiny
-from .datasets_on_disk import write_coco
-from .test_datasets import TINYCOCO, load_tool
-from .test_roi_heads import MASK_RCNN
+from .datasets_on_disk import TINYCOCO, write_coco
+from .tools import load_tool
 
+MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
 TRUTH = {
     "1": [[4.25, 6.5, 24.25, 37.25], [30.0, 10.0, 63.5, 30.0]],
     "2": [[0.0, 0.0, 50.0, 70.0]],
@@ -59,7 +58,7 @@ TRUTH = {
 def dataset(
     tmp_path: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[list[dict]]:
-    """The dicts of a registered dataset "mine" of four images; see ``TRUTH``."""
+    """The records of a registered dataset "mine" of four images; see ``TRUTH``."""
     for catalog in (DatasetCatalog, MetadataCatalog):
         monkeypatch.setattr(catalog, "data", dict(catalog.data))
     register_coco_format([["mine", *write_coco(tmp_path)]])
@@ -81,10 +80,15 @@ def run(tool: ModuleType, source: str, output: Path, *arguments: object) -> None
 
 
 def assert_loads(proposal_file: Path, expected: dict[str, tuple]) -> None:
-    """Detectron2 loads these boxes and scores, best first, within 1e-3 pixels and 1e-6."""
-    loaded = get_detection_dataset_dicts(
+    """The file gives these boxes and scores, best first, within 1e-3 pixels and 1e-6.
+
+    Detectron2's loader, which we do not use, reads the same from it.
+    """
+    loaded = load_records("mine", proposal_file=str(proposal_file))
+    stock = get_detection_dataset_dicts(
         "mine", filter_empty=False, proposal_files=[str(proposal_file)]
     )
+    assert_same_proposals(loaded, stock)
     assert [str(record["image_id"]) for record in loaded] == list(TRUTH)
     for record in loaded:
         boxes, scores = (np.asarray(v) for v in expected.get(str(record["image_id"]), ([], [])))
@@ -100,7 +104,16 @@ def assert_loads(proposal_file: Path, expected: dict[str, tuple]) -> None:
         np.testing.assert_allclose(found[rows], wanted, atol=1e-3, rtol=0)
 
 
-# Sources, from their file or model to Detectron2's loader
+def assert_same_proposals(ours: list[dict], theirs: list[dict]) -> None:
+    assert [record["image_id"] for record in ours] == [record["image_id"] for record in theirs]
+    for record, other in zip(ours, theirs):
+        assert record["proposal_bbox_mode"] == other["proposal_bbox_mode"]
+        for key in ("proposal_boxes", "proposal_objectness_logits"):
+            assert record[key].dtype == other[key].dtype
+            np.testing.assert_array_equal(record[key], other[key])
+
+
+# Sources, from their file or model to the loader
 
 
 def test_ground_truth(
@@ -337,11 +350,11 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
         run(tool, "detector", output, "--config-file", detector)
     assert not output.exists()
     # As if the power had failed while image 2 was written.
-    part = tmp_path / "boxes.pkl.parts" / "process0.jsonl"
+    part = tmp_path / "boxes.pkl.parts" / "finished.jsonl"
     part.write_text(part.read_text()[:-20])
 
     monkeypatch.setattr(tool, "detector_regions", interrupted(100))
-    with pytest.raises(SystemExit, match=r"unfinished run with other settings \(opts: .*'0.5'"):
+    with pytest.raises(SystemExit, match=r"holds a run with another opts \(.*'0.5'"):
         run(
             tool,
             "detector",
@@ -364,7 +377,7 @@ def test_two_processes_share_the_images(
     detector: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two threads in the place of two processes, which take long to start."""
+    """Two threads stand for two processes, which take long to start."""
     arguments = ["--dataset", "mine", "--source", "detector", "--config-file", str(detector)]
     process = threading.local()
     barrier = threading.Barrier(2, timeout=60)
@@ -383,8 +396,8 @@ def test_two_processes_share_the_images(
 
     assert nothing == {}
     done = [
-        [json.loads(line)["image_id"] for line in path.read_text().split("\n") if line]
-        for path in sorted((tmp_path / "parts").glob("process*.jsonl"))
+        [json.loads(line)["key"] for line in (tmp_path / "parts" / name).open() if "key" in line]
+        for name in ("finished.jsonl", "finished.1.jsonl")
     ]
     assert done == [["1", "3"], ["2", "4"]]
     process.rank = 0
@@ -393,19 +406,7 @@ def test_two_processes_share_the_images(
         np.testing.assert_allclose(found[image_id].scores, scores, atol=1e-6)
 
 
-def test_unfinished_files_survive_numbers_and_text(tmp_path: Path) -> None:
-    first = PartialProposals(tmp_path / "parts", {"a": (1, 2), "b": "x"})
-    boxes = np.array([[1 / 3, 0.1, 1e4 / 7, 5]], dtype=np.float32)
-    first.append(0, 17, Proposals(boxes, np.array([1 / 7], dtype=np.float32)))
-    first.append(3, "a/b", Proposals.create([], []))
-    found = PartialProposals(tmp_path / "parts", {"a": [1, 2], "b": "x"}).load()
-    assert set(found) == {"17", "a/b"}
-    np.testing.assert_array_equal(found["17"].boxes, boxes)
-    assert found["17"].scores == np.float32(1 / 7)
-    assert found["a/b"].boxes.shape == (0, 4)
-
-
-# Files that are not what they should be
+# Files of another format
 
 
 @pytest.mark.parametrize(
@@ -473,6 +474,171 @@ def test_files_of_other_kinds(tmp_path: Path) -> None:
     (tmp_path / "other.pkl").write_bytes(pickle.dumps({"boxes": []}))
     with pytest.raises(ValueError, match=r"other.pkl is not a proposal file.*\['boxes'\]"):
         read_proposals(str(tmp_path / "other.pkl"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ids": [1, 2, 3]}, "has 3 image ids, boxes of 4 images"),
+        ({"boxes": [np.zeros((1, 4))]}, "has 4 image ids, boxes of 1 images"),
+        ({"objectness_logits": []}, "has 4 image ids, boxes of 4 images, scores of 0 images"),
+        ({"boxes": [np.zeros((2, 4))] * 4}, r"image '1' has boxes of shape \(2, 4\) and scores"),
+        ({"boxes": [np.zeros((4, 1))] * 4}, r"image '1' has boxes of shape \(4, 1\) and scores"),
+        ({"boxes": [np.zeros(4)] * 4}, r"image '1' has boxes of shape \(4,\) and scores"),
+        ({"bbox_mode": 2}, "bbox_mode is 2"),
+    ],
+)
+def test_files_whose_parts_do_not_fit(
+    dataset: list[dict], tmp_path: Path, changes: dict, message: str
+) -> None:
+    content = {
+        "ids": [1, 2, 3, 4],
+        "boxes": [np.zeros((1, 4))] * 4,
+        "objectness_logits": [np.zeros(1)] * 4,
+        "bbox_mode": 0,
+    }
+    path = str(tmp_path / "boxes.pkl")
+    for written, ok in ((content, True), ({**content, **changes}, False)):
+        Path(path).write_bytes(pickle.dumps(written))
+        if ok:
+            assert len(read_proposals(path)[0]) == 4
+    with pytest.raises(ValueError, match=f"boxes.pkl.*{message}"):
+        read_proposals(path)
+    with pytest.raises(ValueError, match=f"boxes.pkl.*{message}"):
+        attach_proposals(dataset, path, "mine")
+
+
+class Hostile:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple:
+        return (open, (str(self.file), "w"))
+
+
+@pytest.mark.parametrize("where", ["whole file", "info", "boxes"])
+def test_code_in_a_proposal_file_does_not_run(
+    dataset: list[dict], tool: ModuleType, tmp_path: Path, where: str
+) -> None:
+    trace = tmp_path / "trace"
+    hostile = Hostile(trace)
+    content = {
+        "ids": [1, 2, 3, 4],
+        "boxes": [np.zeros((0, 4))] * 4,
+        "objectness_logits": [np.zeros(0)] * 4,
+        "info": {},
+    }
+    if where == "info":
+        content["info"] = {"source": [hostile]}
+    if where == "boxes":
+        content["boxes"][2] = hostile
+    path = tmp_path / "boxes.pkl"
+    path.write_bytes(pickle.dumps(hostile if where == "whole file" else content))
+
+    for read in (
+        lambda: read_proposals(str(path)),
+        lambda: load_records("mine", proposal_file=str(path)),
+    ):
+        with pytest.raises(ValueError, match="boxes.pkl' is not safe to open: it asks for .*open"):
+            read()
+    with pytest.raises(SystemExit, match="prepare_proposals.py: .*boxes.pkl' is not safe to open"):
+        run(tool, "proposals", tmp_path / "new.pkl", "--boxes", path)
+    assert not trace.exists()
+
+
+# What Detectron2's loader makes of a file, and ours
+
+
+@pytest.mark.parametrize(
+    ("names", "dtype", "mode", "protocol"),
+    [
+        (("ids", "objectness_logits"), np.float32, 0, 5),
+        (("indexes", "scores"), np.float64, None, 2),
+        (("ids", "objectness_logits"), np.float64, 1, 0),
+    ],
+)
+def test_records_are_those_of_detectron2s_loader(
+    dataset: list[dict],
+    tmp_path: Path,
+    names: tuple[str, str],
+    dtype: type,
+    mode: int | None,
+    protocol: int,
+) -> None:
+    """Names of Detectron 1, other box modes, types and pickle protocols, and equal scores."""
+    rng = np.random.RandomState(0)
+    counts = (30, 0, 1, 17, 2)
+    content = {
+        names[0]: ["4", "1", "3", "2", "of another dataset"],
+        "boxes": [rng.uniform(0, 50, (n, 4)).astype(dtype) for n in counts],
+        names[1]: [rng.randint(0, 5, n).astype(dtype) for n in counts],
+        **({} if mode is None else {"bbox_mode": mode}),
+    }
+    path = str(tmp_path / "boxes.pkl")
+    Path(path).write_bytes(pickle.dumps(content, protocol=protocol))
+
+    stock = get_detection_dataset_dicts("mine", filter_empty=False, proposal_files=[path])
+    before = [dict(record) for record in dataset]
+    assert_same_proposals(attach_proposals(dataset, path, "mine"), stock)
+    assert_same_proposals(load_records("mine", proposal_file=path), stock)
+    assert dataset == before
+
+
+class Python2Pickler(pickle._Pickler):
+    """Writes text and bytes alike, as Python 2 did."""
+
+    def save_string(self, value: str | bytes) -> None:
+        raw = value if isinstance(value, bytes) else value.encode("latin1")
+        self.write(pickle.BINSTRING + len(raw).to_bytes(4, "little") + raw)
+
+    dispatch = {**pickle._Pickler.dispatch, str: save_string, bytes: save_string}
+
+
+def test_files_of_python_2(dataset: list[dict], tmp_path: Path) -> None:
+    boxes = np.array([[0.1, 2, 30, 25.5], [1 / 3, 0, 9, 200]])
+    content = {
+        "indexes": ["1", "2", "3", "4"],
+        "boxes": [boxes] * 4,
+        "scores": [np.array([0.25, 0.5])] * 4,
+    }
+    stream = io.BytesIO()
+    Python2Pickler(stream, protocol=2).dump(content)
+    path = tmp_path / "old.pkl"
+    path.write_bytes(stream.getvalue().replace(b"numpy._core", b"numpy.core"))
+
+    stock = get_detection_dataset_dicts("mine", filter_empty=False, proposal_files=[str(path)])
+    assert stock[0]["proposal_boxes"].tolist() == boxes[::-1].tolist()
+    assert_same_proposals(attach_proposals(dataset, str(path), "mine"), stock)
+
+
+# Ground truth without a file
+
+
+def test_ground_truth_in_place_of_a_file(dataset: list[dict], tool: ModuleType, tmp_path: Path):
+    run(tool, "gt", tmp_path / "gt.pkl")
+    written, written_info = read_proposals(str(tmp_path / "gt.pkl"))
+
+    found, info = read_proposals("ground_truth://mine")
+
+    assert {key: written_info[key] for key in info} == info
+    assert list(found) == list(written) == list(TRUTH)
+    for image_id in TRUTH:
+        np.testing.assert_array_equal(found[image_id].boxes, written[image_id].boxes)
+        np.testing.assert_array_equal(found[image_id].scores, written[image_id].scores)
+    assert_same_proposals(
+        load_records("mine", proposal_file="ground_truth://mine"),
+        load_records("mine", proposal_file=str(tmp_path / "gt.pkl")),
+    )
+    run(tool, "proposals", tmp_path / "one.pkl", "--boxes", "ground_truth://mine", "--topk", 1)
+    assert read_proposals(str(tmp_path / "one.pkl"))[1]["boxes"] == 3
+
+
+def test_which_proposals_exist(dataset: list[dict], tmp_path: Path) -> None:
+    assert proposals_exist("ground_truth://mine") and proposals_exist(__file__)
+    assert not proposals_exist("ground_truth://yours")
+    assert not proposals_exist(str(tmp_path / "no.pkl"))
 
 
 def test_ground_truth_of_a_test_set() -> None:

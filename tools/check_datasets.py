@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Says which datasets are there: files, numbers of images and boxes, images that cannot be read.
+"""Reports which datasets are complete: files, image and box counts, unreadable images.
 
-    tools/check_datasets.py                                  # all datasets of the project
+    tools/check_datasets.py                     # all datasets of the project
     tools/check_datasets.py --dataset lvis_v1_val --dataset coco_2017_val --sample 500
-    tools/check_datasets.py --dataset mine DATASETS.COCO_FORMAT "[['mine', 'mine/val.json', 'mine/images']]"
+    tools/check_datasets.py --dataset mine \\
+        DATASETS.COCO_FORMAT "[['mine', 'mine/val.json', 'mine/images']]"
 
-With --dataset the exit status is 1 if one of them is missing or damaged.
+With --dataset, the exit status is 1 if one of them is missing or damaged.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from regionspot_d2.data import ODINW_13, ODINW_35
 from regionspot_d2.data.datasets import source_file
 from regionspot_d2.data.images import ImageReadError, read_image
 from regionspot_d2.engine import ConfigError, load_config
+from regionspot_d2.files import data_root
 
 _NAMED_OFFENDERS = 3
 
 
 class Report(NamedTuple):
-    """What was found of one dataset. ``problems`` is empty if all is well."""
+    """The findings on one dataset; ``problems`` is empty if it is complete."""
 
     name: str
     split: str
@@ -41,7 +43,7 @@ class Report(NamedTuple):
 
 
 def dataset_names() -> list[str]:
-    """COCO, LVIS and the datasets this project registers; of ODinW the splits that are evaluated."""
+    """COCO, LVIS and the datasets this project registers; of ODinW, only the evaluated splits."""
     prefixes = ("objects365_", "openimages_", "v3det_")
     training = [name for name in DatasetCatalog.list() if name.startswith(prefixes)]
     coco_and_lvis = [
@@ -56,12 +58,7 @@ def dataset_names() -> list[str]:
 
 
 def check_dataset(name: str, sample: int) -> Report:
-    """Looks at the files of a dataset.
-
-    Args:
-        name: a registered dataset.
-        sample: open this many of its images, spread over the dataset.
-    """
+    """Checks the files of a registered dataset, and opens ``sample`` images spread over it."""
     metadata = MetadataCatalog.get(name)
     split = metadata.get("split", "")
     paths = (metadata.get("json_file"), metadata.get("image_root"))
@@ -75,7 +72,7 @@ def check_dataset(name: str, sample: int) -> Report:
         return Report(name, split, None, None, None, [f"missing: {', '.join(missing)}"])
     try:
         records = DatasetCatalog.get(name)
-    except Exception as error:  # whatever is wrong with one dataset, the others are worth a look
+    except Exception as error:  # whatever is wrong with one dataset, check the others
         return Report(name, split, None, None, None, [f"{type(error).__name__}: {error}"])
     boxes = sum(len(record.get("annotations", [])) for record in records)
     classes = len(metadata.get("thing_classes", []))
@@ -91,7 +88,7 @@ def _check_images(records: Sequence[dict[str, Any]], sample: int) -> list[str]:
             offenders.append(f"image '{records[index]['image_id']}': {problem}")
     named = offenders[:_NAMED_OFFENDERS]
     if len(offenders) > len(named):
-        named.append(f"and {len(offenders) - len(named)} more of {len(chosen)} images looked at")
+        named.append(f"and {len(offenders) - len(named)} more of {len(chosen)} images checked")
     return named
 
 
@@ -109,7 +106,7 @@ def _image_problem(record: dict[str, Any]) -> str:
 
 
 def table(reports: Sequence[Report]) -> str:
-    """The reports as text: a table, then the problems."""
+    """Formats reports as a table, followed by the problems."""
     rows = [
         (
             report.name,
@@ -131,13 +128,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", default="", help="a config with own data")
-    parser.add_argument("--dataset", action="append", default=[], help="only this one; repeatable")
+    parser.add_argument("--config-file", default="", help="a config with your own data")
+    parser.add_argument(
+        "--dataset", action="append", default=[], help="check only this one; repeatable"
+    )
     parser.add_argument("--sample", type=int, default=20, help="images to open, per dataset")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
     args = parser.parse_args()
     try:
-        # Which of the config's data sets are missing is told below.
+        # The report below says which datasets of the config are missing.
         cfg = load_config(args.config_file, args.opts, training=False, testing=False)
     except ConfigError as error:
         sys.exit(f"check_datasets.py: {error}")
@@ -148,7 +147,7 @@ def main() -> None:
     if unknown:
         parser.error(f"not registered: {', '.join(unknown)}")
     reports = [check_dataset(name, args.sample) for name in names]
-    print(f"Datasets in {os.path.expanduser(os.getenv('DETECTRON2_DATASETS', 'datasets'))}")
+    print(f"Datasets in {data_root()}")
     print(table(reports))
     if args.dataset and any(report.problems for report in reports):
         sys.exit(1)

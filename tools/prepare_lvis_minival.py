@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Makes LVIS minival from LVIS v1 val: the images of COCO val2017, which no COCO detector was trained on.
+"""Makes LVIS minival from LVIS v1 val: its images of COCO val2017, on which no detector trained.
 
     tools/prepare_lvis_minival.py
 
-reads $DETECTRON2_DATASETS/lvis/lvis_v1_val.json and writes lvis_v1_minival.json beside it.
+It reads $DETECTRON2_DATASETS/lvis/lvis_v1_val.json and writes lvis_v1_minival.json beside it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ import os
 from detectron2.utils.file_io import PathManager
 
 from regionspot_d2.data.datasets import minival
+from regionspot_d2.files import data_root, write_atomically
 
-# Both counts are of the official file; the second is the "minival" that the field reports on.
+# Of the official file, and of the "minival" that the literature reports on.
 _VAL_IMAGES = 19809
 _MINIVAL_IMAGES = 4809
 
 
 def main() -> None:
-    folder = os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")), "lvis")
+    folder = os.path.join(data_root(), "lvis")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -35,14 +36,14 @@ def main() -> None:
     kept = minival(annotations)
     if not kept["images"]:
         parser.error(f"{args.lvis_val} has no image of COCO val2017; is it lvis_v1_val.json?")
-    with PathManager.open(args.output, "w") as file:
+    with write_atomically(args.output, "w") as file:
         json.dump(kept, file)
     print(
         f"{args.output}: {len(kept['images'])} of {len(annotations['images'])} images, "
         f"{len(kept['annotations'])} of {len(annotations['annotations'])} annotations"
     )
     if len(annotations["images"]) == _VAL_IMAGES and len(kept["images"]) != _MINIVAL_IMAGES:
-        print(f"Warning: the field's minival has {_MINIVAL_IMAGES} images.")
+        print(f"Warning: the minival of the literature has {_MINIVAL_IMAGES} images.")
 
 
 if __name__ == "__main__":

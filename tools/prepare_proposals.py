@@ -4,32 +4,34 @@
     # ground truth
     tools/prepare_proposals.py --dataset lvis_v1_val --source gt --output lvis_v1_val_gt.pkl
     # GLIP's boxes, or any detector's results json
-    tools/prepare_proposals.py --dataset lvis_v1_val --source glip --boxes glip.json --output lvis_v1_val_glip.pkl
-    tools/prepare_proposals.py --dataset coco_2017_val --source results --boxes coco_instances_results.json \\
-        --topk 100 --min-score 0.05 --output coco_2017_val_detector.pkl
-    # SAM's automatic masks, the localizer of a RegionSpot config; an interrupted run goes on when it is started again
-    tools/prepare_proposals.py --dataset lvis_v1_minival --source sam --config-file configs/regionspot_B.yaml \\
-        --points-per-side 32 --num-gpus 8 --output lvis_v1_minival_sam.pkl
+    tools/prepare_proposals.py --dataset lvis_v1_val --source glip --boxes glip.json \\
+        --output lvis_v1_val_glip.pkl
+    tools/prepare_proposals.py --dataset coco_2017_val --source results --topk 100 \\
+        --boxes coco_instances_results.json --min-score 0.05 --output coco_2017_val_detector.pkl
+    # SAM's automatic masks, by the localizer of a RegionSpot config; run again to continue
+    tools/prepare_proposals.py --dataset lvis_v1_minival --source sam \\
+        --config-file configs/regionspot_B.yaml --points-per-side 32 --num-gpus 8 \\
+        --output lvis_v1_minival_sam.pkl
     # any Detectron2 model: a yaml or LazyConfig file with its weights, or a name of the model zoo
     tools/prepare_proposals.py --dataset coco_2017_val --source detector --num-gpus 8 \\
         --config-file COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml --output coco_2017_val_frcnn.pkl
-    # an existing proposal file: choose among its boxes, see their recall
-    tools/prepare_proposals.py --dataset lvis_v1_val --source proposals --boxes all.pkl --topk 100 --output top100.pkl
+    # an existing proposal file: select some of its boxes, see their recall
+    tools/prepare_proposals.py --dataset lvis_v1_val --source proposals --boxes all.pkl \\
+        --topk 100 --output top100.pkl
 
-Own data needs no code: DATASETS.COCO_FORMAT "[['mine', 'mine/val.json', 'mine/images']]" at the end of the command.
-Evaluation reads the file with MODEL.LOAD_PROPOSALS True DATASETS.PROPOSAL_FILES_TEST "('lvis_v1_val_gt.pkl',)".
+Your own data needs no code: end the command with
+DATASETS.COCO_FORMAT "[['mine', 'mine/val.json', 'mine/images']]". Evaluation reads the file with
+MODEL.LOAD_PROPOSALS True DATASETS.PROPOSAL_FILES_TEST "('lvis_v1_val_gt.pkl',)".
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import logging
 import os
 import shutil
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,29 +46,27 @@ from detectron2.engine import launch
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
+from tqdm import tqdm
 
 from regionspot_d2.data import register_coco_format
 from regionspot_d2.data.images import ImageReadError, read_image
-from regionspot_d2.data.partial_proposals import OtherSettingsError, PartialProposals
-from regionspot_d2.data.proposal_sources import (
-    from_glip_json,
-    from_ground_truth,
-    from_instances,
-    from_results_json,
-)
+from regionspot_d2.data.proposal_sources import from_glip_json, from_instances, from_results_json
 from regionspot_d2.data.proposals import (
     DatasetDict,
+    Proposals,
     ProposalsByImage,
     fit_to_dataset,
+    from_ground_truth,
+    proposals_exist,
     read_proposals,
     select,
     write_proposals,
 )
 from regionspot_d2.engine import ConfigError, load_config
 from regionspot_d2.engine.setup import check_datasets, explained
-from regionspot_d2.files import WeightsNotFoundError
+from regionspot_d2.files import WeightsNotFoundError, fingerprint
+from regionspot_d2.journal import Journal, JournalError
 from regionspot_d2.modeling.automatic_masks import AutomaticMaskSettings, automatic_boxes
 from regionspot_d2.modeling.interfaces import LOCALIZER_REGISTRY
 
@@ -78,7 +78,7 @@ _FILES = {
     "proposals": lambda path: read_proposals(path)[0],
 }
 _MODELS = ("sam", "detector")
-_MISTAKES = (ConfigError, ImageReadError, OtherSettingsError, WeightsNotFoundError)
+_MISTAKES = (ConfigError, ImageReadError, JournalError, WeightsNotFoundError)
 
 FindRegions = Callable[[DatasetDict], Instances]
 
@@ -92,9 +92,9 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, help="the proposal file (.pkl) to write")
     parser.add_argument("--boxes", help="the file of --source glip, results or proposals")
     parser.add_argument("--topk", type=int, help="keep this many boxes per image")
-    parser.add_argument("--min-score", type=float, help="leave out boxes with a lower score")
+    parser.add_argument("--min-score", type=float, help="drop boxes with a lower score")
     parser.add_argument(
-        "--nms", type=float, help="leave out boxes that overlap a better one by more than this IoU"
+        "--nms", type=float, help="drop boxes that overlap a better one by more than this IoU"
     )
 
     models = parser.add_argument_group("models (--source sam, detector)")
@@ -119,15 +119,11 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """The config of the model, or for other sources of the datasets alone. LazyConfigs are read by the detector.
-
-    Raises:
-        ConfigError: if it cannot be used, or the dataset is not there.
-    """
+    """Reads the config of the model, or of the datasets only; LazyConfigs are read later."""
     if args.source == "detector":
         cfg = _detector_config(args)
     else:
-        # The files of boxes that the config names may be those that are written here.
+        # The proposal files that the config names may be the ones that are written here.
         cfg = load_config(args.config_file, args.opts, training=False, testing=False)
         cfg.defrost()
     check_datasets("--dataset", [args.dataset])
@@ -136,7 +132,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 def _detector_config(args: argparse.Namespace) -> CfgNode:
     cfg = get_cfg()
-    # A detector's config is Detectron2's own: it needs of RegionSpot's keys that of own data alone.
+    # A detector's config is Detectron2's own; of RegionSpot's keys, only this one applies to it.
     cfg.DATASETS.COCO_FORMAT = []
     if _is_lazy(args.config_file):
         return cfg
@@ -158,7 +154,7 @@ def _detector_config(args: argparse.Namespace) -> CfgNode:
 
 def _device(name: str) -> str:
     if name.startswith("cuda") and not torch.cuda.is_available():
-        logger.warning("There is no GPU: the model runs on the CPU.")
+        logger.warning("There is no GPU; the model runs on the CPU.")
         return "cpu"
     return name
 
@@ -168,7 +164,7 @@ def _is_lazy(config_file: str) -> bool:
 
 
 def sam_regions(args: argparse.Namespace, cfg: CfgNode) -> FindRegions:
-    """Regions by the automatic mask generator on the localizer of a RegionSpot config."""
+    """Finds regions with the automatic mask generator and the localizer of a RegionSpot config."""
     localizer = LOCALIZER_REGISTRY.get(cfg.MODEL.LOCALIZER.NAME)(cfg).to(cfg.MODEL.DEVICE)
     settings = _sam_settings(args)
 
@@ -181,12 +177,11 @@ def sam_regions(args: argparse.Namespace, cfg: CfgNode) -> FindRegions:
 
 
 def _sam_settings(args: argparse.Namespace) -> dict[str, Any]:
-    names = [field.name for field in dataclasses.fields(AutomaticMaskSettings)]
-    return {name: getattr(args, name) for name in names}
+    return {f.name: getattr(args, f.name) for f in dataclasses.fields(AutomaticMaskSettings)}
 
 
 def detector_regions(args: argparse.Namespace, cfg: CfgNode) -> FindRegions:
-    """Regions by any Detectron2 model: detections, or the proposals of a model that only proposes."""
+    """Finds regions with any Detectron2 model: its detections, or else its proposals."""
     if _is_lazy(args.config_file):
         lazy = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
         model = instantiate(lazy.model).to(_device(lazy.train.device))
@@ -214,11 +209,7 @@ def run_model(
 ) -> ProposalsByImage:
     """Runs a model over this process's share of the images.
 
-    Args:
-        args: the command line.
-        cfg: the config of the model.
-        records: all images of the dataset.
-        folder: where finished images are kept until all are.
+    Finished images are kept in ``folder`` until all are finished.
 
     Returns:
         In the main process the regions of all images, in the others nothing.
@@ -228,34 +219,29 @@ def run_model(
         "dataset": args.dataset,
         "source": args.source,
         "config_file": args.config_file,
-        "config_sha1": hashlib.sha1(config.encode()).hexdigest(),
+        "config_sha256": fingerprint((), config),
         "opts": args.opts,
         **(_sam_settings(args) if args.source == "sam" else {}),
     }
-    finished = PartialProposals(folder, settings)
-    done = finished.load()
-    # Nobody may write before all have read, or the processes would divide different lists.
-    comm.synchronize()
-    todo = [record for record in records if str(record["image_id"]) not in done]
-    logger.info(f"{len(done)} images are done, {len(todo)} are left.")
+    # All processes divide the same list: the journal lets nobody write before all have read it.
+    journal = Journal(Path(folder, "finished.jsonl"), settings, resume=True)
+    todo = [record for record in records if str(record["image_id"]) not in journal.entries]
+    logger.info(f"{len(journal.entries)} images are finished, {len(todo)} are left.")
     share = todo[comm.get_rank() :: comm.get_world_size()]
     if todo:
         find = (sam_regions if args.source == "sam" else detector_regions)(args, cfg)
-        start = time.monotonic()
-        for number, record in enumerate(share, start=1):
-            finished.append(comm.get_rank(), record["image_id"], from_instances(find(record)))
-            if number % 50 == 0 or number == len(share):
-                seconds = (time.monotonic() - start) / number
-                left = seconds * (len(share) - number) / 60
-                logger.info(
-                    f"{number}/{len(share)} images, {seconds:.2f} s each, {left:.0f} min left"
-                )
+        for record in tqdm(share, unit="image", disable=not comm.is_main_process()):
+            entry = {k: v.tolist() for k, v in from_instances(find(record))._asdict().items()}
+            journal.add(record["image_id"], entry)
     comm.synchronize()
-    return finished.load() if comm.is_main_process() else {}
+    if not comm.is_main_process():
+        return {}
+    journal.reload()
+    return {image_id: Proposals.create(**entry) for image_id, entry in journal.entries.items()}
 
 
 def main(args: argparse.Namespace, cfg: CfgNode) -> None:
-    """What each process does."""
+    """Runs in each process."""
     setup_logger(distributed_rank=comm.get_rank(), name="regionspot_d2")
     setup_logger(distributed_rank=comm.get_rank())
     cfg.MODEL.DEVICE = _device(cfg.MODEL.DEVICE)
@@ -276,29 +262,27 @@ def main(args: argparse.Namespace, cfg: CfgNode) -> None:
     if not comm.is_main_process():
         return
     info.update(topk=args.topk, min_score=args.min_score, nms=args.nms)
-    chosen = {
-        image_id: select(regions, topk=args.topk, min_score=args.min_score, nms_threshold=args.nms)
-        for image_id, regions in fit_to_dataset(proposals, records, origin).items()
-    }
+    limits = {"topk": args.topk, "min_score": args.min_score, "nms_threshold": args.nms}
+    fitted = fit_to_dataset(proposals, records, origin)
+    chosen = {image_id: select(regions, **limits) for image_id, regions in fitted.items()}
     print(summary(args.output, write_proposals(args.output, records, chosen, info)))
     if args.source in _MODELS:
         shutil.rmtree(unfinished)
 
 
 def summary(output: str, info: Mapping[str, Any]) -> str:
-    """What is in a proposal file, in a few lines."""
-    per_image = info["boxes"] / max(info["images"], 1)
+    """Describes the content of a proposal file in a few lines."""
     text = (
         f"{output}: {info['boxes']} boxes of {info['dataset']} from {info['source']}\n"
         f"  images: {info['images']}, without boxes: {info['images_without_boxes']}, "
-        f"boxes per image: {per_image:.1f}\n"
+        f"boxes per image: {info['boxes'] / max(info['images'], 1):.1f}\n"
     )
     recall = info["recall"]
     if recall is None:
         return text + "  recall: unknown, the dataset has no annotated boxes"
     return text + (
-        f"  recall of {recall['objects']} annotated boxes: {100 * recall['recall_50']:.1f} % at IoU 0.5, "
-        f"{100 * recall['recall_50_95']:.1f} % at IoU 0.5:0.95"
+        f"  recall of {recall['objects']} annotated boxes: {100 * recall['recall_50']:.1f} % at "
+        f"IoU 0.5, {100 * recall['recall_50_95']:.1f} % at IoU 0.5:0.95"
     )
 
 
@@ -307,7 +291,7 @@ def invoke_main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.source in _FILES and not args.boxes:
         parser.error(f"--source {args.source} needs --boxes FILE")
-    if args.source in _FILES and not PathManager.isfile(args.boxes):
+    if args.source in _FILES and not proposals_exist(args.boxes):
         parser.error(f"--boxes {args.boxes}: there is no such file")
     if args.source in _MODELS and not args.config_file:
         parser.error(f"--source {args.source} needs --config-file")
@@ -324,7 +308,7 @@ def invoke_main(arguments: list[str] | None = None) -> None:
             args=(args, cfg),
         )
     except (OSError, ValueError) as error:
-        # Models fail in ways of their own, which need the whole story.
+        # Other failures of a model need the traceback.
         if args.source in _MODELS and not isinstance(error, _MISTAKES):
             raise
         sys.exit(f"prepare_proposals.py: {error}")

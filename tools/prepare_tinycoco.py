@@ -1,31 +1,33 @@
 #!/usr/bin/env python
-"""Takes tinycoco, 32 photos for trying training and evaluation, out of a copy of COCO 2017 val.
+"""Extracts tinycoco, 32 photos for trying out training and evaluation, from COCO 2017 val.
 
     tools/prepare_tinycoco.py
 
-reads $DETECTRON2_DATASETS/coco/annotations/instances_val2017.json and coco/val2017/, and writes tinycoco/instances.json and
-tinycoco/images/ beside them.
+It reads coco/annotations/instances_val2017.json and coco/val2017/ below $DETECTRON2_DATASETS, and
+writes tinycoco/instances.json and tinycoco/images/ there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from regionspot_d2.files import data_root, write_atomically
+
 # fmt: off
 IMAGE_IDS = (
-    6818, 17627, 37777, 41888, 58636, 87038, 143931, 153299, 174482, 181666, 184321, 184791, 226111, 252219, 289393, 296649,
-    303818, 308394, 322864, 331352, 348881, 386912, 397133, 403385, 456496, 458054, 460347, 463730, 480985, 491497, 502136, 522713,
+    6818, 17627, 37777, 41888, 58636, 87038, 143931, 153299, 174482, 181666, 184321, 184791,
+    226111, 252219, 289393, 296649, 303818, 308394, 322864, 331352, 348881, 386912, 397133,
+    403385, 456496, 458054, 460347, 463730, 480985, 491497, 502136, 522713,
 )
 # fmt: on
 
 
 def subset(annotations: dict[str, Any]) -> dict[str, Any]:
-    """Keeps what belongs to the 32 photos of a COCO json; its categories stay as they are."""
+    """Reduces the content of a COCO JSON file to the 32 photos; the categories stay."""
     chosen = set(IMAGE_IDS)
     return {
         **annotations,
@@ -35,7 +37,7 @@ def subset(annotations: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    root = Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser()
+    root = Path(data_root())
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -61,7 +63,8 @@ def main() -> None:
         if not photo.is_file():
             parser.error(f"{photo} does not exist.")
         shutil.copy(photo, folder)
-    (args.output / "instances.json").write_text(json.dumps(kept))
+    with write_atomically(args.output / "instances.json", "w") as file:
+        json.dump(kept, file)
     print(f"{args.output}: {len(kept['images'])} images, {len(kept['annotations'])} annotations")
 
 

@@ -1,16 +1,17 @@
 #!/usr/bin/env python
-"""Draws results beside the ground truth, and plots where a model is right and where it goes wrong.
+"""Draws results beside the ground truth, and plots where a model is right and where it is wrong.
 
     tools/visualize_results.py --dataset coco_2017_val --output pictures \\
         --input output/inference/coco_2017_val/coco_instances_results.json
-    tools/visualize_results.py --dataset lvis_v1_val --output pictures --images 50 --threshold 0.1 \\
-        --input ours/lvis_instances_results.json --compare others/lvis_instances_results.json
+    tools/visualize_results.py --dataset lvis_v1_val --output pictures --images 50 \\
+        --threshold 0.1 --input ours/lvis_instances_results.json \\
+        --compare others/lvis_instances_results.json
     tools/visualize_results.py --dataset mine --output pictures --input results.json \\
         DATASETS.COCO_FORMAT "[['mine', 'mine/val.json', 'mine/images']]"
 
-A picture shows, from left to right, ground truth, --input and --compare; of each region the best name alone. The plots
-of each results file: precision and recall, AP of groups of classes, TIDE's errors, and the most frequent confusions
-of one class with another.
+A picture shows, from left to right, the ground truth, --input and --compare, with the best name of
+each region. The plots show, for each results file, precision and recall, AP of groups of classes,
+TIDE's errors, and the most frequent confusions of one class with another.
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ _GROUPS = {
 
 
 def best_names(results: Sequence[Mapping[str, Any]], threshold: float) -> list[Mapping[str, Any]]:
-    """Of each region, which may have several names, the result with the highest score.
+    """Keeps the best name of each region, which may have several.
 
     Args:
-        results: those of one image, in COCO format.
-        threshold: regions whose best name has a lower score are left out.
+        results: the results of one image, in COCO format.
+        threshold: drop regions whose best name has a lower score.
     """
     best: dict[tuple[float, ...], Mapping[str, Any]] = {}
     for result in results:
@@ -65,7 +66,7 @@ def to_instances(
     image_size: tuple[int, int],
     contiguous_ids: Mapping[int, int],
 ) -> Instances:
-    """Results in COCO format as Detectron2 draws them."""
+    """Converts results in COCO format to what Detectron2 draws."""
     found = Instances(image_size)
     boxes = np.array([result["bbox"] for result in results]).reshape(-1, 4)
     found.pred_boxes = Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS))
@@ -77,7 +78,7 @@ def to_instances(
 
 
 def side_by_side(pictures: Mapping[str, np.ndarray]) -> Image.Image:
-    """Pictures of one size in a row, each under its title."""
+    """Puts pictures of one size in a row, each under its title."""
     height, width = next(iter(pictures.values())).shape[:2]
     row = Image.new("RGB", (width * len(pictures), height + _TITLE_HEIGHT), "white")
     for i, (title, picture) in enumerate(pictures.items()):
@@ -93,14 +94,14 @@ def draw_images(
     image_ids: Sequence[Any],
     threshold: float,
 ) -> None:
-    """Writes ``<image id>.jpg`` for each of the images.
+    """Writes ``<image id>.jpg`` to an existing folder for each of the images.
 
     Args:
         dataset: a registered dataset.
         runs: results by title.
-        output: an existing folder.
+        output: the folder.
         image_ids: the images to draw.
-        threshold: of the scores.
+        threshold: the lowest score of a drawn region.
     """
     metadata = MetadataCatalog.get(dataset)
     wanted = set(image_ids)
@@ -124,7 +125,7 @@ def draw_images(
 
 
 def dataset_ids(dataset: str) -> Mapping[int, int]:
-    """From the category ids of the annotation file to contiguous ones."""
+    """Maps the category ids of the annotation file to contiguous class ids."""
     metadata = MetadataCatalog.get(dataset)
     ids = metadata.get("thing_dataset_id_to_contiguous_id")
     # LVIS counts from 1.
@@ -134,7 +135,7 @@ def dataset_ids(dataset: str) -> Mapping[int, int]:
 def evaluate(
     annotations: hotcoco.COCO, results: Sequence[Mapping[str, Any]], task: str, is_lvis: bool
 ) -> hotcoco.COCOeval:
-    """Evaluates results with the rules of LVIS or of COCO, ready for hotcoco's plots."""
+    """Evaluates results by the rules of LVIS or of COCO, for hotcoco's plots."""
     unwanted = "bbox" if task == "segm" else "segmentation"
     found = [{k: v for k, v in result.items() if k != unwanted} for result in results]
     evaluation = hotcoco.COCOeval(
@@ -147,9 +148,9 @@ def evaluate(
 def confusions(
     annotations: hotcoco.COCO, results: Sequence[Mapping[str, Any]], task: str
 ) -> dict[str, Any]:
-    """What each object was taken for, as hotcoco plots it.
+    """Counts what each object was taken for, in hotcoco's format.
 
-    The background is left out: a second name of a region that was found is no false alarm.
+    The background does not count: a second name of a region that was found is not a false positive.
     """
     by_image: dict[Any, list[Mapping[str, Any]]] = {}
     for result in results:
@@ -169,12 +170,12 @@ def plot_run(
     task: str,
     output: Path,
 ) -> None:
-    """Plots of one run: precision and recall, TIDE's errors, confusions.
+    """Plots precision and recall, TIDE's errors and confusions of one run.
 
     Args:
         annotations: the ground truth.
-        results: those of one file.
-        evaluation: of these results.
+        results: the content of one results file.
+        evaluation: the evaluation of these results.
         task: "bbox" or "segm".
         output: an existing folder.
     """
@@ -188,7 +189,7 @@ def plot_run(
 
 
 def plot_groups(runs: Mapping[str, hotcoco.COCOeval], is_lvis: bool, output: Path) -> None:
-    """AP by frequency (LVIS) or by size of the objects, one bar per run."""
+    """Plots AP by frequency (LVIS) or size of the objects, with a bar for each run."""
     import matplotlib.pyplot as plt
 
     groups = {"all": "AP", **_GROUPS[is_lvis]}
@@ -196,7 +197,7 @@ def plot_groups(runs: Mapping[str, hotcoco.COCOeval], is_lvis: bool, output: Pat
     width = 0.8 / len(runs)
     for i, (title, evaluation) in enumerate(runs.items()):
         metrics = evaluation.get_results()
-        # -1 stands for a group without objects.
+        # -1 means that the group has no objects.
         values = [max(100 * metrics[name], 0) for name in groups.values()]
         bars = axes.bar(np.arange(len(groups)) + i * width, values, width, label=title)
         axes.bar_label(bars, fmt="%.1f")
@@ -208,7 +209,7 @@ def plot_groups(runs: Mapping[str, hotcoco.COCOeval], is_lvis: bool, output: Pat
 
 
 def titles(paths: Sequence[str]) -> list[str]:
-    """The names of files, or of the first of their folders, from the file up, that tell them apart."""
+    """The file names, or the names of the closest parent folders, that tell the paths apart."""
     parts = [Path(path).absolute().with_suffix("").parts[::-1] for path in paths]
     return next(
         (list(names) for names in zip(*parts) if len(set(names)) == len(paths)), list(paths)
@@ -219,8 +220,8 @@ def read_results(path: str) -> list[dict[str, Any]]:
     """Reads a results json.
 
     Raises:
-        ValueError: if it is of another form.
-        OSError: if it is not there.
+        ValueError: it has another format.
+        OSError: it does not exist.
     """
     with PathManager.open(path) as file:
         try:
@@ -229,7 +230,7 @@ def read_results(path: str) -> list[dict[str, Any]]:
             raise ValueError(f"{path} is not a json file: {error}") from error
     needed = {"image_id", "category_id", "bbox", "score"}
     if not isinstance(results, list) or (results and not needed <= results[0].keys()):
-        raise ValueError(f"{path} is not a results json: a list of dicts with {sorted(needed)}.")
+        raise ValueError(f"{path} is not a results json, a list of dicts with {sorted(needed)}.")
     if not results:
         raise ValueError(f"{path} has no results.")
     return results
@@ -246,7 +247,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--images", type=int, default=20, help="how many to draw, at random")
     parser.add_argument("--image-id", action="append", default=[], help="draw this one; repeatable")
     parser.add_argument("--threshold", type=float, default=0.2, help="lowest score that is drawn")
-    parser.add_argument("--task", choices=["bbox", "segm"], default="bbox", help="of the plots")
+    parser.add_argument(
+        "--task", choices=["bbox", "segm"], default="bbox", help="task of the plots"
+    )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
     return parser
 

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from .datasets import class_names
 from .mapper import RegionMapper
+from .proposals import attach_proposals
 from .token_cache import (
     AnyTokenCache,
     TokenCache,
@@ -47,7 +48,7 @@ def load_records(
         dataset_name: a registered dataset.
         with_annotations: whether the dataset must have any.
         filter_empty: whether images without annotations, or with crowds alone, are left out.
-        proposal_file: of regions, in Detectron2's format.
+        proposal_file: a proposal file, or ``ground_truth://<dataset>``.
 
     Returns:
         Records in Detectron2's format, each with ``dataset_name``.
@@ -56,21 +57,12 @@ def load_records(
         ValueError: the dataset has no annotations; or naming the first annotation whose class the dataset has not, or
             the first image without proposals.
     """
-    try:
-        # Alone: Detectron2 refuses to load datasets of different classes together.
-        records = get_detection_dataset_dicts(
-            [dataset_name],
-            filter_empty=filter_empty,
-            proposal_files=None if proposal_file is None else [proposal_file],
-            check_consistency=False,
-        )
-    except KeyError as error:
-        if proposal_file is None:
-            raise
-        raise ValueError(
-            f"The proposal file '{proposal_file}' has no image {error} of the dataset '{dataset_name}'. Was it made "
-            "for another dataset?"
-        ) from error
+    # One at a time: Detectron2 refuses to load datasets of different classes together.
+    records = get_detection_dataset_dicts(
+        [dataset_name], filter_empty=filter_empty, check_consistency=False
+    )
+    if proposal_file is not None:
+        records = attach_proposals(records, proposal_file, dataset_name)
     if with_annotations and "annotations" not in records[0]:
         raise ValueError(
             f"The dataset '{dataset_name}' has no annotations; training and token extraction need boxes."

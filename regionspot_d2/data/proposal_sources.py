@@ -1,81 +1,70 @@
-"""Where regions come from: annotations, the result files of other detectors, the output of a model."""
+"""Where proposals come from: the result files of other detectors, or the output of a model.
+
+A new source is a function that returns :data:`~.proposals.ProposalsByImage`, or
+:class:`~.proposals.Proposals` for one image. Ground truth is in :mod:`~.proposals`.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 
-from .proposals import DatasetDict, Proposals, ProposalsByImage, ground_truth_boxes
-
-
-def from_ground_truth(records: Sequence[DatasetDict]) -> ProposalsByImage:
-    """The annotated boxes of a dataset, with score 1. Crowds are no regions and are left out.
-
-    Args:
-        records: Detectron2's dataset dicts.
-
-    Raises:
-        ValueError: if the dataset has no annotations, as test sets do.
-    """
-    _require_annotations(records)
-    found = {}
-    for record in records:
-        boxes = ground_truth_boxes(record)
-        found[str(record["image_id"])] = Proposals.create(boxes, np.ones(len(boxes)))
-    return found
+from .proposals import Proposals, ProposalsByImage
 
 
 def from_glip_json(json_file: str) -> ProposalsByImage:
-    """Boxes as GLIP's results are handed around: ``{image id: {"boxes": [[x0, y0, x1, y1]], "scores": [...]}}``.
+    """Reads boxes in the format in which GLIP's results are published.
 
     Args:
-        json_file: boxes XYXY, pixels of the original image; ``labels`` and other keys are ignored.
+        json_file: ``{image id: {"boxes": [[x0, y0, x1, y1], ...], "scores": [...]}}``, in pixels of
+            the original image; ``labels`` and other keys are ignored.
 
     Raises:
-        ValueError: if the file has another form, naming the first image that has.
+        ValueError: the file has another format; the message names the first offending image.
     """
     content = _read_json(json_file)
     if not isinstance(content, dict) or "annotations" in content:
         raise ValueError(
-            f"{json_file} is not a GLIP json: it must map image ids to 'boxes' and 'scores', and {_describe(content)}."
+            f"{json_file} is not a GLIP json: it must map image ids to 'boxes' and 'scores', but "
+            f"{_describe(content)}."
         )
     found = {}
     for image_id, entry in content.items():
         if not isinstance(entry, dict) or not {"boxes", "scores"} <= entry.keys():
-            has = f"the keys {sorted(entry)}" if isinstance(entry, dict) else repr(entry)[:40]
             raise ValueError(
-                f"{json_file}: image '{image_id}' must have 'boxes' and 'scores', and has {has}."
+                f"{json_file}: image '{image_id}' must have 'boxes' and 'scores', but has "
+                f"{_content(entry)}."
             )
         found[str(image_id)] = _parse(json_file, image_id, entry["boxes"], entry["scores"])
     return found
 
 
 def from_results_json(json_file: str) -> ProposalsByImage:
-    """Boxes of a COCO or LVIS results file, e.g. Detectron2's ``coco_instances_results.json``.
+    """Reads the boxes of COCO or LVIS results, e.g. Detectron2's ``coco_instances_results.json``.
 
     Args:
-        json_file: a list of ``{"image_id", "bbox": [x, y, w, h], "score"}``; other keys are ignored.
+        json_file: a list of ``{"image_id", "bbox": [x, y, w, h], "score"}``; other keys are
+            ignored.
 
     Raises:
-        ValueError: if the file has another form, naming the first entry that has.
+        ValueError: the file has another format; the message names the first offending entry.
     """
     content = _read_json(json_file)
     if not isinstance(content, list):
         raise ValueError(
-            f"{json_file} is not a results json: it must be a list of 'image_id', 'bbox', 'score', and "
-            f"{_describe(content)}."
+            f"{json_file} is not a results json: it must be a list of 'image_id', 'bbox' and "
+            f"'score', but {_describe(content)}."
         )
     grouped: dict[str, tuple[list[Any], list[Any]]] = {}
     for index, entry in enumerate(content):
         if not isinstance(entry, dict) or not {"image_id", "bbox", "score"} <= entry.keys():
-            has = f"the keys {sorted(entry)}" if isinstance(entry, dict) else repr(entry)[:40]
             raise ValueError(
-                f"{json_file}: entry {index} must have 'image_id', 'bbox' and 'score', and has {has}."
+                f"{json_file}: entry {index} must have 'image_id', 'bbox' and 'score', but has "
+                f"{_content(entry)}."
             )
         boxes, scores = grouped.setdefault(str(entry["image_id"]), ([], []))
         boxes.append(entry["bbox"])
@@ -89,11 +78,11 @@ def from_results_json(json_file: str) -> ProposalsByImage:
 
 
 def from_instances(instances: Instances) -> Proposals:
-    """Regions of one image from a Detectron2 model's output.
+    """Takes the regions of one image from the output of a Detectron2 model.
 
     Args:
-        instances: ``pred_boxes`` and ``scores`` of a detector, or ``proposal_boxes`` and ``objectness_logits`` of a
-            region proposal network, whose logits become probabilities.
+        instances: ``pred_boxes`` and ``scores`` of a detector, or ``proposal_boxes`` and
+            ``objectness_logits`` of a region proposal network, whose logits become probabilities.
     """
     if instances.has("pred_boxes"):
         boxes, scores = instances.pred_boxes, instances.scores
@@ -102,20 +91,16 @@ def from_instances(instances: Instances) -> Proposals:
     return Proposals.create(boxes.tensor.detach().cpu(), scores.detach().cpu())
 
 
-def _require_annotations(records: Iterable[DatasetDict]) -> None:
-    if not any(record.get("annotations") for record in records):
-        raise ValueError(
-            "The dataset has no annotations, so it has no ground-truth boxes. Test sets without public annotations "
-            "need boxes of another source."
-        )
-
-
 def _read_json(json_file: str) -> Any:
     with PathManager.open(json_file) as file:
         try:
             return json.load(file)
         except json.JSONDecodeError as error:
             raise ValueError(f"{json_file} is not a json file: {error}") from error
+
+
+def _content(entry: Any) -> str:
+    return f"the keys {sorted(entry)}" if isinstance(entry, dict) else repr(entry)[:40]
 
 
 def _describe(content: Any) -> str:
@@ -139,7 +124,7 @@ def _parse(
 ) -> Proposals:
     if not isinstance(boxes, list) or not isinstance(scores, list) or len(boxes) != len(scores):
         raise ValueError(
-            f"{json_file}: image '{image_id}' must have as many scores as boxes, and has "
+            f"{json_file}: image '{image_id}' must have as many scores as boxes, but has "
             f"{len(boxes) if isinstance(boxes, list) else 'no list of'} boxes and "
             f"{len(scores) if isinstance(scores, list) else 'no list of'} scores."
         )
@@ -147,13 +132,15 @@ def _parse(
     if rows is None:
         index = next(i for i, box in enumerate(boxes) if _numbers(box, (4,), dtype) is None)
         raise ValueError(
-            f"{json_file}: image '{image_id}', region {index}: the box is {boxes[index]!r}, not four numbers."
+            f"{json_file}: image '{image_id}', region {index}: the box is {boxes[index]!r}, not "
+            "four numbers."
         )
     values = _numbers(scores, (len(scores),), np.float32)
     if values is None:
         index = next(i for i, score in enumerate(scores) if _numbers(score, (), np.float32) is None)
         raise ValueError(
-            f"{json_file}: image '{image_id}', region {index}: the score is {scores[index]!r}, not a number."
+            f"{json_file}: image '{image_id}', region {index}: the score is {scores[index]!r}, "
+            "not a number."
         )
     return Proposals(rows, values)
 

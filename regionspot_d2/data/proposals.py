@@ -1,152 +1,125 @@
-"""The proposal file: regions from any source, checked against a dataset, as Detectron2 loads them.
+"""Proposals: the boxes of a dataset's images, checked, selected, measured, written and read.
 
-The file is Detectron2's own: a pickled dict of ``ids``, ``boxes``, ``objectness_logits`` and ``bbox_mode``, named by
-``DATASETS.PROPOSAL_FILES_TEST`` (or ``_TRAIN``) and switched on by ``MODEL.LOAD_PROPOSALS``. What Detectron2 calls
-"objectness logits" is here the score of the region as its source gave it, 1 for ground truth. A further entry,
-``info``, which Detectron2 ignores, says where the boxes come from and how many objects they cover.
-
-``MODEL.LOAD_PROPOSALS`` is one switch for training and testing: a config that trains on its annotations and tests on a
-proposal file sets it only for the test.
+A proposal file is Detectron2's: a pickled dict of ``ids``, ``boxes``, ``objectness_logits`` (here
+the scores of the source) and ``bbox_mode``. Ours also hold ``info``: where the boxes come from and
+how many objects they cover. ``ground_truth://<dataset>`` stands for the boxes of the annotations.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes, BoxMode, pairwise_iou
 from detectron2.utils.file_io import PathManager
 from torchvision.ops import nms
 
+from ..files import load_pickle, write_atomically
+
 logger = logging.getLogger(__name__)
 
 DatasetDict = dict[str, Any]
+Records = Sequence[DatasetDict]
+_GROUND_TRUTH = "ground_truth://"
 
 
 class Proposals(NamedTuple):
-    """The regions of one image.
+    """The regions of one image."""
 
-    Attributes:
-        boxes: float32 (N, 4), XYXY, pixels of the original image.
-        scores: float32 (N,).
-    """
-
-    boxes: np.ndarray
-    scores: np.ndarray
+    boxes: np.ndarray  # float32 (N, 4), XYXY, pixels of the original image
+    scores: np.ndarray  # float32 (N,)
 
     @classmethod
     def create(cls, boxes: Any, scores: Any) -> Proposals:
-        """Takes anything NumPy can read; no boxes at all have shape (0, 4)."""
-        return cls(
-            np.asarray(boxes, dtype=np.float32).reshape(-1, 4),
-            np.asarray(scores, dtype=np.float32).reshape(-1),
-        )
+        """Accepts any array-like; without boxes, their shape becomes (0, 4)."""
+        rows = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
+        return cls(rows, np.asarray(scores, dtype=np.float32).reshape(-1))
 
 
-# By str(image_id), as Detectron2 compares them: a json's keys are strings, a dataset's ids often numbers.
+# By str(image_id), as in Detectron2: the keys of a JSON file are strings, image ids often numbers.
 ProposalsByImage = dict[str, Proposals]
 
 
-def fit_to_dataset(
-    proposals: Mapping[str, Proposals], records: Sequence[DatasetDict], source: str
-) -> ProposalsByImage:
-    """Checks regions against the images they are for, and brings them into the dataset's order.
-
-    Args:
-        proposals: the regions.
-        records: Detectron2's dataset dicts, with ``image_id``, ``height`` and ``width``.
-        source: the file or model the regions come from, for the messages.
+def fit_to_dataset(proposals: ProposalsByImage, records: Records, source: str) -> ProposalsByImage:
+    """Checks regions from ``source`` against Detectron2's records of the images they are for.
 
     Returns:
-        An entry for each image of the dataset, without boxes where the source has none. Boxes of no area are left
-        out, as Detectron2's loader would do.
+        An entry for each image, in the dataset's order, without boxes where the source has none.
+        Boxes without area are dropped, as Detectron2 does when it loads them.
 
     Raises:
-        ValueError: if a score or a coordinate is not a number, if no image is of the dataset, or if most boxes do not
-            lie in their images. The first offender is named.
+        ValueError: a score or coordinate is not finite, no image belongs to the dataset, or most
+            boxes lie outside their images. The message names the first offender.
     """
-    ids = [str(record["image_id"]) for record in records]
+    _check_ids(proposals, [str(record["image_id"]) for record in records], source)
+    kept = {}
+    total = bad = empty = 0
+    first = where = ""
+    for record in records:
+        image_id, image = str(record["image_id"]), f"image '{record['image_id']}'"
+        boxes, scores = proposals.get(image_id) or Proposals.create([], [])
+        _check_finite(boxes, "box", f"{source}: {image}")
+        _check_finite(scores, "score", f"{source}: {image}")
+        has_area, wrong = _judge(boxes, (record["width"], record["height"]))
+        if wrong.any() and not first:
+            index, size = int(np.argmax(wrong)), f"{record['width']} x {record['height']}"
+            first = f"{image} ({size}), region {index}: {boxes[index].tolist()}"
+        if not has_area.all() and not where:
+            where = f"{image}, region {int(np.argmin(has_area))}"
+        total, bad, empty = total + len(boxes), bad + wrong.sum(), empty + (~has_area).sum()
+        kept[image_id] = Proposals(boxes[has_area], scores[has_area])
+    if first:
+        message = (
+            f"{source}: {bad} of {total} boxes do not lie in their image, the first is {first}."
+        )
+        if bad > total / 2:
+            raise ValueError(
+                f"{message} Boxes must be XYXY (in a results json XYWH), in pixels of the original "
+                "image; are these of a resized image, or fractions of its size?"
+            )
+        logger.warning(message)
+    if where:
+        logger.warning(
+            f"{source}: {empty} of {total} boxes have no area and are dropped, first {where}."
+        )
+    return kept
+
+
+def _check_ids(proposals: ProposalsByImage, ids: Sequence[str], source: str) -> None:
     known = set(ids)
     unknown = [image_id for image_id in proposals if image_id not in known]
     if unknown:
         message = (
-            f"{source}: {len(unknown)} of {len(proposals)} image ids are not in the dataset, the first is "
-            f"'{unknown[0]}' (the dataset's first is '{ids[0]}')"
+            f"{source}: {len(unknown)} of {len(proposals)} image ids are not in the dataset, the "
+            f"first is '{unknown[0]}' (the dataset's first is '{ids[0]}')"
         )
         if len(unknown) == len(proposals):
             raise ValueError(f"{message}. Are these boxes of another dataset?")
-        logger.warning(f"{message}; they are left out.")
-    none = Proposals.create([], [])
-    found = {image_id: proposals.get(image_id, none) for image_id in ids}
-    _check_numbers(found, source)
-    return _check_frames(found, records, source)
+        logger.warning(f"{message}; they are ignored.")
 
 
-def _check_numbers(proposals: Mapping[str, Proposals], source: str) -> None:
-    for image_id, (boxes, scores) in proposals.items():
-        for what, finite in (
-            ("score", np.isfinite(scores)),
-            ("box", np.isfinite(boxes).all(axis=1)),
-        ):
-            if not finite.all():
-                index = int(np.argmin(finite))
-                value = scores[index] if what == "score" else boxes[index].tolist()
-                raise ValueError(
-                    f"{source}: image '{image_id}', region {index}: the {what} is {value}, not a number."
-                )
+def _check_finite(values: np.ndarray, what: str, where: str) -> None:
+    if not np.isfinite(values).all():
+        index, *_ = np.argwhere(~np.isfinite(values))[0]
+        value = values[index].tolist()
+        raise ValueError(f"{where}, region {index}: the {what} is {value}, not a finite number.")
 
 
-def _check_frames(
-    proposals: Mapping[str, Proposals], records: Sequence[DatasetDict], source: str
-) -> ProposalsByImage:
-    kept = {}
-    total = misplaced = empty = 0
-    first_misplaced = first_empty = ""
-    for record in records:
-        image_id = str(record["image_id"])
-        boxes, scores = proposals[image_id]
-        sizes = boxes[:, 2:] - boxes[:, :2]
-        limits = np.array([record["width"], record["height"]], dtype=np.float32)
-        inside = np.clip(boxes[:, 2:], 0, limits) - np.clip(boxes[:, :2], 0, limits)
-        has_area = (sizes > 0).all(axis=1)
-        share = inside.prod(axis=1) / np.where(has_area, sizes.prod(axis=1), 1)
-        # A box inside the first pixel is rare, one in fractions of the image a common mistake.
-        fractions = (boxes >= 0).all(axis=1) & (boxes <= 1).all(axis=1)
-        wrong = (sizes < 0).any(axis=1) | (has_area & ((share < 0.5) | fractions))
-        if wrong.any() and not misplaced:
-            index = int(np.argmax(wrong))
-            first_misplaced = (
-                f"image '{image_id}' ({record['width']} x {record['height']}), region {index}: "
-                f"{boxes[index].tolist()}"
-            )
-        if not has_area.all() and not empty:
-            first_empty = f"image '{image_id}', region {int(np.argmin(has_area))}"
-        total += len(boxes)
-        misplaced += int(wrong.sum())
-        empty += int((~has_area).sum())
-        kept[image_id] = Proposals(boxes[has_area], scores[has_area])
-    if misplaced:
-        message = (
-            f"{source}: {misplaced} of {total} boxes do not lie in their image, the first is "
-            f"{first_misplaced}"
-        )
-        if misplaced > total / 2:
-            raise ValueError(
-                f"{message}. Boxes must be XYXY (in a results json XYWH), pixels of the original image; are these of "
-                "a resized image, or fractions of its size?"
-            )
-        logger.warning(f"{message}.")
-    if empty:
-        logger.warning(
-            f"{source}: {empty} of {total} boxes have no area and are left out, the first is {first_empty}."
-        )
-    return kept
+def _judge(boxes: np.ndarray, image_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Which boxes (N, 4) have an area, and which cannot be boxes of an image (width, height)."""
+    sizes = boxes[:, 2:] - boxes[:, :2]
+    limits = np.array(image_size, dtype=np.float32)
+    inside = np.clip(boxes[:, 2:], 0, limits) - np.clip(boxes[:, :2], 0, limits)
+    has_area = (sizes > 0).all(axis=1)
+    share = inside.prod(axis=1) / np.where(has_area, sizes.prod(axis=1), 1)
+    # A box within the first pixel is rare; one in fractions of the image is a common mistake.
+    fractions = (boxes >= 0).all(axis=1) & (boxes <= 1).all(axis=1)
+    return has_area, (sizes < 0).any(axis=1) | (has_area & ((share < 0.5) | fractions))
 
 
 def select(
@@ -156,16 +129,10 @@ def select(
     min_score: float | None = None,
     nms_threshold: float | None = None,
 ) -> Proposals:
-    """Chooses among the regions of one image: by score, then by overlap, then by number.
+    """Selects regions of one image, best first; equal scores keep their order.
 
-    Args:
-        proposals: the regions.
-        topk: keep this many with the highest scores.
-        min_score: leave out regions with a lower score.
-        nms_threshold: leave out regions that overlap a better one by more than this IoU, whatever their classes.
-
-    Returns:
-        The chosen regions, best first; equal scores stay in their order.
+    Drops those below ``min_score``, then those that overlap a better one by an IoU above
+    ``nms_threshold``, then all but the ``topk`` best.
     """
     boxes, scores = proposals
     if min_score is not None:
@@ -178,18 +145,12 @@ def select(
     return Proposals(boxes[:topk], scores[:topk])
 
 
-def box_recall(
-    proposals: Mapping[str, Proposals], records: Sequence[DatasetDict]
-) -> dict[str, float] | None:
+def box_recall(proposals: ProposalsByImage, records: Records) -> dict[str, float] | None:
     """The share of annotated boxes that some region covers. Crowds do not count.
 
-    Args:
-        proposals: the regions, by ``str(image_id)``.
-        records: Detectron2's dataset dicts.
-
     Returns:
-        ``objects`` (their number), ``recall_50`` (covered at IoU 0.5) and ``recall_50_95`` (the mean over IoU 0.5,
-        0.55, ..., 0.95), both in 0..1; None if the dataset has no annotated boxes.
+        ``objects`` (their number), ``recall_50`` (covered at IoU 0.5) and ``recall_50_95`` (the
+        mean over IoU 0.5, 0.55, ..., 0.95), both in 0..1; None without annotated boxes.
     """
     thresholds = torch.linspace(0.5, 0.95, 10)
     covered = torch.zeros(len(thresholds))
@@ -203,41 +164,39 @@ def box_recall(
             covered += (iou.max(dim=1).values[:, None] >= thresholds).sum(dim=0)
     if not objects:
         return None
-    recall = covered / objects
-    return {
-        "objects": objects,
-        "recall_50": recall[0].item(),
-        "recall_50_95": recall.mean().item(),
-    }
+    at_50, mean = (covered / objects)[0].item(), (covered / objects).mean().item()
+    return {"objects": objects, "recall_50": at_50, "recall_50_95": mean}
+
+
+def ground_truth_boxes(record: DatasetDict) -> np.ndarray:
+    """An image's annotated boxes except crowds: float32 (N, 4), XYXY, original pixels."""
+    boxes = [
+        BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
+        for annotation in record.get("annotations", [])
+        if not annotation.get("iscrowd", 0)
+    ]
+    return np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
+
+
+def from_ground_truth(records: Records) -> ProposalsByImage:
+    """The annotated boxes of a dataset except crowds, with score 1; ValueError if it has none."""
+    if not any(record.get("annotations") for record in records):
+        raise ValueError("The dataset has no annotations to take boxes from; use another source.")
+    boxes = {str(record["image_id"]): ground_truth_boxes(record) for record in records}
+    return {key: Proposals.create(found, np.ones(len(found))) for key, found in boxes.items()}
 
 
 def write_proposals(
-    output: str,
-    records: Sequence[DatasetDict],
-    proposals: Mapping[str, Proposals],
-    info: Mapping[str, Any],
+    output: str, records: Records, proposals: ProposalsByImage, info: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Writes a proposal file with an entry for every image of a dataset, and says what is in it.
-
-    Args:
-        output: the file to write; it appears when it is complete.
-        records: Detectron2's dataset dicts.
-        proposals: the regions, by ``str(image_id)``; what :func:`fit_to_dataset` gave, chosen among or not.
-        info: what to remember of the source, plain values only.
+    """Writes what :func:`fit_to_dataset` made, or a selection of it, to a proposal file.
 
     Returns:
-        ``info`` with ``images``, ``images_without_boxes``, ``boxes`` and ``recall`` (of :func:`box_recall`), as it is
-        in the file.
+        ``info`` (plain values about the source) as it is in the file: with ``images``,
+        ``images_without_boxes``, ``boxes`` and ``recall`` (see :func:`box_recall`).
     """
     chosen = [proposals[str(record["image_id"])] for record in records]
-    counts = [len(boxes) for boxes, _ in chosen]
-    complete = {
-        **info,
-        "images": len(records),
-        "images_without_boxes": counts.count(0),
-        "boxes": sum(counts),
-        "recall": box_recall(proposals, records),
-    }
+    complete = _describe(proposals, records, info)
     content = {
         "ids": [record["image_id"] for record in records],
         "boxes": [boxes for boxes, _ in chosen],
@@ -245,50 +204,97 @@ def write_proposals(
         "bbox_mode": int(BoxMode.XYXY_ABS),
         "info": complete,
     }
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    partial = f"{output}.{os.getpid()}"
-    with PathManager.open(partial, "wb") as file:
+    with write_atomically(output) as file:
         pickle.dump(content, file)
-    os.replace(partial, output)
     return complete
 
 
-def read_proposals(proposal_file: str) -> tuple[ProposalsByImage, dict[str, Any]]:
-    """Reads a proposal file of Detectron2 (or Detectron 1). It is a pickle: open only files you trust.
+def _describe(proposals: ProposalsByImage, records: Records, info: Mapping) -> dict[str, Any]:
+    counts = [len(proposals[str(record["image_id"])].boxes) for record in records]
+    numbers = {"images": len(counts), "images_without_boxes": counts.count(0), "boxes": sum(counts)}
+    return {**info, **numbers, "recall": box_recall(proposals, records)}
 
-    Args:
-        proposal_file: what :func:`write_proposals` wrote, or a file of the same format.
+
+def proposals_exist(path: str) -> bool:
+    """Whether there is such a proposal file, or the dataset of ``ground_truth://<dataset>``."""
+    name = path.removeprefix(_GROUND_TRUTH)
+    return PathManager.isfile(path) if name == path else name in DatasetCatalog
+
+
+def read_proposals(path: str) -> tuple[ProposalsByImage, dict[str, Any]]:
+    """Reads a proposal file (of Detectron 1, too) or ``ground_truth://<dataset>``.
 
     Returns:
-        The regions, and ``info`` (empty in files that we did not write).
+        The regions, and ``info``, which is empty in files that we did not write.
 
     Raises:
-        ValueError: if the file is not of this format.
+        ValueError: the file is no proposal file, or holds more than arrays; nothing of it was run.
     """
-    with PathManager.open(proposal_file, "rb") as file:
-        content = pickle.load(file, encoding="latin1")
-    names = {"ids": "indexes", "objectness_logits": "scores"}  # as Detectron 1 calls them
-    if not isinstance(content, dict):
-        content = {}
-    ids, scores = (content.get(new, content.get(old)) for new, old in names.items())
-    if ids is None or scores is None or "boxes" not in content:
+    found, mode, info = _load(path)
+    regions = {}
+    for image_id, (boxes, scores) in found.items():
+        regions[image_id] = Proposals.create(BoxMode.convert(boxes, mode, BoxMode.XYXY_ABS), scores)
+    return regions, info
+
+
+def attach_proposals(records: Records, path: str, dataset: str) -> list[DatasetDict]:
+    """Adds proposals to a dataset's records, as Detectron2's loader does, which runs any pickle.
+
+    Returns:
+        Copies of the records with ``proposal_boxes``, ``proposal_objectness_logits`` (best first)
+        and ``proposal_bbox_mode``.
+
+    Raises:
+        ValueError: as :func:`read_proposals`, or an image of the dataset is missing.
+    """
+    found, mode, _ = _load(path)
+    attached = []
+    for record in records:
+        if str(record["image_id"]) not in found:
+            raise ValueError(
+                f"The proposal file '{path}' has no image '{record['image_id']}' of the dataset "
+                f"'{dataset}'. Was it made for another dataset?"
+            )
+        boxes, scores = found[str(record["image_id"])]
+        order = scores.argsort()[::-1]
+        fields = {"proposal_boxes": boxes[order], "proposal_objectness_logits": scores[order]}
+        attached.append({**record, **fields, "proposal_bbox_mode": mode})
+    return attached
+
+
+def _load(path: str) -> tuple[ProposalsByImage, BoxMode, dict[str, Any]]:
+    """Boxes and scores with the types and the box mode of the file, and ``info``."""
+    if path.startswith(_GROUND_TRUTH):
+        name = path.removeprefix(_GROUND_TRUTH)
+        records = DatasetCatalog.get(name)
+        regions = fit_to_dataset(from_ground_truth(records), records, name)
+        info = _describe(regions, records, {"dataset": name, "source": "gt"})
+        return regions, BoxMode.XYXY_ABS, info
+    content = load_pickle(path)
+    content = content if isinstance(content, dict) else {}
+    # Detectron 1 has other names for two of them.
+    ids, boxes = content.get("ids", content.get("indexes")), content.get("boxes")
+    scores = content.get("objectness_logits", content.get("scores"))
+    if ids is None or scores is None or boxes is None:
         raise ValueError(
-            f"{proposal_file} is not a proposal file: it must hold 'ids', 'boxes' and 'objectness_logits', and holds "
-            f"{sorted(content)}."
+            f"{path} is not a proposal file: it must hold 'ids', 'boxes' and 'objectness_logits', "
+            f"but holds {sorted(map(str, content))}."
         )
-    mode = BoxMode(content.get("bbox_mode", BoxMode.XYXY_ABS))
+    if not len(ids) == len(boxes) == len(scores):
+        raise ValueError(
+            f"{path} is damaged: it has {len(ids)} image ids, boxes of {len(boxes)} images, scores "
+            f"of {len(scores)} images."
+        )
+    mode = content.get("bbox_mode", BoxMode.XYXY_ABS)
+    if mode not in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS):
+        raise ValueError(f"{path}: bbox_mode is {mode!r}; 0 (XYXY) or 1 (XYWH) is expected.")
     found = {}
-    for image_id, boxes, score in zip(ids, content["boxes"], scores):
-        xyxy = BoxMode.convert(np.asarray(boxes).reshape(-1, 4), mode, BoxMode.XYXY_ABS)
-        found[str(image_id)] = Proposals.create(xyxy, score)
-    return found, content.get("info", {})
-
-
-def ground_truth_boxes(record: DatasetDict) -> np.ndarray:
-    """The annotated boxes of an image without its crowds: float32 (N, 4), XYXY, pixels of the original image."""
-    boxes = [
-        BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
-        for annotation in record.get("annotations", [])
-        if not annotation.get("iscrowd", 0)
-    ]
-    return np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
+    for image_id, *pair in zip(ids, boxes, scores):
+        rows, values = map(np.asarray, pair)
+        if rows.size != 4 * values.size or (rows.size and rows.shape[1:] != (4,)):
+            raise ValueError(
+                f"{path}: image '{image_id}' has boxes of shape {rows.shape} and scores of shape "
+                f"{values.shape}; (N, 4) and (N,) are expected."
+            )
+        found[str(image_id)] = Proposals(rows.reshape(-1, 4), values.reshape(-1))
+    return found, BoxMode(mode), content.get("info", {})

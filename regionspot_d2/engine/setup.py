@@ -15,6 +15,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..config import add_regionspot_config
 from ..data.datasets import expand_root, register_coco_format, source_file
+from ..data.proposals import proposals_exist
 
 
 class ConfigError(ValueError):
@@ -108,7 +109,7 @@ def _check_proposals(cfg: CfgNode) -> None:
             "one for each is expected, in the same order."
         )
     for name, file in zip(names, files):
-        if not PathManager.isfile(file):
+        if not proposals_exist(file):
             raise ConfigError(
                 f"DATASETS.PROPOSAL_FILES_TEST: the boxes for '{name}' are not there: no file '{file}'. "
                 f"tools/prepare_proposals.py --dataset {name} --output {file} writes it, from any source of boxes."
