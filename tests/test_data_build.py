@@ -34,7 +34,8 @@ from regionspot_d2.data.datasets import register_coco_format
 from regionspot_d2.data.images import ImageReadError
 from regionspot_d2.data.mapper import RegionMapper, UnreadableImages, squash
 from regionspot_d2.data.proposals import Proposals, write_proposals
-from regionspot_d2.data.token_cache import PublishedTokens, TokenCacheError
+from regionspot_d2.data.published_tokens import PublishedTokens
+from regionspot_d2.data.token_cache import TokenCacheError
 from regionspot_d2.data.token_extraction import extract_tokens
 
 from .datasets_on_disk import SIZES, annotation, write_images
