@@ -21,9 +21,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes
 
 from regionspot_d2.data import token_cache
+from regionspot_d2.data.build import load_records
 from regionspot_d2.data.cache_manifest import CacheManifest, TokenCacheError
 from regionspot_d2.data.datasets import register_coco_format
 from regionspot_d2.data.images import ImageReadError
+from regionspot_d2.data.mapper import RegionMapper
 from regionspot_d2.data.published_tokens import PublishedTokens, has_tokens, open_token_cache
 from regionspot_d2.data.token_cache import TokenCache, TokenCacheWriter
 from regionspot_d2.data.token_extraction import extract_tokens
@@ -208,11 +210,23 @@ def test_weights_and_name_may_be_left_open(tmp_path: Path) -> None:
     TokenCache(tmp_path, dataclasses.replace(MANIFEST, weights_sha256=None, dataset="renamed"))
 
 
+def test_a_renamed_dataset_continues_its_cache(tmp_path: Path) -> None:
+    for folder in (tmp_path / "undisturbed", tmp_path / "renamed"):
+        writing = writer(folder)
+        fill(writing, range(1))
+        if folder.name == "renamed":
+            renamed = dataclasses.replace(MANIFEST, dataset="renamed")
+            writing = TokenCacheWriter(folder, renamed, IDS, images_per_shard=3)
+        fill(writing)
+        writing.finish()
+    assert content(tmp_path / "undisturbed") == content(tmp_path / "renamed")
+
+
 def test_missing_and_unfinished_caches_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(token_cache, "PATIENCE_SECONDS", 1)
-    with pytest.raises(TokenCacheError, match="no token cache.*extract_tokens.py"):
+    with pytest.raises(TokenCacheError, match="No token cache.*extract_tokens.py"):
         open_token_cache(tmp_path, MANIFEST)
     writing = writer(tmp_path / "mine")
     fill(writing, range(2))
@@ -302,7 +316,7 @@ def test_published_files_run_no_code(tmp_path: Path) -> None:
 
     torch.save({"mask_tokens": Evil(), "classes": [1]}, tmp_path / "1.pth")
     with pytest.raises(ImageReadError, match="1.pth"):
-        PublishedTokens(tmp_path, ["cat"]).read(1)
+        PublishedTokens(tmp_path, 1).read(1)
     assert not (tmp_path / "run").exists()
 
 
@@ -348,7 +362,10 @@ class FakeLocalizer(torch.nn.Module):
 
 
 def register_noise(folder: Path, name: str, count: int) -> None:
-    """Images of noise, each with a good box, one over the edge, one without area, and a crowd; every fifth has none."""
+    """Images of noise, each with a crowd, and boxes that are good, over the edge, without area.
+
+    Every fifth image has only the crowd.
+    """
     images: list[Any] = []
     annotations: list[Any] = []
     if not (folder / "ann.json").exists():
@@ -393,9 +410,12 @@ def test_extraction(noise: Path) -> None:
     assert len(cache) == 24
     # Batches do not cross the end of a shard; images without regions cost nothing.
     assert sum(localizer.calls) == 24 - 5 and max(localizer.calls) <= 3
-    read = cache.read(3)
-    # The crowd and the box without area are gone, and what hung over the edge (50 x 70 pixels) is
-    # cut off: boxes of [4.5, 6, 24.5, 36] and [30, 20, 50, 29] are left.
+    # Training sees the same regions: the crowd and the box without area are gone, and what hung
+    # over the edge (50 x 70 pixels) is cut off.
+    record = load_records("noise")[1]
+    x = RegionMapper(True, augmentations=[], token_caches={"noise": cache})(record)
+    assert x["image_id"] == 3 and torch.equal(x["mask_tokens"], cache.read(3))
+    assert x["instances"].gt_boxes.tensor.tolist() == [[4.5, 6, 24.5, 36], [30, 20, 50, 29]]
     assert cache.read(3)[:, 3:].tolist() == [[1, 1.5, 6, 9, 0.25], [7.5, 5, 12.5, 7.25, 0.25]]
     assert len(cache.read(0)) == 0
     assert cache.manifest.precision == "float32"

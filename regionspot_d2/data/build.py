@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
+_BY_CLASS = "RepeatFactorTrainingSampler"
 # Every worker holds the records. Polygons and the like, which nobody needs, would fill its memory.
 _ANNOTATION_KEYS = ("bbox", "bbox_mode", "category_id", "iscrowd")
 
@@ -71,8 +72,7 @@ def load_records(
         ) from error
     if with_annotations and "annotations" not in records[0]:
         raise ValueError(
-            f"The dataset '{dataset_name}' has no annotations; training and token extraction need "
-            "boxes."
+            f"The dataset '{dataset_name}' has no annotations; training and extraction need boxes."
         )
     num_classes = len(class_names(dataset_name))
     for record in records:
@@ -83,7 +83,7 @@ def load_records(
                     f"annotation of class {annotation['category_id']}; its {num_classes} classes "
                     f"are 0 to {num_classes - 1}."
                 )
-    return [_slim(record, dataset_name) for record in records]
+    return [{**_slim(record), "dataset_name": dataset_name} for record in records]
 
 
 def build_train_loader(cfg: CfgNode, *, first_iteration: int = 0) -> DataLoader:
@@ -107,14 +107,8 @@ def build_train_loader(cfg: CfgNode, *, first_iteration: int = 0) -> DataLoader:
     if not names or len(set(names)) < len(names):
         raise ValueError(f"DATASETS.TRAIN is {names}; one or more different datasets are expected.")
     caches = open_token_caches(cfg) if cfg.INPUT.TOKEN_CACHE else {}
-    parts = [
-        load_records(
-            name,
-            with_annotations=True,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        )
-        for name in names
-    ]
+    filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    parts = [load_records(name, with_annotations=True, filter_empty=filter_empty) for name in names]
     for name, records in zip(names, parts):
         logger.info(f"'{name}': {len(records)} images, {len(class_names(name))} classes.")
     factors = repeat_factors(cfg, parts)
@@ -124,7 +118,7 @@ def build_train_loader(cfg: CfgNode, *, first_iteration: int = 0) -> DataLoader:
     sampler: Sampler = (
         TrainingSampler(len(records), seed=seed)
         if factors is None
-        else _FastRepeatFactorSampler(factors, seed=seed)
+        else FastRepeatFactorSampler(factors, seed=seed)
     )
     loader = build_detection_train_loader(
         records,
@@ -200,26 +194,19 @@ def open_token_caches(cfg: CfgNode, localizer: nn.Module | None = None) -> dict[
 def repeat_factors(cfg: CfgNode, datasets: Sequence[Sequence[Record]]) -> Tensor | None:
     """How often each image is seen, relative to the rarest.
 
-    ``DATALOADER.SAMPLER_TRAIN: RepeatFactorTrainingSampler`` repeats images of rare classes within a dataset;
-    ``DATASETS.TRAIN_RATIOS`` then balances the datasets as wholes.
+    ``DATALOADER.SAMPLER_TRAIN: RepeatFactorTrainingSampler`` repeats images of rare classes within
+    a dataset; ``DATASETS.TRAIN_RATIOS`` then sets how often each dataset is seen.
 
     Args:
-        cfg: uses ``DATASETS`` and ``DATALOADER``.
         datasets: the records of each of ``DATASETS.TRAIN``.
 
     Returns:
         (records of all datasets,), float64, at least 1; None if all are seen equally often.
-
-    Raises:
-        ValueError: a config key is wrong.
     """
     names, ratios = list(cfg.DATASETS.TRAIN), list(cfg.DATASETS.TRAIN_RATIOS)
-    samplers = ("TrainingSampler", "RepeatFactorTrainingSampler")
-    if cfg.DATALOADER.SAMPLER_TRAIN not in samplers:
-        raise ValueError(
-            f"DATALOADER.SAMPLER_TRAIN is '{cfg.DATALOADER.SAMPLER_TRAIN}'; it must be one of "
-            f"{samplers}."
-        )
+    sampler, samplers = cfg.DATALOADER.SAMPLER_TRAIN, ("TrainingSampler", _BY_CLASS)
+    if sampler not in samplers:
+        raise ValueError(f"DATALOADER.SAMPLER_TRAIN is '{sampler}'; it must be one of {samplers}.")
     if ratios and (len(ratios) != len(names) or min(ratios) <= 0):
         raise ValueError(
             f"DATASETS.TRAIN_RATIOS is {ratios}; expected a positive number for each of the "
@@ -228,9 +215,9 @@ def repeat_factors(cfg: CfgNode, datasets: Sequence[Sequence[Record]]) -> Tensor
     repeated = list(cfg.DATALOADER.REPEAT_DATASETS) or names
     if not set(repeated) <= set(names):
         raise ValueError(
-            f"DATALOADER.REPEAT_DATASETS is {repeated}, which is not part of DATASETS.TRAIN, {names}."
+            f"DATALOADER.REPEAT_DATASETS is {repeated}, not a part of DATASETS.TRAIN, {names}."
         )
-    by_class = cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler"
+    by_class = sampler == _BY_CLASS
     if not ratios and not by_class:
         return None
     factors = []
@@ -257,7 +244,7 @@ class ResumableSampler(Sampler[int]):
         return itertools.islice(iter(self.sampler), self.skip, None)
 
 
-class _FastRepeatFactorSampler(RepeatFactorTrainingSampler):
+class FastRepeatFactorSampler(RepeatFactorTrainingSampler):
     """Detectron2's sampler without its loop, which takes many seconds for millions of images."""
 
     def _get_epoch_indices(self, generator: torch.Generator) -> Tensor:
@@ -266,11 +253,11 @@ class _FastRepeatFactorSampler(RepeatFactorTrainingSampler):
         return torch.arange(len(repeats)).repeat_interleave(repeats.long())
 
 
-def _slim(record: Record, dataset_name: str) -> Record:
-    record = {**record, "dataset_name": dataset_name}
-    if "annotations" in record:
-        record["annotations"] = [
-            {key: annotation[key] for key in _ANNOTATION_KEYS if key in annotation}
-            for annotation in record["annotations"]
-        ]
-    return record
+def _slim(record: Record) -> Record:
+    if "annotations" not in record:
+        return record
+    annotations = [
+        {key: annotation[key] for key in _ANNOTATION_KEYS if key in annotation}
+        for annotation in record["annotations"]
+    ]
+    return {**record, "annotations": annotations}

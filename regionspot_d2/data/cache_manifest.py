@@ -27,7 +27,7 @@ class TokenCacheError(ValueError):
 
 @dataclass(frozen=True)
 class CacheManifest:
-    """What the tokens of a cache were made from, and how. In a request, None and 0 accept any value.
+    """What the tokens of a cache were made from, and how. A request accepts any for None and 0.
 
     Attributes:
         dataset: its name, for messages; the same data may be registered under another name.
@@ -84,7 +84,7 @@ class CacheManifest:
 def cache_manifest(
     cfg: CfgNode, dataset_name: str, weights_sha256: str | None = None
 ) -> CacheManifest:
-    """What the cache of a registered dataset must be made from, according to ``MODEL.LOCALIZER``."""
+    """What the cache of a registered dataset must be made from to fit ``MODEL.LOCALIZER``."""
     json_file = MetadataCatalog.get(dataset_name).get("json_file")
     if json_file is not None:
         annotations_sha256 = sha256_of_file(json_file)

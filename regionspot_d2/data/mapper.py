@@ -30,11 +30,7 @@ class UnreadableImages:
     """Counts images that cannot be used, and stops the run when they are too many."""
 
     def __init__(self, max_share: float) -> None:
-        """
-        Args:
-            max_share: of the images that this process read, and a thousand more; 0 stops at the
-                first bad image.
-        """
+        """``max_share``: of the images read, and 1000 more; 0 stops at the first bad image."""
         self.max_share = max_share
         self.bad = 0
         self.good = 0
@@ -48,18 +44,18 @@ class UnreadableImages:
         logger.warning(f"Skipped an image ({self.bad} of {self.bad + self.good}): {error}")
         if self.bad > self.max_share * (self.bad + self.good + _IMAGES_OF_CREDIT):
             raise RuntimeError(
-                f"{self.bad} of {self.bad + self.good} images could not be used, which is more than "
-                f"DATALOADER.MAX_UNREADABLE_SHARE = {self.max_share:g} allows. The last: {error}"
+                f"{self.bad} of {self.bad + self.good} images could not be used, which is more "
+                f"than DATALOADER.MAX_UNREADABLE_SHARE = {self.max_share:g} allows. The last: "
+                f"{error}"
             ) from error
 
 
 class RegionMapper(DatasetMapper):
     """Detectron2's mapper for images with regions.
 
-    *Live*, it augments image and boxes together as ``INPUT`` says, and the model runs its localizer.
-    *Cached*, it adds the mask tokens of the annotated regions, and squashes the image to the square
-    that the vision-language model would squash it to, in the same way: the loss is that of live
-    mode without augmentation.
+    *Live*, it augments image and boxes together as ``INPUT`` says; the model runs its localizer.
+    *Cached*, it adds mask tokens from disk, and squashes the image to the square that the
+    vision-language model would squash it to: the loss is that of live mode without augmentation.
     """
 
     @configurable
@@ -76,7 +72,7 @@ class RegionMapper(DatasetMapper):
     ) -> None:
         """
         Args:
-            is_train: whether to use annotations, or proposals.
+            is_train: use annotations; otherwise proposals.
             augmentations: of image and boxes. Not used with a token cache.
             image_format: channel order, "RGB" or "BGR".
             precomputed_proposal_topk: how many of the best proposals to keep.
@@ -124,7 +120,7 @@ class RegionMapper(DatasetMapper):
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | None:
         """
         Args:
-            dataset_dict: a record in Detectron2's format; with ``dataset_name`` if there are caches.
+            dataset_dict: in Detectron2's format, with ``dataset_name`` if there are caches.
 
         Returns:
             The record with ``image`` (3, H, W), uint8, or float32 if squashed; in training

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,23 +17,16 @@ logger = logging.getLogger(__name__)
 
 
 class PublishedTokens:
-    """Reads a folder with a file ``<image id>.pth`` for each image.
+    """Reads a file ``<image id>.pth`` per image, with ``mask_tokens`` and 1-based ``classes``."""
 
-    A file is a dict of ``mask_tokens`` (R tokens) and ``classes`` (R ids, of which the first is 1).
-    """
-
-    def __init__(self, folder: str | os.PathLike[str], class_names: Sequence[str]) -> None:
-        self.folder = Path(folder)
-        self.num_classes = len(class_names)
+    def __init__(self, folder: str | os.PathLike[str], num_classes: int) -> None:
+        self.folder, self.num_classes = Path(folder), num_classes
 
     def read(self, image_id: int | str, classes: Tensor | None = None) -> Tensor:
-        """The tokens of one image's annotated regions.
+        """The tokens of one image, (R, token_dim) in the dtype of the file.
 
         Args:
-            classes: (R,) contiguous ids of the annotated regions, if they are to be compared.
-
-        Returns:
-            (R, token_dim), in the dtype of the file.
+            classes: (R,) of the annotated regions, if they are to be compared.
 
         Raises:
             ImageReadError: the file is missing or damaged, or not of these regions.
@@ -58,8 +50,8 @@ class PublishedTokens:
             )
         if classes is not None and stored.tolist() != classes.tolist():
             raise ImageReadError(
-                f"The published tokens of image {image_id!r} are of the classes {stored.tolist()}, "
-                f"but its annotations are of {classes.tolist()}: these are other regions."
+                f"The published tokens of the image {image_id!r} are of the classes "
+                f"{stored.tolist()}, its annotations of {classes.tolist()}: not the same regions."
             )
         return tokens
 
@@ -68,23 +60,20 @@ def has_tokens(root: str | os.PathLike[str], dataset_name: str) -> bool:
     """Whether a folder of caches has finished or published tokens of a dataset."""
     folder = Path(root) / dataset_name
     manifest = find_manifest(folder)
-    if manifest is None:
-        return next(folder.glob("*.pth"), None) is not None
-    return not manifest.missing_shards(folder)
+    return _is_published(folder) if manifest is None else not manifest.missing_shards(folder)
 
 
 def open_token_cache(root: str | os.PathLike[str], wanted: CacheManifest) -> TokenSource:
-    """Opens the tokens of ``wanted.dataset``, in the folder of that name below ``root``.
-
-    Raises:
-        TokenCacheError: they are missing or unfinished, or were not made from what is wanted.
-            Published files do not say what they were made from.
-    """
+    """Opens the tokens of a dataset in ``root``; raises a TokenCacheError if they do not fit."""
     folder = Path(root) / wanted.dataset
-    if find_manifest(folder) is None and next(folder.glob("*.pth"), None) is not None:
+    if find_manifest(folder) is None and _is_published(folder):
         logger.warning(f"'{folder}' holds published tokens; what made them cannot be checked.")
-        return PublishedTokens(folder, wanted.class_names)
+        return PublishedTokens(folder, len(wanted.class_names))
     return TokenCache(folder, wanted)
+
+
+def _is_published(folder: Path) -> bool:
+    return next(folder.glob("*.pth"), None) is not None
 
 
 TokenSource = TokenCache | PublishedTokens

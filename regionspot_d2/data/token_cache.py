@@ -34,7 +34,7 @@ from ..files import write_atomically
 from .cache_manifest import CacheManifest, TokenCacheError
 from .images import ImageReadError
 
-_FORMAT = 2
+_FORMAT, _HEADER = 2, "token_cache"
 _UNREADABLE = -1
 # How long a network disk may hide what another machine has written.
 PATIENCE_SECONDS = 60
@@ -48,7 +48,7 @@ class _Shard:
         self.path = path
         try:
             self._file = safe_open(path, framework="numpy")
-            header = json.loads(self._file.metadata()["token_cache"])
+            header = json.loads(self._file.metadata()[_HEADER])
             if header["format"] != _FORMAT:
                 raise ValueError(f"format {header['format']} instead of {_FORMAT}")
             names = tuple(header["manifest"].pop("class_names"))
@@ -102,11 +102,11 @@ class TokenCacheWriter:
         if times > 1:
             raise TokenCacheError(f"'{manifest.dataset}' has image id {image_id!r} more than once.")
         manifest = replace(manifest, token_dim=token_dim, num_images=len(image_ids))
-        if (existing := find_manifest(self.folder)) is not None:
+        existing = find_manifest(self.folder)
+        if existing is not None:
             problem = f"'{folder}' holds a token cache that cannot be continued:"
             existing.require(manifest, problem, "Give another folder, or delete this one.")
-            images_per_shard = existing.images_per_shard
-        self._manifest = replace(manifest, images_per_shard=images_per_shard)
+        self._manifest = existing or replace(manifest, images_per_shard=images_per_shard)
         self._paths = self._manifest.shard_paths(self.folder)
         self.num_shards = len(self._paths)
 
@@ -142,9 +142,8 @@ class TokenCacheWriter:
         header: dict[str, Any] = {"format": _FORMAT, "shard": shard, "image_ids": ids}
         header |= {"manifest": asdict(self._manifest), "sha256": _sha256(rows, counts)}
         # A single entry: safetensors writes several in random order, and bytes must not differ.
-        metadata = {"token_cache": json.dumps(header)}
         with write_atomically(self._paths[shard]) as file:
-            file.write(save({"tokens": rows, "counts": counts}, metadata))
+            file.write(save({"tokens": rows, "counts": counts}, {_HEADER: json.dumps(header)}))
 
     def finish(self) -> None:
         """Checks, once all processes are done, that the cache is whole; else TokenCacheError."""
@@ -157,10 +156,10 @@ class TokenCacheWriter:
 
 
 class TokenCache:
-    """Reads a cache. It is pickled as a path; processes share the pages of the files.
+    """Reads a finished cache. It is pickled as a path; processes share the pages of the files.
 
     Raises:
-        TokenCacheError: there is no finished cache, or it was not made from what is wanted.
+        TokenCacheError: there is none, or it was not made from what is wanted.
     """
 
     def __init__(self, folder: str | os.PathLike[str], wanted: CacheManifest | None = None) -> None:
@@ -168,26 +167,24 @@ class TokenCache:
         manifest = find_manifest(self.folder)
         if manifest is None:
             raise TokenCacheError(
-                f"There is no token cache in '{folder}'. tools/extract_tokens.py makes one."
+                f"No token cache in '{folder}'. tools/extract_tokens.py makes one."
             )
         self.manifest = manifest
-        if wanted is not None:
-            remedy = "Extract into another folder (tools/extract_tokens.py), or change the config."
-            manifest.require(wanted, f"The token cache '{folder}' does not match:", remedy)
+        remedy = "Extract into another folder (tools/extract_tokens.py), or change the config."
+        manifest.require(wanted or manifest, f"The token cache '{folder}' does not match:", remedy)
         paths = manifest.shard_paths(self.folder)
         if missing := manifest.missing_shards(self.folder):
             raise TokenCacheError(
-                f"The token cache '{folder}' is not finished: {len(missing)} of {len(paths)} shards "
-                f"are missing, the first is {missing[0]}. Run the extraction again to continue it."
+                f"The token cache '{folder}' is not finished: {len(missing)} of {len(paths)} shards"
+                f" are missing, the first is {missing[0]}. Start the extraction again to continue."
             )
         self._shards = [_Shard(path) for path in paths]
         for number, shard in enumerate(self._shards):
-            own = replace(shard.manifest, dataset=manifest.dataset)
-            if shard.number != number or own != manifest:
+            if (shard.number, shard.manifest) != (number, manifest):
                 raise TokenCacheError(f"'{shard.path}' is of another cache or place. {_REMEDY}")
         # Sorted arrays, because forked workers would copy a dict of millions of ids.
         ids = np.concatenate([shard.image_ids for shard in self._shards])
-        self._places = np.argsort(ids, kind="stable")
+        self._places = np.argsort(ids)
         self._ids = ids[self._places]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -225,7 +222,8 @@ class TokenCache:
         if classes is not None and len(classes) != len(tokens):
             raise TokenCacheError(
                 f"The token cache '{self.folder}' has tokens of {len(tokens)} regions of the image "
-                f"{image_id!r}, which has {len(classes)} annotated regions. Extract it again."
+                f"{image_id!r}, which has {len(classes)} annotated regions. Delete the cache and "
+                "extract the tokens again (tools/extract_tokens.py)."
             )
         return tokens
 
@@ -234,8 +232,7 @@ def find_manifest(folder: Path) -> CacheManifest | None:
     """The manifest of a cache, finished or not."""
     if (folder / "manifest.json").exists():
         raise TokenCacheError(
-            f"'{folder}' holds a token cache of an earlier version. Delete it, and extract the "
-            "tokens again (tools/extract_tokens.py)."
+            f"'{folder}' is of an earlier version. Delete it and run tools/extract_tokens.py again."
         )
     path = next(folder.glob("shard-*.safetensors"), None)
     return None if path is None else _Shard(path).manifest

@@ -53,21 +53,18 @@ def extract_tokens(
     Args:
         cfg: ``MODEL.LOCALIZER`` is written down with the tokens; ``DATALOADER`` has the number of
             workers and the share of images that may be unreadable.
-        localizer: called as ``localizer(images, boxes, with_masks=False)``, on its device, see
-            :class:`~regionspot_d2.modeling.localizer.Localizer`.
-        root: folder of caches, for ``INPUT.TOKEN_CACHE``, on a disk that all machines share. The
-            dataset gets a folder in it.
-        images_per_batch: for the localizer. Images of a batch share rounding errors, so another
-            number may change the last digit of a token.
-        images_per_shard: by default 1024, or fewer for a small dataset, so that many processes have
-            shards to write.
+        localizer: called as ``localizer(images, boxes, with_masks=False)``, on its device.
+        root: for ``INPUT.TOKEN_CACHE``, on a disk that all machines share; gets a folder named
+            after the dataset.
+        images_per_batch: for the localizer; another number may change the last digit of a token.
+        images_per_shard: by default 1024, or fewer where there are few images to share out.
         amp: whether the localizer runs under autocast, in float16 on a GPU.
 
     Returns:
         The finished cache.
 
     Raises:
-        ValueError: the dataset has no annotations, or one of a class that it does not have.
+        ValueError: see :func:`~regionspot_d2.data.build.load_records`.
         TokenCacheError: the folder holds tokens of something else.
         RuntimeError: too many images cannot be read.
     """
@@ -78,8 +75,7 @@ def extract_tokens(
         cache_manifest(cfg, dataset_name, module_fingerprint(localizer)),
         precision=str(autocast.fast_dtype if amp else torch.float32).removeprefix("torch."),
     )
-    folder = Path(root) / dataset_name
-    token_dim: Any = localizer.token_dim
+    folder, token_dim = Path(root) / dataset_name, int(localizer.token_dim)
     writer = TokenCacheWriter(
         folder,
         manifest,
@@ -92,8 +88,8 @@ def extract_tokens(
     comm.synchronize()
     mine = missing[comm.get_rank() :: comm.get_world_size()]
     logger.info(
-        f"'{dataset_name}': {len(missing)} of {writer.num_shards} shards are missing, {len(mine)} of "
-        "them for this process."
+        f"'{dataset_name}': {len(missing)} of {writer.num_shards} shards are missing; this process "
+        f"writes {len(mine)}."
     )
     batches = [
         list(images[first : first + images_per_batch])
@@ -162,7 +158,7 @@ def _run(
 
 
 class _ExtractionMapper:
-    """Training's mapper without augmentation, so that tokens are of the regions that it will see."""
+    """Training's mapper without augmentation: the regions are those that training will see."""
 
     def __init__(self) -> None:
         self.mapper = RegionMapper(True, augmentations=[])

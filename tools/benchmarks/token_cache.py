@@ -27,7 +27,7 @@ _CLASS_NAMES = tuple(f"class {i}" for i in range(365))
 
 
 def write_both(folder: Path, images: int, regions: int, images_per_shard: int) -> int:
-    """Writes ``folder/cache`` and ``folder/files``, with 1 to ``2 * regions - 1`` regions per image.
+    """Writes ``folder/cache`` and ``folder/files``: ``regions`` per image on average.
 
     Returns:
         The number of regions.
@@ -84,7 +84,7 @@ def compare(folder: Path, images: int, regions: int, images_per_shard: int) -> N
     """Prints sizes, times and their ratio."""
     total = write_both(folder, images, regions, images_per_shard)
     cache = TokenCache(folder / "cache")
-    files = PublishedTokens(folder / "files", _CLASS_NAMES)
+    files = PublishedTokens(folder / "files", len(_CLASS_NAMES))
     order = list(range(images))
     random.Random(0).shuffle(order)
     print(f"{images} images, {total} regions, {torch.get_num_threads()} thread(s)")
