@@ -17,7 +17,7 @@ SIZES = ((64, 48), (50, 70), (40, 40), (80, 60))
 
 
 def write_images(folder: Path, names: list[str]) -> list[dict[str, Any]]:
-    """Writes an image of noise per name; returns the entries of ``images`` with the ids 1, 2, ..."""
+    """Writes an image of noise per name; returns COCO's ``images`` with the ids 1, 2, ..."""
     entries = []
     for index, (name, (width, height)) in enumerate(zip(names, SIZES), start=1):
         path = folder / name
@@ -31,7 +31,7 @@ def write_images(folder: Path, names: list[str]) -> list[dict[str, Any]]:
 def annotation(
     number: int, image_id: int, box: list[float], category: int = 1, **more: Any
 ) -> dict:
-    """A COCO annotation with all that the evaluation needs; ``box`` is XYWH."""
+    """A COCO annotation with all that evaluation needs; ``box`` is XYWH."""
     x, y, w, h = box
     return {
         "id": number,
@@ -46,7 +46,11 @@ def annotation(
 
 
 def write_coco(folder: Path) -> tuple[str, str]:
-    """Four images: two boxes, one box and a crowd, none, one box. Returns the json and the image folder."""
+    """Four images: two boxes, one box and a crowd, none, one box.
+
+    Returns:
+        The json file and the image folder.
+    """
     images = write_images(folder / "images", [f"{n}.png" for n in "abcd"])
     annotations = [
         annotation(1, 1, [4.25, 6.5, 20.0, 30.75]),

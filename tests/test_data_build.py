@@ -21,8 +21,8 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 from regionspot_d2.data.build import (
+    FastRepeatFactorSampler,
     ResumableSampler,
-    _FastRepeatFactorSampler,
     build_test_loader,
     build_train_loader,
     load_records,
@@ -30,11 +30,13 @@ from regionspot_d2.data.build import (
     repeat_factors,
     start_at,
 )
+from regionspot_d2.data.cache_manifest import TokenCacheError, cache_manifest
 from regionspot_d2.data.datasets import register_coco_format
 from regionspot_d2.data.images import ImageReadError
 from regionspot_d2.data.mapper import RegionMapper, UnreadableImages, squash
 from regionspot_d2.data.proposals import Proposals, write_proposals
-from regionspot_d2.data.token_cache import PublishedTokens, TokenCacheError
+from regionspot_d2.data.published_tokens import PublishedTokens
+from regionspot_d2.data.token_cache import TokenCacheWriter
 from regionspot_d2.data.token_extraction import extract_tokens
 
 from .datasets_on_disk import SIZES, annotation, write_images
@@ -135,6 +137,23 @@ def test_crowds_and_boxes_without_area_are_left_out(register: Register) -> None:
     assert len(record["annotations"]) == 4  # the record is not touched
 
 
+def test_records_keep_only_what_the_loaders_need(register: Register) -> None:
+    register("one", 1)
+    assert "segmentation" in DatasetCatalog.get("one")[0]["annotations"][0]
+    for annotation_ in load_records("one")[0]["annotations"]:
+        assert set(annotation_) == {"bbox", "bbox_mode", "category_id", "iscrowd"}
+
+
+def test_tokens_of_other_regions_are_refused(register: Register, tmp_path: Path) -> None:
+    register("one", 4)
+    cfg = loader_cfg("one", batch=1, INPUT__TOKEN_CACHE=str(tmp_path / "tokens"))
+    folder = tmp_path / "tokens" / "one"
+    writer = TokenCacheWriter(folder, cache_manifest(cfg, "one"), range(4), images_per_shard=4)
+    writer.write_shard(0, [torch.zeros(3, 256)] * 4)
+    with pytest.raises(TokenCacheError, match="3 regions of the image .* has 2 annotated regions"):
+        next(iter(build_train_loader(cfg)))
+
+
 def test_images_without_annotations(register: Register) -> None:
     folder = register("one", 4)
     text = json.loads((folder / "ann.json").read_text())
@@ -230,7 +249,7 @@ def test_the_fast_sampler_gives_detectron2s_stream() -> None:
     factors = torch.tensor([1.0, 2.5, 1.2, 3.0])
     streams = [
         list(itertools.islice(iter(kind(factors, seed=3)), 50))
-        for kind in (RepeatFactorTrainingSampler, _FastRepeatFactorSampler)
+        for kind in (RepeatFactorTrainingSampler, FastRepeatFactorSampler)
     ]
     assert streams[0] == streams[1]
 
@@ -380,7 +399,7 @@ def test_a_cache_of_other_weights_is_refused(
     register("one", 4)
     cfg = loader_cfg("one", INPUT__TOKEN_CACHE=str(tmp_path / "tokens"))
     model = build_model(cfg)
-    with pytest.raises(TokenCacheError, match="no token cache"):
+    with pytest.raises(TokenCacheError, match="No token cache"):
         build_train_loader(cfg)
     extract_tokens(cfg, model.localizer, "one", tmp_path / "tokens")
     with torch.no_grad():
@@ -401,7 +420,7 @@ def test_published_tokens_take_boxes_from_the_annotations(
     for image_id, classes in ((0, [1, 1]), (1, [2, 1])):
         tokens = torch.full((2, 256), float(image_id))
         torch.save({"mask_tokens": tokens, "classes": classes}, tmp_path / f"{image_id}.pth")
-    caches = {"one": PublishedTokens(tmp_path, ["cat", "dog"])}
+    caches = {"one": PublishedTokens(tmp_path, 2)}
     mapper = RegionMapper(True, augmentations=[], token_caches=caches, cached_image_size=32)
     first, second = load_records("one")
     x = mapper(first)

@@ -1,4 +1,4 @@
-"""Images of every kind are read alike, or refused with the file's name and the reason."""
+"""Images of any kind are read alike, or refused with the file's name and the reason."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 from regionspot_d2.data.images import ImageReadError, read_image, to_rgb_array
 
-COLOURS = np.array(
+COLORS = np.array(
     [[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [90, 91, 92]], [[7, 8, 9], [1, 2, 3]]], np.uint8
 )
 
@@ -21,10 +21,10 @@ COLOURS = np.array(
 @pytest.mark.parametrize("extension", ["png", "bmp", "tiff", "webp"])
 def test_rgb_is_exact_and_writable(tmp_path: Path, extension: str) -> None:
     path = tmp_path / f"a.{extension}"
-    Image.fromarray(COLOURS).save(path, lossless=True)
+    Image.fromarray(COLORS).save(path, lossless=True)
     image = read_image(path)
     assert image.dtype == np.uint8
-    np.testing.assert_array_equal(image, COLOURS)
+    np.testing.assert_array_equal(image, COLORS)
     image[0] = 0
 
 
@@ -41,15 +41,15 @@ def test_exif_rotation_is_applied_once(tmp_path: Path, extension: str) -> None:
     assert shown[:12].min() > 250 and shown[20:].max() < 5
 
 
-def test_grey_and_one_bit(tmp_path: Path) -> None:
-    grey = np.array([[0, 100, 255]], np.uint8)
-    Image.fromarray(grey).save(tmp_path / "grey.png")
-    np.testing.assert_array_equal(read_image(tmp_path / "grey.png"), grey[..., None].repeat(3, 2))
-    Image.fromarray(grey > 50).save(tmp_path / "bit.png")
+def test_gray_and_one_bit(tmp_path: Path) -> None:
+    gray = np.array([[0, 100, 255]], np.uint8)
+    Image.fromarray(gray).save(tmp_path / "gray.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "gray.png"), gray[..., None].repeat(3, 2))
+    Image.fromarray(gray > 50).save(tmp_path / "bit.png")
     assert read_image(tmp_path / "bit.png")[0, :, 1].tolist() == [0, 255, 255]
 
 
-def test_16_bit_grey_is_scaled(tmp_path: Path) -> None:
+def test_16_bit_gray_is_scaled(tmp_path: Path) -> None:
     deep = np.array([[0, 257, 25700, 65535]], np.uint16)
     for name in ("deep.png", "deep.tiff"):
         Image.fromarray(deep).save(tmp_path / name)
@@ -87,7 +87,7 @@ def test_transparent_pixels_are_white(tmp_path: Path, mode: str) -> None:
     assert read_image(tmp_path / "a.png").tolist() == [[[0, 0, 0], [255, 255, 255]]]
 
 
-def test_half_transparent_black_is_grey(tmp_path: Path) -> None:
+def test_half_transparent_black_is_gray(tmp_path: Path) -> None:
     Image.new("RGBA", (1, 1), (0, 0, 0, 128)).save(tmp_path / "a.png")
     assert read_image(tmp_path / "a.png").tolist() == [[[127, 127, 127]]]
 

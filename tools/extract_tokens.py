@@ -4,9 +4,10 @@
     python tools/extract_tokens.py --config-file configs/regionspot_L.yaml --num-gpus 8 \
         --dataset objects365_v1_train --output datasets/mask_tokens/vit_b
 
-Training then reads them with ``INPUT.TOKEN_CACHE datasets/mask_tokens/vit_b``. Killed at any moment, the same command
-goes on where it stopped, with any number of processes. Without a GPU, ``--num-gpus`` counts processes on the CPU. On
-several machines (``--num-machines``, ``--machine-rank``, ``--dist-url``) the output is a folder that all of them see.
+Training then reads them with ``INPUT.TOKEN_CACHE datasets/mask_tokens/vit_b``. After a crash, the
+same command continues where it stopped, with any number of processes. Without a GPU,
+``--num-gpus`` counts processes on the CPU. With several machines (``--num-machines``,
+``--machine-rank``, ``--dist-url``) the output must be on a disk that they share.
 """
 
 from __future__ import annotations
@@ -34,18 +35,18 @@ def argument_parser() -> argparse.ArgumentParser:
         "--dataset", nargs="+", help="registered datasets; by default those of DATASETS.TRAIN"
     )
     parser.add_argument(
-        "--output", help="folder, gets one folder per dataset; by default INPUT.TOKEN_CACHE"
+        "--output", help="gets one folder per dataset; by default INPUT.TOKEN_CACHE"
     )
     parser.add_argument("--images-per-batch", type=int, default=1, help="for the localizer")
     parser.add_argument(
-        "--images-per-shard", type=int, help="what a kill loses at most; by default 1024 or fewer"
+        "--images-per-shard", type=int, help="how many a crash loses; by default 1024 or fewer"
     )
     parser.add_argument("--amp", action="store_true", help="run the localizer in half precision")
     return parser
 
 
 def main(args: argparse.Namespace, cfg: CfgNode) -> None:
-    """What each process does."""
+    """Runs in each process."""
     setup_logger(distributed_rank=comm.get_rank())
     setup_logger(distributed_rank=comm.get_rank(), name="regionspot_d2")
     register_coco_format(cfg.DATASETS.COCO_FORMAT)
@@ -71,7 +72,7 @@ def invoke_main(arguments: list[str] | None = None) -> None:
     if args.output:
         opts += ["INPUT.TOKEN_CACHE", args.output]
     try:
-        # What a config of training evaluates need not be there yet.
+        # The datasets that the config evaluates on may be missing.
         cfg = load_config(args.config_file, opts, testing=False)
         if not cfg.INPUT.TOKEN_CACHE:
             raise ConfigError("INPUT.TOKEN_CACHE is empty; --output says where the tokens go.")
@@ -82,7 +83,7 @@ def invoke_main(arguments: list[str] | None = None) -> None:
             machine_rank=args.machine_rank,
             dist_url=args.dist_url,
             args=(args, cfg),
-            # A process that is through with its shards waits for the slowest one.
+            # A process that has written its shards waits for the slowest one.
             timeout=datetime.timedelta(days=1),
         )
     except (ConfigError, TokenCacheError, WeightsNotFoundError) as error:

@@ -1,4 +1,4 @@
-"""Train and test loaders: Detectron2's builders and samplers, over datasets with vocabularies of their own."""
+"""Train and test loaders: Detectron2's builders and samplers, each dataset with its own classes."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
+from ..files import module_fingerprint
+from .cache_manifest import cache_manifest
 from .datasets import class_names
 from .mapper import RegionMapper
 from .proposals import attach_proposals
-from .token_cache import (
-    AnyTokenCache,
-    TokenCache,
-    cache_manifest,
-    module_sha256,
-    open_token_cache,
-)
+from .published_tokens import TokenSource, open_token_cache
 
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
+
+_BY_CLASS = "RepeatFactorTrainingSampler"
+# Every worker holds the records. Polygons and the like, which nobody needs, would fill its memory.
+_ANNOTATION_KEYS = ("bbox", "bbox_mode", "category_id", "iscrowd")
 
 
 def load_records(
@@ -45,17 +45,16 @@ def load_records(
     """Loads a dataset and checks its classes.
 
     Args:
-        dataset_name: a registered dataset.
-        with_annotations: whether the dataset must have any.
-        filter_empty: whether images without annotations, or with crowds alone, are left out.
+        with_annotations: whether the dataset must have annotations.
+        filter_empty: whether to leave out images without annotations, or with crowds only.
         proposal_file: a proposal file, or ``ground_truth://<dataset>``.
 
     Returns:
-        Records in Detectron2's format, each with ``dataset_name``.
+        Records in Detectron2's format with ``dataset_name``; of annotations only boxes and classes.
 
     Raises:
-        ValueError: the dataset has no annotations; or naming the first annotation whose class the dataset has not, or
-            the first image without proposals.
+        ValueError: the dataset has no annotations, or one of a class that it does not have; or the
+            proposal file lacks an image.
     """
     # One at a time: Detectron2 refuses to load datasets of different classes together.
     records = get_detection_dataset_dicts(
@@ -65,71 +64,63 @@ def load_records(
         records = attach_proposals(records, proposal_file, dataset_name)
     if with_annotations and "annotations" not in records[0]:
         raise ValueError(
-            f"The dataset '{dataset_name}' has no annotations; training and token extraction need boxes."
+            f"The dataset '{dataset_name}' has no annotations; training and extraction need boxes."
         )
     num_classes = len(class_names(dataset_name))
     for record in records:
         for annotation in record.get("annotations", ()):
             if not 0 <= annotation["category_id"] < num_classes:
                 raise ValueError(
-                    f"The image {record['image_id']!r} of the dataset '{dataset_name}' has an annotation of class "
-                    f"{annotation['category_id']}; its {num_classes} classes are 0 to {num_classes - 1}."
+                    f"The image {record['image_id']!r} of the dataset '{dataset_name}' has an "
+                    f"annotation of class {annotation['category_id']}; its {num_classes} classes "
+                    f"are 0 to {num_classes - 1}."
                 )
-    return [{**record, "dataset_name": dataset_name} for record in records]
+    return [{**_slim(record), "dataset_name": dataset_name} for record in records]
 
 
 def build_train_loader(cfg: CfgNode, *, first_iteration: int = 0) -> DataLoader:
     """Builds an endless loader over all of ``DATASETS.TRAIN``; a batch may mix them.
 
-    An iteration sees the same images whatever the number of processes, and however often training was stopped and
-    resumed before it. (A random augmentation, or an image that had to be skipped, does not repeat itself.)
+    An iteration sees the same images whatever the number of processes, and however often training
+    was stopped and resumed before it. (Random augmentations and skipped images do not repeat.)
 
     Args:
-        cfg: ``DATASETS.TRAIN`` and ``TRAIN_RATIOS``, ``DATALOADER``, ``INPUT`` and ``SEED`` matter.
+        cfg: uses ``DATASETS.TRAIN`` and ``TRAIN_RATIOS``, ``DATALOADER``, ``INPUT`` and ``SEED``.
         first_iteration: number of the first batch; see :func:`start_at`.
 
     Returns:
-        A loader of lists of dicts, see :class:`~regionspot_d2.data.mapper.RegionMapper`. Each has ``dataset_name``.
+        A loader of lists of dicts, see :class:`~regionspot_d2.data.mapper.RegionMapper`.
 
     Raises:
-        ValueError: a config key does not fit, or a dataset cannot be trained on.
+        ValueError: a config key is wrong, or a dataset cannot be trained on.
+        TokenCacheError: see :func:`open_token_caches`.
     """
     names = list(cfg.DATASETS.TRAIN)
     if not names or len(set(names)) < len(names):
         raise ValueError(f"DATASETS.TRAIN is {names}; one or more different datasets are expected.")
     caches = open_token_caches(cfg) if cfg.INPUT.TOKEN_CACHE else {}
-    parts = [
-        load_records(
-            name,
-            with_annotations=True,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        )
-        for name in names
-    ]
+    filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    parts = [load_records(name, with_annotations=True, filter_empty=filter_empty) for name in names]
     for name, records in zip(names, parts):
         logger.info(f"'{name}': {len(records)} images, {len(class_names(name))} classes.")
     factors = repeat_factors(cfg, parts)
-    # Our caches know regions better than the annotations, which would fill the memory of every process.
-    for part, name in enumerate(names):
-        if isinstance(caches.get(name), TokenCache):
-            parts[part] = [_without_annotations(record) for record in parts[part]]
     records = list(itertools.chain.from_iterable(parts))
-    # Without a seed in the config a fixed one: a resumed run has to find the same order.
+    # Fixed where the config has no seed, so that a resumed run finds the same order.
     seed = max(cfg.SEED, 0)
     sampler: Sampler = (
         TrainingSampler(len(records), seed=seed)
         if factors is None
-        else _FastRepeatFactorSampler(factors, seed=seed)
+        else FastRepeatFactorSampler(factors, seed=seed)
     )
     loader = build_detection_train_loader(
         records,
         mapper=RegionMapper(cfg, True, token_caches=caches),
         sampler=ResumableSampler(sampler),
         total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
-        # Every image ends as the same square; grouping would only stir the order.
+        # All images end as the same square; grouping would only change their order.
         aspect_ratio_grouping=False,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
-        # The seeds of the workers, apart from the random numbers of the model.
+        # For the workers; it leaves the model's random numbers alone.
         seed=seed + comm.get_rank(),
     )
     start_at(loader, first_iteration)
@@ -140,29 +131,28 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
     """Builds a loader that gives every image of a dataset once, spread over the processes.
 
     Args:
-        cfg: with ``MODEL.LOAD_PROPOSALS``, ``DATASETS.PROPOSAL_FILES_TEST`` names a file for each of
-            ``DATASETS.TEST``. ``TEST.IMS_PER_BATCH`` images are in a batch.
-        dataset_name: a registered dataset.
+        cfg: uses ``TEST.IMS_PER_BATCH``; with ``MODEL.LOAD_PROPOSALS``,
+            ``DATASETS.PROPOSAL_FILES_TEST`` names a file for each of ``DATASETS.TEST``.
 
     Returns:
-        A loader of lists of dicts, see :class:`~regionspot_d2.data.mapper.RegionMapper`. Each has ``dataset_name``.
+        A loader of lists of dicts, see :class:`~regionspot_d2.data.mapper.RegionMapper`.
 
     Raises:
-        ValueError: there is no proposal file for the dataset, or it lacks an image.
+        ValueError: the dataset has no proposal file, or the file lacks an image.
     """
     proposal_file = None
     if cfg.MODEL.LOAD_PROPOSALS:
         files = dict(zip(cfg.DATASETS.TEST, cfg.DATASETS.PROPOSAL_FILES_TEST))
         if dataset_name not in files:
             raise ValueError(
-                f"MODEL.LOAD_PROPOSALS is on, but DATASETS.PROPOSAL_FILES_TEST has no file for '{dataset_name}': "
-                f"DATASETS.TEST is {list(cfg.DATASETS.TEST)} and the files are "
+                "MODEL.LOAD_PROPOSALS is on, but DATASETS.PROPOSAL_FILES_TEST has no file for "
+                f"'{dataset_name}': DATASETS.TEST is {list(cfg.DATASETS.TEST)} and the files are "
                 f"{list(cfg.DATASETS.PROPOSAL_FILES_TEST)}, one for each in the same order."
             )
         proposal_file = files[dataset_name]
     records = load_records(dataset_name, proposal_file=proposal_file)
     return build_detection_test_loader(
-        [_without_annotations(record) for record in records],
+        [{k: v for k, v in record.items() if k != "annotations"} for record in records],
         mapper=RegionMapper(cfg, False),
         batch_size=cfg.TEST.IMS_PER_BATCH,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
@@ -170,28 +160,23 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
 
 
 def start_at(loader: DataLoader, iteration: int) -> None:
-    """Lets a train loader begin where an interrupted training stopped, before its first batch is taken.
-
-    Args:
-        loader: from :func:`build_train_loader`.
-        iteration: number of the next batch, 0 for the first of all.
-    """
+    """Lets a train loader, before its first batch is taken, begin at a later iteration."""
     stream: Any = loader.dataset
     assert loader.batch_size is not None
     stream.sampler.skip = iteration * loader.batch_size
 
 
-def open_token_caches(cfg: CfgNode, localizer: nn.Module | None = None) -> dict[str, AnyTokenCache]:
-    """Opens the token caches of ``DATASETS.TRAIN``.
+def open_token_caches(cfg: CfgNode, localizer: nn.Module | None = None) -> dict[str, TokenSource]:
+    """Opens the tokens of each of ``DATASETS.TRAIN``, in the folder ``INPUT.TOKEN_CACHE``.
 
     Args:
-        cfg: ``INPUT.TOKEN_CACHE`` is their folder; they must fit ``MODEL.LOCALIZER`` and the datasets.
+        cfg: the tokens must fit its ``MODEL.LOCALIZER``.
         localizer: if given, its weights must be those that made the tokens.
 
     Raises:
-        TokenCacheError: a cache is missing, unfinished, or does not fit.
+        TokenCacheError: tokens are missing or unfinished, or do not fit.
     """
-    weights = None if localizer is None else module_sha256(localizer)
+    weights = None if localizer is None else module_fingerprint(localizer)
     return {
         name: open_token_cache(cfg.INPUT.TOKEN_CACHE, cache_manifest(cfg, name, weights))
         for name in cfg.DATASETS.TRAIN
@@ -201,36 +186,30 @@ def open_token_caches(cfg: CfgNode, localizer: nn.Module | None = None) -> dict[
 def repeat_factors(cfg: CfgNode, datasets: Sequence[Sequence[Record]]) -> Tensor | None:
     """How often each image is seen, relative to the rarest.
 
-    ``DATALOADER.SAMPLER_TRAIN: RepeatFactorTrainingSampler`` repeats images of rare classes within a dataset;
-    ``DATASETS.TRAIN_RATIOS`` then balances the datasets as wholes.
+    ``DATALOADER.SAMPLER_TRAIN: RepeatFactorTrainingSampler`` repeats images of rare classes within
+    a dataset; ``DATASETS.TRAIN_RATIOS`` then sets how often each dataset is seen.
 
     Args:
-        cfg: a config.
         datasets: the records of each of ``DATASETS.TRAIN``.
 
     Returns:
-        A factor, at least 1, for each record, or None if all are seen alike.
-
-    Raises:
-        ValueError: a config key does not fit.
+        (records of all datasets,), float64, at least 1; None if all are seen equally often.
     """
     names, ratios = list(cfg.DATASETS.TRAIN), list(cfg.DATASETS.TRAIN_RATIOS)
-    samplers = ("TrainingSampler", "RepeatFactorTrainingSampler")
-    if cfg.DATALOADER.SAMPLER_TRAIN not in samplers:
-        raise ValueError(
-            f"DATALOADER.SAMPLER_TRAIN is '{cfg.DATALOADER.SAMPLER_TRAIN}'; it must be one of {samplers}."
-        )
+    sampler, samplers = cfg.DATALOADER.SAMPLER_TRAIN, ("TrainingSampler", _BY_CLASS)
+    if sampler not in samplers:
+        raise ValueError(f"DATALOADER.SAMPLER_TRAIN is '{sampler}'; it must be one of {samplers}.")
     if ratios and (len(ratios) != len(names) or min(ratios) <= 0):
         raise ValueError(
-            f"DATASETS.TRAIN_RATIOS is {ratios}; a positive number for each of the {len(names)} datasets in "
-            "DATASETS.TRAIN is expected, or none at all."
+            f"DATASETS.TRAIN_RATIOS is {ratios}; expected a positive number for each of the "
+            f"{len(names)} datasets in DATASETS.TRAIN, or none at all."
         )
     repeated = list(cfg.DATALOADER.REPEAT_DATASETS) or names
     if not set(repeated) <= set(names):
         raise ValueError(
-            f"DATALOADER.REPEAT_DATASETS is {repeated}, which is not part of DATASETS.TRAIN, {names}."
+            f"DATALOADER.REPEAT_DATASETS is {repeated}, not a part of DATASETS.TRAIN, {names}."
         )
-    by_class = cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler"
+    by_class = sampler == _BY_CLASS
     if not ratios and not by_class:
         return None
     factors = []
@@ -247,17 +226,9 @@ def repeat_factors(cfg: CfgNode, datasets: Sequence[Sequence[Record]]) -> Tensor
 
 
 class ResumableSampler(Sampler[int]):
-    """An endless sampler that can begin later in its stream.
-
-    Attributes:
-        skip: how many indices of this process are left out.
-    """
+    """An endless, repeatable sampler that can begin later: ``skip`` of its indices are left out."""
 
     def __init__(self, sampler: Sampler[int]) -> None:
-        """
-        Args:
-            sampler: endless, and the same each time it is iterated.
-        """
         self.sampler = sampler
         self.skip = 0
 
@@ -265,8 +236,8 @@ class ResumableSampler(Sampler[int]):
         return itertools.islice(iter(self.sampler), self.skip, None)
 
 
-class _FastRepeatFactorSampler(RepeatFactorTrainingSampler):
-    """Detectron2's sampler without its loop over the images, which takes many seconds for some millions."""
+class FastRepeatFactorSampler(RepeatFactorTrainingSampler):
+    """Detectron2's sampler without its loop, which takes many seconds for millions of images."""
 
     def _get_epoch_indices(self, generator: torch.Generator) -> Tensor:
         chance = torch.rand(len(self._frac_part), generator=generator)
@@ -274,5 +245,11 @@ class _FastRepeatFactorSampler(RepeatFactorTrainingSampler):
         return torch.arange(len(repeats)).repeat_interleave(repeats.long())
 
 
-def _without_annotations(record: Record) -> Record:
-    return {key: value for key, value in record.items() if key != "annotations"}
+def _slim(record: Record) -> Record:
+    if "annotations" not in record:
+        return record
+    annotations = [
+        {key: annotation[key] for key in _ANNOTATION_KEYS if key in annotation}
+        for annotation in record["annotations"]
+    ]
+    return {**record, "annotations": annotations}

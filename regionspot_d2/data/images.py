@@ -1,4 +1,4 @@
-"""Image files of every kind become RGB arrays, or one clear error."""
+"""Reads image files of any kind as RGB arrays, or fails with one clear error."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from torch import Tensor
 
 ImageLike: TypeAlias = str | os.PathLike[str] | np.ndarray | Image.Image | Tensor
 
-# 16-bit grey, as PIL's versions and formats name it. "I" holds 32 bits, but is also how older PIL opens 16-bit PNG.
-_DEEP_GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+# 16-bit gray in PIL's versions and formats. "I" has 32 bits, but older PIL opens 16-bit PNG as "I".
+_DEEP_GRAY = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
 
 class ImageReadError(OSError):
-    """An image file is missing, or cannot be read; the message names the file and what is wrong."""
+    """An image file is missing or cannot be read; the message names the file and the reason."""
 
 
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """Reads an image file, upright as its EXIF data says, as :func:`to_rgb_array` describes.
+    """Reads an image file, or the first image of a file with several, with :func:`to_rgb_array`.
 
-    Files of several pictures give the first. PIL's guard against decompression bombs stays in place at its hard limit,
-    ``2 * PIL.Image.MAX_IMAGE_PIXELS`` (179 megapixels by default); its warning below that is silenced, since 100
-    megapixels are an ordinary aerial photo.
+    PIL's guard against decompression bombs stays in place at its hard limit of
+    ``2 * PIL.Image.MAX_IMAGE_PIXELS`` (179 megapixels by default). Its warning at half of that is
+    silenced, since an ordinary aerial photo has 100 megapixels.
 
     Args:
         path: a file, or a path of a scheme that Detectron2's ``PathManager`` knows.
@@ -37,14 +37,14 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
         A writable array (H, W, 3), uint8, RGB.
 
     Raises:
-        ImageReadError: the file is missing, empty, truncated, too large, or no image.
+        ImageReadError: the file is missing, empty, truncated, too large, or not an image.
     """
     name = os.fspath(path)
     try:
         with PathManager.open(name, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(file)
-            # Decode first: PIL turns TIFF files upright while it decodes, and forgets their orientation then.
+            # Decode first: PIL turns TIFF files upright as it decodes, and drops their orientation.
             image.load()
             return to_rgb_array(image)
     except FileNotFoundError as error:
@@ -53,7 +53,7 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
         raise ImageReadError(f"'{name}' is a folder; an image file is expected.") from error
     except Image.DecompressionBombError as error:
         raise ImageReadError(
-            f"The image file '{name}' is too large: {error} If the file can be trusted, raise "
+            f"The image file '{name}' is too large: {error} If you trust the file, raise "
             "PIL.Image.MAX_IMAGE_PIXELS."
         ) from error
     except UnidentifiedImageError as error:
@@ -63,24 +63,21 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
 
 
 def to_rgb_array(image: Image.Image) -> np.ndarray:
-    """Turns an opened image upright and into 8-bit RGB.
+    """Converts an image of any mode to 8-bit RGB, and applies its EXIF orientation.
 
-    Transparent pixels are laid over white: what they hide is often black or noise that no viewer shows. (Detectron2's
-    ``read_image`` shows what they hide.) 16-bit grey is scaled to 8 bits, not clipped, unless no value
-    is above 255: those are 8 bits already.
-
-    Args:
-        image: of any mode; its EXIF orientation is applied.
+    Transparent pixels become white: unlike Detectron2's ``read_image``, this does not reveal the
+    black or noise that is often below them. 16-bit gray is scaled to 8 bits, not clipped, unless
+    all values are at most 255: those are 8 bits already.
 
     Returns:
         A writable array (H, W, 3), uint8, RGB.
 
     Raises:
-        ValueError: the range of the pixel values is unknown (floats, 32-bit integers), or PIL has no way to RGB.
+        ValueError: pixels are floats or 32-bit integers of unknown range, or PIL cannot convert.
     """
     image = _apply_exif_orientation(image)
-    if image.mode in _DEEP_GREY:
-        image = _shallow_grey(image)
+    if image.mode in _DEEP_GRAY:
+        image = _shallow_gray(image)
     elif image.mode == "F":
         raise ValueError("its pixels are floats of unknown range; save it with 8 or 16 bits")
     elif image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
@@ -89,14 +86,14 @@ def to_rgb_array(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def _shallow_grey(image: Image.Image) -> Image.Image:
+def _shallow_gray(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.int32)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(
             "its pixels are 32-bit integers of unknown range; save it with 8 or 16 bits"
         )
-    # Tools of labels and of medical images save 8-bit values with more bits; scaled, they would all be black. The same
-    # for each mode: which of them a 16-bit PNG opens with depends on PIL's version.
+    # Labeling and medical tools save 8-bit values with 16 bits; scaled, these would all be black.
+    # All modes are treated alike, because PIL's version decides which one a 16-bit PNG opens with.
     if values.max() > 255:
         values = (values + 128) // 257
     return Image.fromarray(values.astype(np.uint8))
@@ -106,7 +103,7 @@ def _unidentified(name: str) -> str:
     with PathManager.open(name, "rb") as file:
         if not file.read(1):
             return f"The image file '{name}' is empty."
-    return f"The file '{name}' is not an image, or of a format that PIL cannot read."
+    return f"The file '{name}' is not an image, or its format is unknown to PIL."
 
 
 def as_image_tensor(image: ImageLike, channels: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""From a record of a dataset to the dict a model takes: image, regions, and mask tokens if they are on disk."""
+"""From a record of a dataset to the dict that a model takes: image, regions, cached mask tokens."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Instances
 from torch import Tensor
 
 from .images import ImageReadError, read_image
-from .token_cache import AnyTokenCache
+from .published_tokens import TokenSource
 
 logger = logging.getLogger(__name__)
 
-# So many images are taken as read and good before the first, or a single bad one would be a large share.
+# The share starts as if so many good images had been read, or the first bad one would be too many.
 _IMAGES_OF_CREDIT = 1000
 
 
@@ -30,11 +30,7 @@ class UnreadableImages:
     """Counts images that cannot be used, and stops the run when they are too many."""
 
     def __init__(self, max_share: float) -> None:
-        """
-        Args:
-            max_share: of the images read by this process and a thousand more, so that the first bad image of a run
-                is not too many; 0 stops at the first.
-        """
+        """``max_share``: of the images read, and 1000 more; 0 stops at the first bad image."""
         self.max_share = max_share
         self.bad = 0
         self.good = 0
@@ -43,26 +39,23 @@ class UnreadableImages:
         self.good += 1
 
     def add_bad(self, error: Exception) -> None:
-        """Logs an image that is skipped.
-
-        Raises:
-            RuntimeError: too many have been.
-        """
+        """Logs a skipped image; raises a RuntimeError if there are too many."""
         self.bad += 1
         logger.warning(f"Skipped an image ({self.bad} of {self.bad + self.good}): {error}")
         if self.bad > self.max_share * (self.bad + self.good + _IMAGES_OF_CREDIT):
             raise RuntimeError(
-                f"{self.bad} of {self.bad + self.good} images could not be used, which is more than "
-                f"DATALOADER.MAX_UNREADABLE_SHARE = {self.max_share:g} allows. The last: {error}"
+                f"{self.bad} of {self.bad + self.good} images could not be used, which is more "
+                f"than DATALOADER.MAX_UNREADABLE_SHARE = {self.max_share:g} allows. The last: "
+                f"{error}"
             ) from error
 
 
 class RegionMapper(DatasetMapper):
     """Detectron2's mapper for images with regions.
 
-    *Live*, it reads the image, augments image and boxes together as ``INPUT`` says, and the model runs its localizer.
-    *Cached*, mask tokens, boxes and classes come from disk, and the image is squashed here to the square that the
-    vision-language model would squash it to, in the same way: the loss is that of live mode without augmentation.
+    *Live*, it augments image and boxes together as ``INPUT`` says; the model runs its localizer.
+    *Cached*, it adds mask tokens from disk, and squashes the image to the square that the
+    vision-language model would squash it to: the loss is that of live mode without augmentation.
     """
 
     @configurable
@@ -73,21 +66,21 @@ class RegionMapper(DatasetMapper):
         augmentations: list[T.Augmentation | T.Transform],
         image_format: str = "RGB",
         precomputed_proposal_topk: int | None = None,
-        token_caches: Mapping[str, AnyTokenCache] | None = None,
+        token_caches: Mapping[str, TokenSource] | None = None,
         cached_image_size: int = 0,
         max_unreadable_share: float | None = None,
     ) -> None:
         """
         Args:
-            is_train: whether annotations are used, or proposals.
-            augmentations: of image and boxes, without a token cache.
+            is_train: use annotations; otherwise proposals.
+            augmentations: of image and boxes. Not used with a token cache.
             image_format: channel order, "RGB" or "BGR".
-            precomputed_proposal_topk: best proposals to keep, if the records have any.
-            token_caches: by the name of a dataset, in training. Records of its images then need no annotations,
-                except with tokens in the published layout.
-            cached_image_size: side S of the square that images are squashed to where a cache is used; 0 leaves them.
-            max_unreadable_share: share of the images that may be skipped, see :class:`UnreadableImages`; None raises
-                the error of the first.
+            precomputed_proposal_topk: how many of the best proposals to keep.
+            token_caches: for training, by the name of the dataset.
+            cached_image_size: side of the square that images are squashed to where a cache is used;
+                0 leaves them as they are.
+            max_unreadable_share: of images that may be skipped, see :class:`UnreadableImages`; None
+                raises the first error.
         """
         super().__init__(
             is_train,
@@ -109,7 +102,7 @@ class RegionMapper(DatasetMapper):
         cfg: CfgNode,
         is_train: bool = True,
         *,
-        token_caches: Mapping[str, AnyTokenCache] | None = None,
+        token_caches: Mapping[str, TokenSource] | None = None,
     ) -> dict[str, Any]:
         if token_caches:
             _refuse_augmentation(cfg)
@@ -127,18 +120,19 @@ class RegionMapper(DatasetMapper):
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | None:
         """
         Args:
-            dataset_dict: a record in Detectron2's format, with ``dataset_name`` if there are token caches.
+            dataset_dict: in Detectron2's format, with ``dataset_name`` if there are caches.
 
         Returns:
-            The record with ``image`` (3, H, W), uint8, or float32 if squashed; in training ``instances`` with
-            ``gt_boxes`` (XYXY, pixels of ``image``) and ``gt_classes``, and from a cache ``mask_tokens``
-            (R, token_dim); else ``proposals`` if the record has boxes of them. None in place of an image that is
-            skipped: Detectron2's ``MapDataset`` then takes another.
+            The record with ``image`` (3, H, W), uint8, or float32 if squashed; in training
+            ``instances`` with ``gt_boxes`` (XYXY, pixels of ``image``) and ``gt_classes``, and from
+            a cache ``mask_tokens`` (R, token_dim); else ``proposals`` if the record has some.
+            None for an image that is skipped: Detectron2's ``MapDataset`` then takes another.
 
         Raises:
             ImageReadError: the image cannot be read, and may not be skipped.
-            SizeMismatchError: the image has not the size its record says, and may not be skipped.
-            RuntimeError: too many images have been skipped.
+            SizeMismatchError: its size is not that of the record, and it may not be skipped.
+            RuntimeError: too many images were skipped.
+            TokenCacheError: the cache does not fit the annotations.
         """
         try:
             sample = self._map(copy.deepcopy(dataset_dict))
@@ -172,46 +166,28 @@ class RegionMapper(DatasetMapper):
         return x
 
     def _map_cached(
-        self, x: dict[str, Any], image: np.ndarray, cache: AnyTokenCache
+        self, x: dict[str, Any], image: np.ndarray, cache: TokenSource
     ) -> dict[str, Any]:
-        regions = cache.read(x["image_id"])
+        # Tokens were extracted for these very regions, from this method without augmentation. It
+        # drops crowds, clips boxes to the image, and drops those without area.
         height, width = image.shape[:2]
-        boxes = regions.boxes
-        if boxes is None:
-            boxes = self._annotated_boxes(x, (height, width), regions.classes)
-        x.pop("annotations", None)
+        self._transform_annotations(x, T.TransformList([]), (height, width))
+        instances = x["instances"]
+        x["mask_tokens"] = cache.read(x["image_id"], instances.gt_classes)
         x["image"] = _to_tensor(image)
         if self.cached_image_size:
-            x["image"] = squash(x["image"], self.cached_image_size)
-        size = (x["image"].shape[1], x["image"].shape[2])
-        instances = Instances(size)
-        instances.gt_boxes = Boxes(boxes)
-        instances.gt_boxes.scale(size[1] / width, size[0] / height)
-        instances.gt_classes = regions.classes
-        x["instances"] = instances
-        x["mask_tokens"] = regions.tokens
+            side = self.cached_image_size
+            x["image"] = squash(x["image"], side)
+            instances.gt_boxes.scale(side / width, side / height)
+            x["instances"] = Instances((side, side), **instances.get_fields())
         return x
-
-    def _annotated_boxes(
-        self, x: dict[str, Any], image_size: tuple[int, int], classes: Tensor
-    ) -> Tensor:
-        """Boxes of published tokens, which come without: those of the annotations, if the classes agree in order."""
-        self._transform_annotations(x, T.TransformList([]), image_size)
-        instances = x["instances"]
-        if instances.gt_classes.tolist() != classes.tolist():
-            raise ImageReadError(
-                f"The published tokens of the image {x['image_id']!r} are of the classes {classes.tolist()}, its "
-                f"annotations of {instances.gt_classes.tolist()}: not of the same regions."
-            )
-        return instances.gt_boxes.tensor
 
 
 def squash(image: Tensor, side: int) -> Tensor:
-    """Squashes an image to a square as the vision-language models do, which then leave it as it is.
+    """Squashes an image to a square, exactly as the vision-language models do.
 
     Args:
         image: (3, H, W), 0..255.
-        side: of the square.
 
     Returns:
         (3, side, side), float32, 0..255.
@@ -232,6 +208,6 @@ def _refuse_augmentation(cfg: CfgNode) -> None:
     ):
         if value != plain:
             raise ValueError(
-                f"{key} is {value!r}; with INPUT.TOKEN_CACHE it must be {plain!r}, because the tokens on disk are of "
-                "the image as it is."
+                f"{key} is {value!r}; with INPUT.TOKEN_CACHE it must be {plain!r}, because the "
+                "tokens on disk are of the image as it is."
             )

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from ..checkpoint import RegionSpotCheckpointer
 from ..data.build import build_test_loader, build_train_loader, open_token_caches, start_at
-from ..data.token_cache import has_tokens
+from ..data.published_tokens import has_tokens
 from ..data.token_extraction import extract_tokens
 from ..evaluation.build import build_evaluator
 from ..evaluation.report import write_report

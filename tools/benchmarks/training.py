@@ -34,13 +34,10 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 from PIL import Image
 
-from regionspot_d2.data.token_cache import (
-    CachedRegions,
-    TokenCacheWriter,
-    cache_manifest,
-    module_sha256,
-)
+from regionspot_d2.data.cache_manifest import cache_manifest
+from regionspot_d2.data.token_cache import TokenCacheWriter
 from regionspot_d2.engine import RegionSpotTrainer, load_config
+from regionspot_d2.files import module_fingerprint
 from regionspot_d2.modeling import RegionSpot
 from regionspot_d2.modeling.interfaces import LOCALIZER_REGISTRY
 
@@ -121,7 +118,7 @@ def write_data(args: argparse.Namespace, folder: Path) -> None:
     cfg = benchmark_config(args, folder)
     torch.manual_seed(cfg.SEED)  # random weights are those the trainer will make
     localizer = LOCALIZER_REGISTRY.get(cfg.MODEL.LOCALIZER.NAME)(cfg)
-    manifest = cache_manifest(cfg, "synthetic", module_sha256(localizer))
+    manifest = cache_manifest(cfg, "synthetic", module_fingerprint(localizer))
     writer = TokenCacheWriter(
         folder / "tokens" / "synthetic",
         manifest,
@@ -129,15 +126,8 @@ def write_data(args: argparse.Namespace, folder: Path) -> None:
         token_dim=localizer.token_dim,
         images_per_shard=_IMAGES,
     )
-    regions = []
-    for number in range(1, _IMAGES + 1):
-        own = [each for each in annotations if each["image_id"] == number]
-        boxes = torch.tensor([each["bbox"] for each in own], dtype=torch.float32)
-        boxes[:, 2:] += boxes[:, :2]
-        classes = torch.tensor([each["category_id"] - 1 for each in own])
-        tokens = torch.from_numpy(random.randn(len(own), localizer.token_dim)).half()
-        regions.append(CachedRegions(tokens, boxes, classes))
-    writer.write_shard(0, regions)
+    shape = args.boxes, localizer.token_dim
+    writer.write_shard(0, [torch.from_numpy(random.randn(*shape)) for _ in images])
     writer.finish()
 
 
