@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+# Real photos with boxes, where the checkout has them.
+TINYCOCO = Path(__file__).resolve().parents[2] / "shared" / "data" / "tinycoco"
+
 # (width, height) of the images 1, 2, ...
 SIZES = ((64, 48), (50, 70), (40, 40), (80, 60))
 
 
 def write_images(folder: Path, names: list[str]) -> list[dict[str, Any]]:
-    """Writes an image of noise per name; returns the entries of ``images`` with the ids 1, 2, ..."""
+    """Writes an image of noise per name; returns the entries of ``images``, with ids from 1."""
     entries = []
     for index, (name, (width, height)) in enumerate(zip(names, SIZES), start=1):
         path = folder / name
@@ -43,7 +46,11 @@ def annotation(
 
 
 def write_coco(folder: Path) -> tuple[str, str]:
-    """Four images: two boxes, one box and a crowd, none, one box. Returns the json and the image folder."""
+    """Writes four images: two boxes, one box and a crowd, none, one box.
+
+    Returns:
+        The json file and the image folder.
+    """
     images = write_images(folder / "images", [f"{n}.png" for n in "abcd"])
     annotations = [
         annotation(1, 1, [4.25, 6.5, 20.0, 30.75]),

@@ -1,4 +1,7 @@
-"""SamLocalizer: its tokens are stock SAM's, whatever the order, the chunks, the company or the kind of prompt."""
+"""SamLocalizer gives stock SAM's tokens.
+
+Neither the order of the prompts, nor the chunks, nor the prompts beside them, nor their kind matter.
+"""
 
 from __future__ import annotations
 

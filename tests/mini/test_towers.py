@@ -189,7 +189,7 @@ def test_an_unknown_vocabulary_is_named():
 
 
 class Quadrants(nn.Module):
-    """Sure of another class in each corner of the image; its features are the mean colours of the cells."""
+    """Sure of another class in each corner; its features are the mean colors of the cells."""
 
     stride = 2
     feature_dims = (3,)
