@@ -65,7 +65,7 @@ def commands(document: Path) -> list[tuple[str, ...]]:
 
 
 def script_commands() -> list[tuple[str, ...]]:
-    """The different commands of all documents that run a script of the repository, without python."""
+    """The commands of all documents that run a script, each once and without ``python``."""
     found = {
         tuple(words): None
         for document in DOCUMENTS

@@ -44,7 +44,7 @@ def write_shapes(folder: Path, images: int = 12) -> list[str]:
 
 
 def shapes_cfg(folder: Path) -> CfgNode:
-    """A config of tiny towers that trains for a few steps, and is tested, on shapes in ``folder``."""
+    """A config of tiny towers: a few steps on new shapes in ``folder``, and a test on them."""
     cfg = tiny_cfg()
     cfg.DATASETS.COCO_FORMAT = [write_shapes(folder / "data")]
     cfg.DATASETS.TRAIN = ("shapes",)

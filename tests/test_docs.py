@@ -9,7 +9,6 @@ import argparse
 import functools
 import re
 import runpy
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -167,7 +166,7 @@ def test_shell_blocks_are_read_as_bash_reads_them(tmp_path):
 def test_make_has_the_targets_and_variables(document):
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
-    # CUDA_HOME goes through make to Detectron2's build, DETECTRON2_SPEC to the script that builds it.
+    # Through make to the build of Detectron2.
     variables = {"CUDA_HOME", "DETECTRON2_SPEC"}
     variables |= set(re.findall(r"^([A-Z_0-9]+) \?=", makefile, re.MULTILINE))
     for command, *words in commands(document):

@@ -1,6 +1,6 @@
 """SamLocalizer gives stock SAM's tokens.
 
-Neither the order of the prompts, nor the chunks, nor the prompts beside them, nor their kind matter.
+The order of the prompts, the chunks, the prompts beside them and their kind do not matter.
 """
 
 from __future__ import annotations

@@ -260,6 +260,13 @@ def test_the_workflow_runs_targets_of_the_makefile_on_supported_pythons(metadata
     assert set(job["strategy"]["matrix"]["python"]) == named
 
 
+def test_lint_checks_line_length_complexity_and_the_types_of_torch() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for setting in ("line-length = 100", '"E501"', '"C90"', "max-complexity = 10"):
+        assert setting in text
+    assert "follow_imports" not in text and "ignore_errors" not in text
+
+
 def test_the_hooks_run_the_tools_of_make_lint() -> None:
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
     lint = re.findall(r"-m (black|isort|ruff|mypy) ", (ROOT / "Makefile").read_text("utf-8"))
