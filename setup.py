@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Declares the package. ``INSTALL.md`` says how to install it, and what to have before it."""
+"""Declares the package. ``INSTALL.md`` says how to install it, and what has to be there first."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 
 
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
 def get_version() -> str:
     """Reads ``__version__`` as text: the package imports torch, which a build does not have."""
-    text = (ROOT / "regionspot_d2" / "__init__.py").read_text(encoding="utf-8")
+    text = read("regionspot_d2/__init__.py")
     return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE).group(1)
 
 
-# Three packages are needed but not declared, because pip would put its own choice over a good one:
+# These are needed but not declared, because pip would replace a working one with its own choice:
 # * torch and torchvision: each CUDA version has its own build, and any working pair is right.
-# * detectron2: it is built against the torch that is there, and is on no package index by this name.
-# * OpenCV (`cv2`): opencv-python and opencv-python-headless are the same module; one of them only.
+# * detectron2: built against the torch that is there; no package index has it under this name.
+# * OpenCV (`cv2`): opencv-python and opencv-python-headless are one module; only one may be there.
 REQUIREMENTS = [
     "clip-anytorch>=2.6",  # the module `clip`
     "fvcore>=0.1.5",
@@ -50,11 +54,39 @@ EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement
 setup(
     name="regionspot_d2",
     version=get_version(),
-    description="RegionSpot for Detectron2: any region of an image, named with any words",
-    license="Apache-2.0",
+    description="RegionSpot for Detectron2: name any region of an image with any words",
+    long_description=read("README.md"),
+    long_description_content_type="text/markdown",
+    author="The regionspot_d2 authors",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    project_urls={
+        "Paper": "https://arxiv.org/abs/2311.01373",
+        "Detectron2": "https://detectron2.readthedocs.io",
+    },
+    keywords=[
+        "detectron2",
+        "open-vocabulary recognition",
+        "region recognition",
+        "segment anything",
+        "CLIP",
+    ],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     packages=find_packages(include=["regionspot_d2*"]),
-    package_data={"regionspot_d2": [f"**/*.{e}" for e in ("json", "md", "safetensors", "txt")]},
+    package_data={
+        "regionspot_d2": ["py.typed", *(f"**/*.{e}" for e in ("json", "md", "safetensors", "txt"))]
+    },
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
 )

@@ -7,6 +7,6 @@ from .config import add_regionspot_config
 from .modeling.wrapper import OpenVocabularyDetector, wrap
 from .predictor import RegionSpotPredictor
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["OpenVocabularyDetector", "RegionSpotPredictor", "add_regionspot_config", "wrap"]

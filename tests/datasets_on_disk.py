@@ -17,7 +17,7 @@ SIZES = ((64, 48), (50, 70), (40, 40), (80, 60))
 
 
 def write_images(folder: Path, names: list[str]) -> list[dict[str, Any]]:
-    """Writes an image of noise per name; returns COCO's ``images`` with the ids 1, 2, ..."""
+    """Writes an image of noise per name; returns the entries of ``images``, with ids from 1."""
     entries = []
     for index, (name, (width, height)) in enumerate(zip(names, SIZES), start=1):
         path = folder / name
@@ -46,7 +46,7 @@ def annotation(
 
 
 def write_coco(folder: Path) -> tuple[str, str]:
-    """Four images: two boxes, one box and a crowd, none, one box.
+    """Writes four images: two boxes, one box and a crowd, none, one box.
 
     Returns:
         The json file and the image folder.

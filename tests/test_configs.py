@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,9 @@ from regionspot_d2 import add_regionspot_config
 from regionspot_d2.engine import build_optimizer
 from regionspot_d2.files import WeightsNotFoundError
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+from .tools import ROOT, load_tool
+
+CONFIGS = ROOT / "configs"
 FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
 TRAINING = [name for name in FILES if Path(name).name.startswith("train_") or "ablations" in name]
 EVALUATION = [name for name in FILES if Path(name).name.startswith("eval_")]
@@ -177,10 +178,7 @@ def test_embedded_models_train():
 
 @pytest.mark.parametrize("name", ["train_tinycoco", "train_demo_quick"])
 def test_tokens_can_be_extracted_with_a_config_that_evaluates_too(name, tmp_path, monkeypatch):
-    tool = CONFIGS.parent / "tools" / "extract_tokens.py"
-    spec = importlib.util.spec_from_file_location("extract_tokens", tool)
-    extract_tokens = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(extract_tokens)
+    extract_tokens = load_tool("extract_tokens")
     asked = {}
     monkeypatch.setattr(extract_tokens, "launch", lambda *_, args, **__: asked.update(cfg=args[1]))
     # The data need not be there.

@@ -1,28 +1,28 @@
-"""The documents: their Python runs as printed, and the files they point to exist."""
+"""The documents.
+
+Their Python runs as printed, the options of their commands exist, and so do the files they name.
+"""
 
 from __future__ import annotations
 
+import argparse
+import functools
 import re
-from pathlib import Path
+import runpy
 
 import numpy as np
 import pytest
 import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
 from PIL import Image
 
+from regionspot_d2 import add_regionspot_config
 from regionspot_d2.files import WeightsNotFoundError
 
-from .test_roi_heads import MASK_RCNN, build_model, zoo_cfg
-
-ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = sorted(
-    [*ROOT.glob("*.md"), ROOT / "demo" / "README.md", ROOT / "datasets" / "README.md"]
-)
-
-
-def python_blocks(document: str) -> list[str]:
-    text = (ROOT / document).read_text(encoding="utf-8")
-    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+from .detectors import MASK_RCNN, zoo_cfg
+from .documents import COMMANDS, DOCUMENTS, commands, name_of, python_blocks
+from .tools import ROOT
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def run(blocks: list[str], names: dict) -> dict:
         for block in blocks:
             exec(compile(block, "example", "exec"), names)
     except WeightsNotFoundError as error:
-        pytest.skip(f"the packages of the mini model cannot be had: {error}")
+        pytest.skip(f"the packages of the mini model are missing: {error}")
     return names
 
 
@@ -71,12 +71,106 @@ def test_demo_readme(as_a_reader, capsys):
     assert len(lines) == 2 and all(re.match(r"(cat|dog|sofa) 0\.\d+", line) for line in lines)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_and_commands_name_files_that_exist(document):
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_links_scripts_and_configs_exist(document):
     text = document.read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", text):
         assert (document.parent / target).exists(), f"{document.name} points to {target}"
-    for command in re.findall(r"python ((?:tools|demo)/\w+\.py|train_net\.py)", text):
-        assert (ROOT / command).is_file(), f"{document.name} runs {command}"
+    for script in re.findall(r"(?<![\w/.-])(?:tools|demo)/[\w/]+\.py|train_net\.py", text):
+        assert (ROOT / script).is_file(), f"{document.name} names {script}"
     for config in re.findall(r"(?<![\w/])configs/[\w/]+\.yaml", text):
         assert (ROOT / config).is_file(), f"{document.name} names {config}"
+
+
+class Parsed(Exception):
+    """Ends a script once it has parsed its command line."""
+
+
+@pytest.fixture
+def stop_after_parsing(monkeypatch):
+    """Scripts end with ``Parsed`` as soon as their command line turned out to be right."""
+    depth = 0
+
+    def outermost_stops(parse):
+        @functools.wraps(parse)
+        def wrapped(*args, **kwargs):
+            nonlocal depth
+            depth += 1
+            try:
+                found = parse(*args, **kwargs)
+            finally:
+                depth -= 1
+            if depth == 0:
+                raise Parsed(found)
+            return found
+
+        return wrapped
+
+    for way in ("args", "known_args", "intermixed_args", "known_intermixed_args"):
+        parse = getattr(argparse.ArgumentParser, f"parse_{way}")
+        monkeypatch.setattr(argparse.ArgumentParser, f"parse_{way}", outermost_stops(parse))
+
+
+def parse(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace | None:
+    """What a script's own parser makes of a command line; None if it ends without one."""
+    script = ROOT / arguments[0]
+    monkeypatch.syspath_prepend(script.parent)  # as ``python script.py`` does
+    monkeypatch.setattr("sys.argv", arguments)
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except Parsed as parsed:
+        [found] = parsed.args
+        return found[0] if isinstance(found, tuple) else found
+    except SystemExit as end:
+        if end.code == 0 and "--help" in arguments:
+            return None
+        raise
+    assert len(arguments) == 1, f"{arguments[0]} reads no command line"
+    return None
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_options_of_commands_exist(command, stop_after_parsing, monkeypatch, capsys):
+    try:
+        args = parse(list(command), monkeypatch)
+    except SystemExit:
+        pytest.fail(capsys.readouterr().err.strip().splitlines()[-1])
+    cfg = get_cfg()
+    add_regionspot_config(cfg)
+    cfg.merge_from_list(vars(args or argparse.Namespace()).get("opts") or [])
+
+
+def test_a_wrong_option_is_found(stop_after_parsing, monkeypatch):
+    with pytest.raises(SystemExit):
+        parse(["tools/prepare_tinycoco.py", "--no-such-option"], monkeypatch)
+
+
+def test_shell_blocks_are_read_as_bash_reads_them(tmp_path):
+    document = tmp_path / "README.md"
+    document.write_text(
+        "```bash\n"
+        "KEYS=\"A.B ['x y']\"\n"
+        "python train_net.py \\\n    --resume $KEYS  # a comment\n"
+        "make test VENV=here\n"
+        "```\n"
+        "`tools/check_datasets.py --help` and `demo/demo.py`"
+    )
+    assert commands(document) == [
+        ("python", "train_net.py", "--resume", "A.B", "['x", "y']"),
+        ("make", "test", "VENV=here"),
+        ("python", "tools/check_datasets.py", "--help"),
+    ]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_make_has_the_targets_and_variables(document):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    # Through make to the build of Detectron2.
+    variables = {"CUDA_HOME", "DETECTRON2_SPEC"}
+    variables |= set(re.findall(r"^([A-Z_0-9]+) \?=", makefile, re.MULTILINE))
+    for command, *words in commands(document):
+        if command == "make":
+            named = {word.partition("=")[0] for word in words if "=" in word}
+            assert named <= variables
+            assert {word for word in words if "=" not in word} <= targets

@@ -1,4 +1,4 @@
-"""The published model's arrays, reproduced from the same tiny random weights (tests/golden/README.md)."""
+"""The published model's arrays, from the same tiny random weights (tests/golden/README.md)."""
 
 from __future__ import annotations
 

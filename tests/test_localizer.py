@@ -1,4 +1,7 @@
-"""SamLocalizer: its tokens are stock SAM's, whatever the order, the chunks, the company or the kind of prompt."""
+"""SamLocalizer gives stock SAM's tokens.
+
+The order of the prompts, the chunks, the prompts beside them and their kind do not matter.
+"""
 
 from __future__ import annotations
 

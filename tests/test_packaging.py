@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
-import importlib.util
 import re
 import shutil
 import subprocess
@@ -14,12 +13,14 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 from detectron2.config import get_cfg
 
 import regionspot_d2
 from regionspot_d2 import add_regionspot_config
 
-ROOT = Path(__file__).resolve().parent.parent
+from .tools import ROOT, load_tool
+
 PACKAGE = ROOT / "regionspot_d2"
 
 # Needed, but left to the user: setup.py says why.
@@ -38,13 +39,13 @@ OPTIONAL_MODULES = {"lvis", "supervision", "transformers", "onnx", "onnxruntime"
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package as `setup.py` builds it, in a Python whose torch and detectron2 fail to import."""
+    """The package as `setup.py` builds it, where torch and detectron2 fail to import."""
     folder = tmp_path_factory.mktemp("build")
     for module in ("torch", "torchvision", "detectron2", "regionspot_d2"):
         (folder / f"{module}.py").write_text("raise ImportError('a build must not need this')\n")
     source = folder / "source"
     source.mkdir()
-    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, source)
     shutil.copytree(PACKAGE, source / PACKAGE.name)
     subprocess.run(
@@ -72,6 +73,25 @@ def normal(requirement: str) -> str:
 
 def test_the_version_is_read_without_importing_the_package(metadata) -> None:
     assert metadata.version == regionspot_d2.__version__
+
+
+def test_the_metadata_tells_what_a_package_index_shows(metadata) -> None:
+    fields = metadata.metadata
+    for field in ("Summary", "Author", "Keywords", "Project-URL", "License-Expression"):
+        assert fields[field]
+    assert fields["Description-Content-Type"] == "text/markdown"
+    assert fields.get_payload().strip() == (ROOT / "README.md").read_text("utf-8").strip()
+    assert fields.get_all("License-File") == ["LICENSE"]
+    assert "Typing :: Typed" in fields.get_all("Classifier")
+
+
+def test_the_version_has_a_section_in_the_changelog_and_the_citation() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest = re.search(r"^## \[(\d.*?)\] - (\d{4}-\d\d-\d\d)$", changelog, re.MULTILINE)
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert newest is not None
+    assert newest.group(1) == citation["version"] == regionspot_d2.__version__
+    assert newest.group(2) == str(citation["date-released"])
 
 
 def test_the_build_has_every_file_of_the_package_and_nothing_else(build: Path) -> None:
@@ -137,12 +157,7 @@ def test_modules_that_two_packages_could_claim_have_one_owner() -> None:
 
 @pytest.fixture(scope="module")
 def setup_script() -> ModuleType:
-    file = ROOT / "tools" / "setup" / "install_detectron2.py"
-    spec = importlib.util.spec_from_file_location("install_detectron2", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("setup/install_detectron2")
 
 
 def test_a_trimmed_wheel_has_no_foreign_tools_and_no_foreign_binary(
@@ -228,3 +243,39 @@ def test_a_python_that_is_too_old_is_an_error_that_says_so(tmp_path: Path) -> No
     assert done.returncode != 0
     assert f"needs Python 3.10 or newer ({old} is not)" in done.stderr
     assert not (tmp_path / "venv").exists()
+
+
+def test_the_workflow_runs_targets_of_the_makefile_on_supported_pythons(metadata) -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text(encoding="utf-8"))
+    [job] = workflow["jobs"].values()
+    commands = [step["run"] for step in job["steps"] if "run" in step]
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert commands == ["make setup", "make lint", "make test"]
+    assert {command.split()[1] for command in commands} <= set(targets)
+    named = {
+        classifier.rpartition(" ")[2]
+        for classifier in metadata.metadata.get_all("Classifier")
+        if classifier.startswith("Programming Language :: Python :: 3.")
+    }
+    assert set(job["strategy"]["matrix"]["python"]) == named
+
+
+def test_lint_checks_line_length_complexity_and_the_types_of_torch() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for setting in ("line-length = 100", '"E501"', '"C90"', "max-complexity = 10"):
+        assert setting in text
+    assert "follow_imports" not in text and "ignore_errors" not in text
+
+
+def test_the_hooks_run_the_tools_of_make_lint() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    lint = re.findall(r"-m (black|isort|ruff|mypy) ", (ROOT / "Makefile").read_text("utf-8"))
+    assert {hook["id"] for repo in hooks["repos"] for hook in repo["hooks"]} == set(lint)
+
+
+@pytest.mark.parametrize("form", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml")))
+def test_issue_forms_are_complete(form: Path) -> None:
+    content = yaml.safe_load(form.read_text(encoding="utf-8"))
+    assert content["name"] and content["description"] and content["body"]
+    for field in content["body"]:
+        assert field["type"] == "textarea" and field["attributes"]["label"]

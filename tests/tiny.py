@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import zlib
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
@@ -21,6 +24,9 @@ from regionspot_d2.modeling import BoxPrompts, RegionSpot
 
 SAM_PIXEL_MEAN = (123.675, 116.28, 103.53)
 SAM_PIXEL_STD = (58.395, 57.12, 57.375)
+
+# The two vocabularies that the fixture ``vocabularies`` registers.
+WORDS = {"regionspot_pets": ["cat", "dog", "bird"], "regionspot_food": ["bread", "cup"]}
 
 # As in the json files of open_clip's model_configs.
 OPEN_CLIP_CONFIG = {
@@ -150,7 +156,10 @@ def tiny_openai_clip() -> nn.Module:
 
 
 def register_tiny_models() -> None:
-    """Lets configs name "tiny" as the architecture of SAM and of CLIP; processes of a test's own need it too."""
+    """Lets configs name "tiny" as the architecture of SAM and of CLIP.
+
+    A process that a test starts must call it too.
+    """
     import segment_anything
     from open_clip import factory
 
@@ -177,3 +186,32 @@ def classify(model: RegionSpot, image: Tensor, boxes: Boxes, class_names: list[s
     """Logits (R, C) of boxes on one image (3, H, W)."""
     [answer] = model.answer(model.encode([image]), [BoxPrompts(boxes)], with_masks=False)
     return model.score(answer.embeddings, class_names)
+
+
+@cache
+def _built_model() -> nn.Module:
+    cfg = tiny_cfg()
+    cfg.DATASETS.TEST = ("regionspot_pets",)
+    cfg.MODEL.MASK_ON = True
+    cfg.TEST.DETECTIONS_PER_IMAGE = -1
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    model = build_model(cfg)
+    fill_golden(model.region_head)
+    fill_golden(model.vision_language.model)
+    return model.eval()
+
+
+def tiny_model(**attributes: Any) -> nn.Module:
+    """A RegionSpot of tiny towers with golden weights; needs the fixture ``vocabularies``.
+
+    Args:
+        attributes: attributes of the model to set, such as ``with_masks=False``.
+    """
+    built = _built_model()
+    # The tokenizer is big, and nobody changes it.
+    tokenizer = built.vision_language.tokenizer
+    model = copy.deepcopy(built, {id(tokenizer): tokenizer})
+    for name, value in attributes.items():
+        assert hasattr(model, name)
+        setattr(model, name, value)
+    return model

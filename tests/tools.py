@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def load_script(path: str | Path) -> ModuleType:
     """Loads a script by its path in the repository, such as "tools/slurm_train.py".
 
-    A fresh module each time; until the next load it is also in ``sys.modules`` under its stem, where
-    dataclasses and pickles look for it.
+    A fresh module each time. Until the next load it is also in ``sys.modules``, under its stem,
+    where dataclasses and pickles look for it.
     """
     file = ROOT / path
     spec = importlib.util.spec_from_file_location(file.stem, file)

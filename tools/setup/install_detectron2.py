@@ -4,9 +4,9 @@
     python tools/setup/install_detectron2.py
 
 With an NVIDIA GPU the official source is built (git, a compiler and, for its CUDA operators, the
-CUDA toolkit are needed). Without one, or if that build fails, a pure-Python Detectron2 is installed:
-the official code of April 2024 without its compiled operators, that is without rotated boxes,
-deformable convolution and the fast COCO evaluation. RegionSpot uses none of these.
+CUDA toolkit are needed). Without one, or if that build fails, a pure-Python Detectron2 is
+installed: the official code of April 2024 without its compiled operators, that is without rotated
+boxes, deformable convolution and the fast COCO evaluation. RegionSpot uses none of these.
 
 torch, torchvision and OpenCV have to be there before. Only the standard library is imported here.
 """

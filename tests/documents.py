@@ -1,0 +1,78 @@
+"""The documents of the repository, and what they tell a reader to run."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+from .tools import ROOT
+
+DOCUMENTS = sorted(
+    path
+    for pattern in ("*.md", "*/README.md", "configs/**/*.md", "docs/**/*.md", "tests/**/*.md")
+    for path in ROOT.glob(pattern)
+)
+
+# `python` and `make` note what they are given. Nothing else is found, for PATH is empty; what a
+# command substitution would have printed is the name of a photo.
+_NOTE_COMMANDS = r"""
+note() { { printf '%s\0' "$@"; printf '\n\0'; } >>"$NOTES"; }
+python() { note python "$@"; echo photo.jpg; }
+make() { note make "$@"; }
+command_not_found_handle() { :; }
+"""
+
+
+def name_of(document: Path) -> str:
+    """The path of a document from the root of the repository."""
+    return document.relative_to(ROOT).as_posix()
+
+
+def python_blocks(document: str) -> list[str]:
+    """The Python of a document, block by block."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+def commands(document: Path) -> list[tuple[str, ...]]:
+    """The words of every ``python`` and ``make`` command of a document, as bash reads them.
+
+    Besides the blocks marked as bash, these are code spans that start with a script and have
+    options.
+    """
+    text = document.read_text(encoding="utf-8")
+    lines = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    for span in re.findall(r"`((?:python |make |tools/|demo/|train_net\.py)[^`]*)`", text):
+        if span.startswith(("python", "make")):
+            lines.append(span)
+        elif " -" in span:
+            lines.append(f"python {span}")
+    with tempfile.TemporaryDirectory() as folder:
+        notes = Path(folder) / "notes"
+        notes.touch()
+        subprocess.run(
+            ["/bin/bash", "-c", _NOTE_COMMANDS + "\n".join(lines)],
+            cwd=folder,
+            env={"PATH": "", "NOTES": str(notes)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        noted = notes.read_text(encoding="utf-8")
+    return [tuple(command.split("\0")[:-1]) for command in noted.split("\n\0")[:-1]]
+
+
+def script_commands() -> list[tuple[str, ...]]:
+    """The commands of all documents that run a script, each once and without ``python``."""
+    found = {
+        tuple(words): None
+        for document in DOCUMENTS
+        for program, *words in commands(document)
+        if program == "python" and words and words[0].endswith(".py")
+    }
+    return list(found)
+
+
+COMMANDS = script_commands()
