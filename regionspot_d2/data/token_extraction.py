@@ -22,13 +22,9 @@ from detectron2.utils.logger import log_every_n_seconds
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-<<<<<<< HEAD
-from ..modeling.prompts import BoxPrompts
-
-=======
 from ..files import module_fingerprint
-
->>>>>>> wt-cache
+from ..modeling.interfaces import Localizer
+from ..modeling.prompts import BoxPrompts
 from .build import load_records
 from .cache_manifest import cache_manifest
 from .images import ImageReadError
