@@ -294,7 +294,7 @@ def test_tokens_are_extracted_once_and_give_the_same_loss(cfg, caplog, monkeypat
         train(cached)
     cached.INPUT.CACHED_IMAGE_SIZE = 64
     # Millions of images are not extracted on the way.
-    monkeypatch.setattr("regionspot_d2.engine.trainer._EXTRACTED_ON_THE_WAY", 3)
+    monkeypatch.setattr("regionspot_d2.engine.trainer.MAX_IMAGES_EXTRACTED", 3)
     cached.INPUT.TOKEN_CACHE += "_none"
     with pytest.raises(train_net.ConfigError, match="12 images of 'shapes'.*extract_tokens.py"):
         train(cached)
