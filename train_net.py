@@ -8,8 +8,8 @@
     ./train_net.py --config-file configs/eval_lvis_glip.yaml --eval-only \\
         MODEL.WEIGHTS output/train_o365_L/model_final.pth
 
-Your own data needs no code, only DATASETS.COCO_FORMAT "[['mine', 'mine/train.json', 'mine/images']]"
-and DATASETS.TRAIN "('mine',)". GETTING_STARTED.md walks through it.
+Your own data needs no code, only DATASETS.COCO_FORMAT "[['mine', 'mine/train.json',
+'mine/images']]" and DATASETS.TRAIN "('mine',)". GETTING_STARTED.md walks through it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A data set of coloured rectangles that the tiny towers can learn, for the tests of training."""
+"""A dataset of colored rectangles that the tiny towers can learn, for the tests of training."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from PIL import Image
 from .datasets_on_disk import annotation
 from .tiny import tiny_cfg
 
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
+COLORS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 
 
 def write_shapes(folder: Path, images: int = 12) -> list[str]:
-    """Writes images of one to three rectangles, and returns the entry of ``DATASETS.COCO_FORMAT``: "shapes"."""
+    """Writes images of one to three rectangles; returns their entry of DATASETS.COCO_FORMAT."""
     random = np.random.RandomState(0)
     (folder / "images").mkdir(parents=True)
     entries: list[dict[str, Any]] = []
@@ -28,19 +28,19 @@ def write_shapes(folder: Path, images: int = 12) -> list[str]:
             category = random.randint(3)
             w, h = (int(side) for side in random.randint(20, 40, 2))
             x, y = int(random.randint(96 - w)), int(random.randint(64 - h))
-            pixels[y : y + h, x : x + w] = list(COLOURS.values())[category]
+            pixels[y : y + h, x : x + w] = list(COLORS.values())[category]
             box = [float(v) for v in (x, y, w, h)]
             annotations.append(annotation(len(annotations) + 1, number, box, category + 1))
         Image.fromarray(pixels).save(folder / "images" / f"{number}.png")
         entries.append({"id": number, "file_name": f"{number}.png", "width": 96, "height": 64})
-    categories = [{"id": i, "name": name} for i, name in enumerate(COLOURS, start=1)]
+    categories = [{"id": i, "name": name} for i, name in enumerate(COLORS, start=1)]
     content = {"images": entries, "annotations": annotations, "categories": categories}
     (folder / "shapes.json").write_text(json.dumps(content))
     return ["shapes", str(folder / "shapes.json"), str(folder / "images")]
 
 
 def shapes_cfg(folder: Path) -> CfgNode:
-    """A config of tiny towers that trains on new shapes in ``folder``, for a few steps, and tests on them."""
+    """A config of tiny towers that trains on new shapes in ``folder`` and tests on them."""
     cfg = tiny_cfg()
     cfg.DATASETS.COCO_FORMAT = [write_shapes(folder / "data")]
     cfg.DATASETS.TRAIN = ("shapes",)

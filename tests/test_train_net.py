@@ -208,7 +208,7 @@ def test_two_processes_train_as_one_with_the_whole_batch(cfg):
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_loss_that_is_no_number_stops_and_names_the_images(cfg):
+def test_a_nonfinite_loss_stops_and_names_the_images(cfg):
     cfg = without_tests(cfg)
     cfg.SOLVER.BASE_LR = 1e30
     cfg.SOLVER.CHECKPOINT_PERIOD = 1

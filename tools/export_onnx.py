@@ -50,11 +50,7 @@ class ScoredHead(nn.Module):
 def export(head: RegionSpotHead, logit_scale: Tensor, text_dim: int, path: Path) -> float:
     """Exports a head in eval mode and compares the graph with torch.
 
-    Args:
-        head: the head, in eval mode.
-        logit_scale: the vision-language model's, a logarithm.
-        text_dim: D, the width of the text embeddings.
-        path: file to write.
+    ``logit_scale`` is the logarithm that the vision-language model has, ``text_dim`` is D.
 
     Returns:
         The largest difference of a logit between the graph and torch, over several sizes.
