@@ -299,7 +299,9 @@ def test_detectors_that_cannot_be_built(
 
 def test_sam_finds_the_regions(demo, photos, tmp_path, monkeypatch):
     options = {"points_per_side": 2, "pred_iou_thresh": -10.0, "stability_score_thresh": 0.0}
-    monkeypatch.setattr("regionspot_d2.app.sources.automatic_boxes", partial(automatic_boxes, **options))
+    monkeypatch.setattr(
+        "regionspot_d2.app.sources.automatic_boxes", partial(automatic_boxes, **options)
+    )
     arguments = ["--input", photos / "a.png", "--output", tmp_path / "out", "--proposals", "sam"]
     assert demo(*arguments, "--vocabulary", "cat") == 0
     image = torch.from_numpy(pixels(photos / "a.png")).permute(2, 0, 1)

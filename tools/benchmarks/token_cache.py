@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """Compares the token cache with one ``torch.save`` file per image, the published layout.
 
-    python tools/benchmarks/token_cache.py --images 5000
+It is the command ``token-cache`` of training.py.
 
 Both sides hold the same synthetic tokens, in half precision, and are read in the same random order in one run, first
 once to warm the disk's cache. The published layout has no boxes; its side is spared writing and reading them.
@@ -84,7 +83,8 @@ def bytes_on_disk(folder: Path, pattern: str) -> int:
     return sum(path.stat().st_size for path in folder.rglob(pattern))
 
 
-def main(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    """Prints how fast the token cache is against one file per image, and its size."""
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         boxes = write_both(folder, args.images, args.boxes, args.images_per_shard)
@@ -106,12 +106,8 @@ def main(args: argparse.Namespace) -> None:
     )
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--boxes", type=int, default=12, help="per image, on average")
     parser.add_argument("--images-per-shard", type=int, default=1024)
     parser.add_argument("--folder", help="disk to measure on; by default that of temporary files")
-    main(parser.parse_args())

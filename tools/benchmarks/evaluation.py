@@ -1,12 +1,13 @@
 #!/usr/bin/env python
-"""Times LVIS evaluation: our evaluator on hotcoco against Detectron2's on the package lvis, and compares the numbers.
+"""Times evaluation and compares its metrics with those of the reference libraries.
 
     pip install --no-deps lvis==0.5.3
-    tools/benchmarks/lvis_evaluation.py
+    python tools/benchmarks/evaluation.py lvis
 
-Both sides get the same synthetic results (by default 500 images, 1203 classes, 150,000 detections) as a model would
-give them, and are timed from the annotation file to the metrics, results json included. On a busy machine the time of the
-processor tells more than that of the clock. The exit status is 1 if a metric differs by more than 1e-6.
+``lvis`` runs our evaluator with hotcoco against Detectron2's with the package lvis. Both get the
+same synthetic results (by default 500 images, 1203 classes, 150,000 detections) and are timed from
+the annotation file to the metrics, results json included. On a busy machine processor time tells
+more than wall time. The exit status is 1 if a metric differs by more than 1e-6.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from regionspot_d2.evaluation.libraries import lvis_library
 
 _DATASET = "benchmark_lvis_v1"
 _WIDTH, _HEIGHT = 640, 480
-# As many of the classes of LVIS v1 are rare, common and frequent.
+# The numbers of rare, common and frequent classes of LVIS v1.
 _FREQUENCIES = {"r": 337, "c": 461, "f": 405}
 _METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
 
 
 def make_annotations(num_images: int, rng: np.random.Generator) -> dict[str, Any]:
-    """Twelve objects an image, as in LVIS, and a few classes that are known to be absent."""
+    """Twelve objects per image, as in LVIS, and a few classes known to be absent."""
     frequencies = "".join(key * count for key, count in _FREQUENCIES.items())
     categories = [
         {"id": i, "name": f"class {i}", "synonyms": [], "frequency": frequency}
@@ -76,7 +77,7 @@ def make_annotations(num_images: int, rng: np.random.Generator) -> dict[str, Any
 def make_output(
     boxes: np.ndarray, category_ids: np.ndarray, num_detections: int, rng: np.random.Generator
 ) -> Instances:
-    """Detections around the objects of an image, two in three of the right class."""
+    """Detections around the objects of an image, two thirds of the right class."""
     objects = rng.integers(len(boxes), size=num_detections)
     scale = np.tile(boxes[objects, 2:], 2)
     xyxy = np.concatenate([boxes[objects, :2], boxes[objects, :2] + boxes[objects, 2:]], axis=1)
@@ -96,7 +97,7 @@ def make_output(
 
 
 class Measurement(NamedTuple):
-    """What an evaluator gave, and the seconds it took."""
+    """An evaluator's metrics, and the seconds it took."""
 
     metrics: dict[str, float]
     clock: float
@@ -118,9 +119,10 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=int, default=500)
-    parser.add_argument("--detections-per-image", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0)
+    lvis = parser.add_subparsers(dest="command", required=True).add_parser("lvis")
+    lvis.add_argument("--images", type=int, default=500)
+    lvis.add_argument("--detections-per-image", type=int, default=300)
+    lvis.add_argument("--seed", type=int, default=0)
     return parser
 
 
@@ -148,12 +150,12 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{args.images} images, {args.images * args.detections_per_image} detections")
     for name, side in (("Detectron2's evaluator on lvis", reference), ("ours on hotcoco", ours)):
         print(
-            f"{name:32s} {side.clock:8.2f} s by the clock {side.processor:8.2f} s of the processor   "
+            f"{name:32s} {side.clock:8.2f} s wall {side.processor:8.2f} s processor   "
             f"AP {side.metrics['AP']:.6f}"
         )
     print(
-        f"ratio {reference.clock / ours.clock:.1f} by the clock, "
-        f"{reference.processor / ours.processor:.1f} of the processor; "
+        f"ratio {reference.clock / ours.clock:.1f} wall, "
+        f"{reference.processor / ours.processor:.1f} processor; "
         f"largest difference of a metric {difference:.1e}"
     )
     return int(not difference <= 1e-6)
