@@ -21,22 +21,17 @@ _HEAD = "region_head."
 class RegionSpotCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, with four differences.
 
-    * A checkpoint appears under its name when it is complete, so a full disk or a killed process
-      leaves the last good one, and ``last_checkpoint`` names it. The folder is a local one.
+    * A checkpoint appears in its (local) folder when it is complete, so a full disk or a killed
+      process leaves the last good one, which ``last_checkpoint`` names.
     * ``.safetensors`` files are read as well, and no file can run code.
     * Files of only a region head are read, with or without the prefix ``region_head.``, wherever
       in the model the head sits.
-    * A file that lacks part of the model's region head is an error, not a warning: a part that
-      keeps its random weights names regions at random. An exception is a detector's own file for
-      a detector that holds the head.
+    * A file that lacks part of the model's region head is an error, not a warning: a part with
+      random weights names regions at random. Only a detector's own file may lack the whole head.
     """
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Saves the model, the checkpointables and further plain values as ``<name>.pth``.
-
-        Raises:
-            OSError: the file cannot be written; the file there before is unchanged.
-        """
+        """Saves model, checkpointables and ``kwargs`` as ``<name>.pth``; OSError if it cannot."""
         if not self.save_dir or not self.save_to_disk:
             return
         states = {key: each.state_dict() for key, each in self.checkpointables.items()}
@@ -66,7 +61,7 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
 
         Args:
             path: a file, a URL, or "" to load nothing.
-            args, kwargs: as for Detectron2's checkpointer.
+            args, kwargs: further arguments of Detectron2's checkpointer.
 
         Raises:
             WeightsNotFoundError: there is no such file.
@@ -109,8 +104,9 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
             if found != due:
                 raise ValueError(
                     f"The region head in '{self._path}' does not fit this model: {key} is {found} "
-                    f"in the file and {due} in the model. Was it trained with another "
-                    "MODEL.VISION_LANGUAGE, MODEL.LOCALIZER or MODEL.REGION_HEAD?"
+                    f"in the file and {due} in the model. Was it trained with another MODEL."
+                    "VISION_LANGUAGE, MODEL.LOCALIZER or MODEL.REGION_HEAD (DEPTH; NUM_CENTRES of "
+                    "a KernelRegionHead)?"
                 )
         return super()._load_model(checkpoint)
 

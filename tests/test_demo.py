@@ -543,7 +543,7 @@ def test_a_video_that_cannot_be_written(demo, photos, video, tmp_path, monkeypat
 
 @pytest.fixture
 def images_encoded(monkeypatch):
-    """The shapes of the images that were encoded; the third encoding of the session stops the run."""
+    """The shapes of the images that were encoded; the third encoding stops the run."""
     encoded: list[tuple] = []
     set_image = RegionSpotPredictor.set_image
 

@@ -220,7 +220,7 @@ class Run:
     def name_regions(self, file_name: str, image: np.ndarray) -> tuple[Entry, np.ndarray | None]:
         """The names of an image's regions, and with --attention (R, rows, columns) maps."""
         regions = self.source(Path(file_name).name, image)
-        prompts = {
+        prompts: dict[str, Any] = {
             "boxes": regions.boxes,
             "points": regions.points,
             "point_labels": regions.point_labels,

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
@@ -43,7 +43,8 @@ def to_entry(file_name: str, found: Instances) -> Entry:
 
 def to_coco(entries: Sequence[Entry], names: Sequence[str]) -> dict[str, Any]:
     """A dataset in COCO format whose annotations have scores."""
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for image_id, entry in enumerate(entries, start=1):
         image = {key: entry[key] for key in ("file_name", "height", "width")}
         images.append({"id": image_id, **image})
@@ -128,13 +129,15 @@ def _is_segmentation(value: Any) -> bool:
         return all(_are_numbers(xy) and len(xy) >= 6 and len(xy) % 2 == 0 for xy in value)
     if isinstance(value, dict):
         size, counts = value.get("size"), value.get("counts")
-        if not _are_counts(size) or len(size) != 2:
+        if not _is_list_of_counts(size) or len(size) != 2:
             return False
-        return isinstance(counts, str) or (_are_counts(counts) and sum(counts) == math.prod(size))
+        if isinstance(counts, str):
+            return True
+        return _is_list_of_counts(counts) and sum(counts) == math.prod(size)
     return value is None
 
 
-def _are_counts(values: Any) -> bool:
+def _is_list_of_counts(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(isinstance(v, int) and v >= 0 for v in values)
 
 

@@ -21,7 +21,7 @@ from detectron2.structures import Instances
 from ..data.proposal_sources import from_instances
 from ..files import WeightsNotFoundError, local_weights
 from ..mini import VOCABULARIES, known_vocabulary
-from ..modeling import RegionSpot, SamLocalizer
+from ..modeling import Localizer, RegionSpot, SamLocalizer
 from ..modeling.automatic_masks import automatic_boxes
 from .results import is_number
 
@@ -173,8 +173,12 @@ def _fault(entry: Any) -> str | None:
     return None
 
 
-def from_sam(localizer: SamLocalizer) -> RegionSource:
+def from_sam(localizer: Localizer) -> RegionSource:
     """Whatever the localizer's automatic mask generator finds."""
+    if not isinstance(localizer, SamLocalizer):
+        raise SystemExit(
+            f"error: --proposals sam: {type(localizer).__name__} (MODEL.LOCALIZER.NAME) is not a SAM."
+        )
     if not localizer.masks_are_fine:
         print(
             f"--proposals sam: {type(localizer).__name__} was tuned to boxes and finds few regions "

@@ -95,7 +95,7 @@ def video_writer(path: Path, fps: float) -> Iterator[Callable[[np.ndarray], None
     def append(picture: np.ndarray) -> None:
         if not writer.isOpened():
             height, width = picture.shape[:2]
-            codec = cv2.VideoWriter_fourcc(*"mp4v")
+            codec = cv2.VideoWriter.fourcc(*"mp4v")
             if not writer.open(str(partial), codec, rate, (width, height)):
                 raise OSError(
                     f"OpenCV cannot write the video {partial}, {width} x {height}, "

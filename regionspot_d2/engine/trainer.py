@@ -49,12 +49,59 @@ _PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _CLIP_FULL_MODEL = "full_model"
 
 
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.AdamW:
+    """Builds AdamW over the parameters that take gradients, with the settings in ``cfg.SOLVER``.
+
+    Beside Detectron2's kinds of clipping, "value" and "norm" of one parameter at a time, there is
+    the paper's "full_model": the norm over all parameters together is limited to ``CLIP_VALUE``.
+
+    Raises:
+        ValueError: the model has nothing to train, or the kind of clipping is unknown.
+    """
+    solver, clip = cfg.SOLVER, cfg.SOLVER.CLIP_GRADIENTS
+    groups = get_default_optimizer_params(
+        model,
+        base_lr=solver.BASE_LR,
+        weight_decay=solver.WEIGHT_DECAY,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        bias_lr_factor=solver.BIAS_LR_FACTOR,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+    )
+    if not groups:
+        raise ValueError(
+            f"MODEL.REGION_HEAD.NAME: {cfg.MODEL.REGION_HEAD.NAME} leaves nothing to train; "
+            "RegionSpotHead is the trained head. (--eval-only evaluates a model as it is.)"
+        )
+    optimizer = torch.optim.AdamW(groups, lr=solver.BASE_LR)
+    kinds = [_CLIP_FULL_MODEL, *(kind.value for kind in GradientClipType)]
+    if clip.ENABLED and clip.CLIP_TYPE not in kinds:
+        raise ValueError(
+            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is '{clip.CLIP_TYPE}'; "
+            f"it must be one of {', '.join(kinds)}."
+        )
+    if not clip.ENABLED or clip.CLIP_TYPE != _CLIP_FULL_MODEL:
+        return maybe_add_gradient_clipping(cfg, optimizer)
+
+    def clip_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, norm_type=clip.NORM_TYPE)
+
+    # Before each step, so it sees gradients from which a GradScaler has taken its scale.
+    optimizer.register_step_pre_hook(clip_gradients)
+    return optimizer
+
+
 class RegionSpotTrainer(DefaultTrainer):
     """Trains the region head, on GPUs or the CPU, in one process or many.
 
     A run that is stopped at any moment and resumed continues as if it had never stopped: the order
     of the images and the random numbers of a step depend only on ``SEED`` and the iteration.
     """
+
+    build_optimizer = staticmethod(build_optimizer)
+    build_train_loader = staticmethod(build_train_loader)
+    build_test_loader = staticmethod(build_test_loader)
+    build_evaluator = staticmethod(build_evaluator)
 
     def __init__(self, cfg: CfgNode) -> None:
         """
@@ -69,7 +116,7 @@ class RegionSpotTrainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         if cfg.INPUT.TOKEN_CACHE:
-            _check_cached_image_size(cfg, model.vision_language)
+            _check_cached_image_size(cfg, model.vision_language.image_size)
             _complete_token_caches(cfg, model.localizer)
         self.ema = ModelEMA(model, cfg.MODEL.EMA.DECAY) if cfg.MODEL.EMA.ENABLED else None
         on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
@@ -81,9 +128,10 @@ class RegionSpotTrainer(DefaultTrainer):
         self.checkpointer = RegionSpotCheckpointer(
             model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **averages
         )
-        # The results of an evaluation are in the main process.
-        keeps_best = cfg.TEST.BEST_METRIC and comm.is_main_process()
-        self._best = BestCheckpoint(self.checkpointer, cfg.TEST.BEST_METRIC) if keeps_best else None
+        test = cfg.TEST
+        # Only the main process has the results of an evaluation.
+        keeps_best = test.EVAL_PERIOD > 0 and test.BEST_METRIC and comm.is_main_process()
+        self._best = BestCheckpoint(self.checkpointer, test.BEST_METRIC) if keeps_best else None
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
@@ -119,22 +167,6 @@ class RegionSpotTrainer(DefaultTrainer):
             if self._last_eval_results and self._best is not None:
                 self._best.update(self._last_eval_results, self.iter)
         return self._last_eval_results
-
-    @classmethod
-    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        return build_optimizer(cfg, model)
-
-    @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
-        return build_train_loader(cfg)
-
-    @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
-        return build_test_loader(cfg, dataset_name)
-
-    @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        return build_evaluator(cfg, dataset_name)
 
     @classmethod
     def test(
@@ -249,53 +281,11 @@ class TrainStep(AMPTrainer):
         super().load_state_dict({**state_dict, "grad_scaler": scaler})
 
 
-def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.AdamW:
-    """Builds AdamW over the parameters that take gradients, with the settings in ``cfg.SOLVER``.
-
-    Beside Detectron2's kinds of clipping, "value" and "norm" of one parameter at a time, there is
-    the paper's "full_model": the norm over all parameters together is limited to ``CLIP_VALUE``.
-
-    Raises:
-        ValueError: the model has nothing to train, or the kind of clipping is unknown.
-    """
-    solver, clip = cfg.SOLVER, cfg.SOLVER.CLIP_GRADIENTS
-    groups = get_default_optimizer_params(
-        model,
-        base_lr=solver.BASE_LR,
-        weight_decay=solver.WEIGHT_DECAY,
-        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
-        bias_lr_factor=solver.BIAS_LR_FACTOR,
-        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
-    )
-    if not groups:
-        raise ValueError(
-            f"MODEL.REGION_HEAD.NAME: {cfg.MODEL.REGION_HEAD.NAME} leaves nothing to train; "
-            "RegionSpotHead is the trained head. (--eval-only evaluates a model as it is.)"
-        )
-    optimizer = torch.optim.AdamW(groups, lr=solver.BASE_LR)
-    kinds = [_CLIP_FULL_MODEL, *(kind.value for kind in GradientClipType)]
-    if clip.ENABLED and clip.CLIP_TYPE not in kinds:
-        raise ValueError(
-            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is '{clip.CLIP_TYPE}'; "
-            f"it must be one of {', '.join(kinds)}."
-        )
-    if not clip.ENABLED or clip.CLIP_TYPE != _CLIP_FULL_MODEL:
-        return maybe_add_gradient_clipping(cfg, optimizer)
-
-    def clip_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, norm_type=clip.NORM_TYPE)
-
-    # Before each step, so it sees gradients from which a GradScaler has taken its scale.
-    optimizer.register_step_pre_hook(clip_gradients)
-    return optimizer
-
-
-def _check_cached_image_size(cfg: CfgNode, vision_language: nn.Module) -> None:
+def _check_cached_image_size(cfg: CfgNode, image_size: tuple[int, int]) -> None:
     """An image resized twice is not the image that the model sees at test time."""
     side, model = cfg.INPUT.CACHED_IMAGE_SIZE, cfg.MODEL.VISION_LANGUAGE
-    if side and tuple(vision_language.image_size) != (side, side):
-        height, width = vision_language.image_size
+    if side and tuple(image_size) != (side, side):
+        height, width = image_size
         raise ConfigError(
             f"INPUT.CACHED_IMAGE_SIZE is {side}, but {model.NAME} {model.ARCH} takes images of "
             f"{height} x {width}: set it to {max(height, width)}, or to 0 to keep the image size."
