@@ -30,6 +30,7 @@ REQUIREMENTS = [
     "fvcore>=0.1.5",
     "hotcoco>=1.3",
     "iopath>=0.1.7,<0.1.10",  # Detectron2's own limit
+    "matplotlib",  # Detectron2's too; fonts of the demo's pictures
     "numpy>=1.23",
     "open-clip-torch>=3.3",
     "pillow>=9.4",

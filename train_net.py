@@ -1,14 +1,15 @@
 #!/usr/bin/env python
 """Trains and evaluates RegionSpot.
 
-    # train, on all GPUs of a machine (or that many processes on the CPU); go on after an interruption
+    # train on all GPUs of a machine, or in as many processes on the CPU; resume a stopped run
     ./train_net.py --config-file configs/train_o365_L.yaml --num-gpus 8
     ./train_net.py --config-file configs/train_o365_L.yaml --num-gpus 8 --resume
     # evaluate
-    ./train_net.py --config-file configs/eval_lvis_glip.yaml --eval-only MODEL.WEIGHTS output/train_o365_L/model_final.pth
+    ./train_net.py --config-file configs/eval_lvis_glip.yaml --eval-only \\
+        MODEL.WEIGHTS output/train_o365_L/model_final.pth
 
-Own data needs no code: DATASETS.COCO_FORMAT "[['mine', 'mine/train.json', 'mine/images']]" DATASETS.TRAIN "('mine',)".
-GETTING_STARTED.md walks through it.
+Your own data needs no code, only DATASETS.COCO_FORMAT "[['mine', 'mine/train.json',
+'mine/images']]" and DATASETS.TRAIN "('mine',)". GETTING_STARTED.md walks through it.
 """
 
 from __future__ import annotations
@@ -37,11 +38,8 @@ def _load_config(args: argparse.Namespace) -> CfgNode:
 def main(args: argparse.Namespace) -> Mapping[str, Any] | None:
     """What each process does.
 
-    Args:
-        args: the command line.
-
     Returns:
-        Results, of ``--eval-only`` or if ``TEST.EXPECTED_RESULTS`` asks for them.
+        Results of ``--eval-only``, and of training if ``TEST.EXPECTED_RESULTS`` is set.
     """
     cfg = _load_config(args)
     default_setup(cfg, args)
@@ -60,7 +58,7 @@ def invoke_main() -> None:
     """Reads the command line and starts the processes."""
     args = default_argument_parser(epilog=__doc__).parse_args()
     try:
-        # A mistake is told once, before there are processes.
+        # Check here first: a mistake is reported once, before any process starts.
         _load_config(args)
         launch(
             main,

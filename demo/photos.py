@@ -1,7 +1,7 @@
 """Prints the paths of the demo's photos, which come with scikit-image and matplotlib.
 
-The astronaut, the rocket and Grace Hopper are public domain (NASA, SpaceX, U.S. Navy), the cat Chelsea and the coffee are
-CC0 (Stéfan van der Walt, Rachel Michetti).
+The astronaut, the rocket and Grace Hopper are public domain (NASA, SpaceX, U.S. Navy), the cat
+Chelsea and the coffee are CC0 (Stéfan van der Walt, Rachel Michetti).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ PHOTOS = {
 
 
 def photo_paths() -> list[Path]:
-    """Where the photos are, once their packages are installed."""
+    """The paths of the photos, in the packages they come with."""
     paths = []
     for package, names in PHOTOS.items():
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
-            raise SystemExit(f"{package} is not installed; 'pip install -e .[demo]' brings it.")
+            raise SystemExit(f"{package} is not installed: pip install -e .[demo]")
         paths += [Path(spec.origin).parent / name for name in names]
     return paths
 

@@ -1,4 +1,4 @@
-"""Writes the demo's photos, with the boxes and names of boxes.json, as a data set in COCO format.
+"""Writes the demo's photos, with the boxes and names of boxes.json, as a COCO dataset.
 
 python demo/train_set.py --output output/demo_photos
 """

@@ -4,81 +4,69 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
-from typing import IO, Any, Protocol, runtime_checkable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from safetensors.torch import load_file
 
-from .files import local_weights
+from .files import explained_weights, load_pickle, local_weights, write_atomically
+from .modeling.interfaces import RegionHead
 
 logger = logging.getLogger(__name__)
 
 _HEAD = "region_head."
 
 
-@runtime_checkable
-class RenamedParameters(Protocol):
-    """A module that knows older files' names of its parameters and buffers."""
-
-    renamed_parameters: Mapping[str, str]
-
-
 class RegionSpotCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, with four differences.
 
-    * A checkpoint appears under its name when it is complete, so a full disk or a killed process leaves the last good
-      one, and ``last_checkpoint`` names it. The folder is a local one.
-    * ``.safetensors`` files are read as well.
-    * Files of a region head alone are read, with or without the prefix ``region_head.``, wherever in the model the head
-      sits.
-    * A file that does not hold the whole region head of the model is an error, not a warning: a part that keeps its
-      random weights names regions at random. Only where the head sits in a detector, a file of the detector will do.
+    * A checkpoint appears in its (local) folder when it is complete, so a full disk or a killed
+      process leaves the last good one, which ``last_checkpoint`` names.
+    * ``.safetensors`` files are read as well, and no file can run code.
+    * Files of only a region head are read, with or without the prefix ``region_head.``, wherever
+      in the model the head sits.
+    * A file that lacks part of the model's region head is an error, not a warning: a part with
+      random weights names regions at random. Only a detector's own file may lack the whole head.
     """
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Saves the model and the checkpointables.
-
-        Args:
-            name: of the file, without ``.pth``.
-            kwargs: further plain values to save.
-
-        Raises:
-            OSError: if it cannot be written; what was there before is still there.
-        """
+        """Saves model, checkpointables and ``kwargs`` as ``<name>.pth``; OSError if it cannot."""
         if not self.save_dir or not self.save_to_disk:
             return
-        data = {"model": self.model.state_dict()}
-        for key, checkpointable in self.checkpointables.items():
-            data[key] = checkpointable.state_dict()
-        data.update(kwargs)
-        path = os.path.join(self.save_dir, f"{name}.pth")
-        self.logger.info(f"Saving checkpoint to {path}")
-        _write_whole(path, lambda file: torch.save(data, file))
-        self.tag_last_checkpoint(os.path.basename(path))
+        states = {key: each.state_dict() for key, each in self.checkpointables.items()}
+        self.save_model(name, **states, **kwargs)
+        self.tag_last_checkpoint(f"{name}.pth")
 
     def save_model(self, name: str, **kwargs: Any) -> None:
-        """Saves the model alone, as :meth:`save` does; a run does not resume from it."""
+        """Saves only the model and further values, as :meth:`save` does; no run resumes from it."""
         path = os.path.join(self.save_dir, f"{name}.pth")
-        data = {"model": self.model.state_dict(), **kwargs}
-        _write_whole(path, lambda file: torch.save(data, file))
+        self.logger.info(f"Saving checkpoint to {path}")
+        try:
+            with write_atomically(path) as file:
+                torch.save({"model": self.model.state_dict(), **kwargs}, file)
+        except (OSError, RuntimeError) as error:  # torch.save raises either for a full disk
+            raise OSError(
+                f"Cannot save '{path}': {error}. Earlier checkpoints are unchanged; "
+                "--resume continues from the last."
+            ) from error
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Makes a file of the folder the one that a run resumes from."""
-        path = os.path.join(self.save_dir, "last_checkpoint")
-        _write_whole(path, lambda file: file.write(last_filename_basename.encode()))
+        with write_atomically(os.path.join(self.save_dir, "last_checkpoint"), "w") as file:
+            file.write(last_filename_basename)
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Loads a checkpoint, or the weights of a head.
 
         Args:
-            path: a file, an URL, or "" to load nothing.
-            args, kwargs: as for Detectron2's checkpointer.
+            path: a file, a URL, or "" to load nothing.
+            args, kwargs: further arguments of Detectron2's checkpointer.
 
         Raises:
-            WeightsNotFoundError: if there is no such file.
-            ValueError: if it is damaged, or does not fit the model.
+            WeightsNotFoundError: there is no such file.
+            ValueError: it is damaged, or does not fit the model.
         """
         if not path:
             if self._head_keys():
@@ -88,53 +76,40 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
         return super().load(self._path, *args, **kwargs)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        try:
+        with explained_weights(filename, "a checkpoint"):
             if filename.endswith(".safetensors"):
                 return {"model": load_file(filename)}
+            if filename.endswith(".pkl"):
+                load_pickle(filename)  # refuses one that would run code, before Detectron2 reads it
             content = super()._load_file(filename)
-        except (
-            Exception
-        ) as error:  # torch, pickle, zipfile and safetensors each have exceptions of their own
-            raise ValueError(f"'{filename}' is not a checkpoint, or damaged: {error}") from error
-        if not isinstance(content.get("model"), dict):
-            raise ValueError(f"'{filename}' is not a checkpoint: it holds no 'model'.")
-        return content
+            if not isinstance(content.get("model"), dict):
+                raise ValueError("it has no state dict 'model'")
+            return content
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
-        state = checkpoint["model"]
-        wanted = self._head_keys()
-        renamed: dict[str, str] = {}
+        state, expected, wanted = checkpoint["model"], self.model.state_dict(), self._head_keys()
         for module in self.model.modules():
-            if isinstance(module, RenamedParameters):
-                renamed.update(module.renamed_parameters)
-        prefixes = {key[: key.index(_HEAD) + len(_HEAD)] for key in wanted}
-        for key in list(state):
-            bare = key[key.index(_HEAD) + len(_HEAD) :] if _HEAD in key else key
-            bare = renamed.get(bare, bare)
-            for prefix in prefixes:
-                if prefix + bare in wanted and prefix + bare != key:
-                    state[prefix + bare] = state.pop(key)
-                    break
-        expected = self.model.state_dict()
+            if isinstance(module, RegionHead):
+                _move_head(state, wanted, module.renamed_parameters)
         missing = [key for key in wanted if key not in state]
         if missing == wanted and any(key in expected for key in state):
             logger.warning(
                 "'%s' holds a detector without a region head: the head keeps the weights it has.",
                 self._path,
             )
-            return super()._load_model(checkpoint)
-        if missing:
+        elif missing:
             raise ValueError(
-                f"'{self._path}' does not hold the region head of this model: {_some(missing)} not in it. "
-                f"It holds {_some(state)}. MODEL.REGION_HEAD and the file must belong together."
+                f"'{self._path}' does not hold the region head of this model: {_some(missing)} not "
+                f"in it. It holds {_some(state)}. MODEL.REGION_HEAD and the file must match."
             )
-        for key in wanted:
-            found = tuple(state[key].shape)
-            if found != tuple(expected[key].shape):
+        for key in [key for key in wanted if key in state]:
+            found, due = tuple(state[key].shape), tuple(expected[key].shape)
+            if found != due:
                 raise ValueError(
-                    f"The region head in '{self._path}' does not fit this model: {key} is {found} in the file and "
-                    f"{tuple(expected[key].shape)} in the model. Was it trained with another MODEL.VISION_LANGUAGE, "
-                    "MODEL.LOCALIZER or MODEL.REGION_HEAD (DEPTH; NUM_CENTERS of a KernelRegionHead)?"
+                    f"The region head in '{self._path}' does not fit this model: {key} is {found} "
+                    f"in the file and {due} in the model. Was it trained with another MODEL."
+                    "VISION_LANGUAGE, MODEL.LOCALIZER or MODEL.REGION_HEAD (DEPTH; NUM_CENTERS of "
+                    "a KernelRegionHead)?"
                 )
         return super()._load_model(checkpoint)
 
@@ -142,21 +117,14 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
         return [key for key in self.model.state_dict() if _HEAD in key]
 
 
-def _write_whole(path: str, write: Callable[[IO[bytes]], object]) -> None:
-    """Writes beside ``path`` and moves the complete file into place."""
-    partial = f"{path}.partial"
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch.save gives either for a full disk
-        if os.path.exists(partial):
-            os.remove(partial)
-        raise OSError(
-            f"Cannot save '{path}': {error}. Earlier checkpoints are as they were; --resume goes on from the last."
-        ) from error
+def _move_head(state: dict[str, Any], wanted: list[str], renamed: Mapping[str, str]) -> None:
+    """Renames the keys of a head, with whatever prefix, to those that the model wants."""
+    prefixes = {key[: key.index(_HEAD) + len(_HEAD)] for key in wanted}
+    for key in [key for key in state if key not in wanted]:
+        bare = key[key.index(_HEAD) + len(_HEAD) :] if _HEAD in key else key
+        bare = renamed.get(bare, bare)
+        for new in [prefix + bare for prefix in prefixes if prefix + bare in wanted][:1]:
+            state[new] = state.pop(key)
 
 
 def _some(keys: Iterable[str]) -> str:

@@ -179,6 +179,26 @@ def load_pickle(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"'{os.fspath(path)}' is not a pickle, or damaged: {error}") from error
 
 
+@contextmanager
+def explained_weights(path: str | os.PathLike[str], what: str) -> Iterator[None]:
+    """Turns the many errors of a damaged or unsuitable file of weights into one kind, one line.
+
+    Args:
+        path: the file that is read within the ``with`` block.
+        what: what it should hold: "a checkpoint", "the weights of SAM vit_b".
+
+    Raises:
+        ValueError: in place of any other error.
+    """
+    try:
+        yield
+    except Exception as error:  # torch, pickle, zipfile and safetensors each have their own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"'{os.fspath(path)}' does not hold {what}, or is damaged: {reason}"
+        ) from error
+
+
 def local_weights(value: str, config_key: str) -> Path | None:
     """Makes sure that a pretrained model's weights are on this machine.
 

@@ -17,11 +17,7 @@ COLORS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 
 
 def write_shapes(folder: Path, images: int = 12) -> list[str]:
-    """Writes images of one to three rectangles.
-
-    Returns:
-        The entry of ``DATASETS.COCO_FORMAT`` that names them "shapes".
-    """
+    """Writes images of one to three rectangles; returns their entry of DATASETS.COCO_FORMAT."""
     random = np.random.RandomState(0)
     (folder / "images").mkdir(parents=True)
     entries: list[dict[str, Any]] = []
@@ -44,7 +40,7 @@ def write_shapes(folder: Path, images: int = 12) -> list[str]:
 
 
 def shapes_cfg(folder: Path) -> CfgNode:
-    """A config of tiny towers: a few steps on new shapes in ``folder``, and a test on them."""
+    """A config of tiny towers that trains on new shapes in ``folder`` and tests on them."""
     cfg = tiny_cfg()
     cfg.DATASETS.COCO_FORMAT = [write_shapes(folder / "data")]
     cfg.DATASETS.TRAIN = ("shapes",)

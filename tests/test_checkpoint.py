@@ -120,7 +120,7 @@ def test_a_damaged_file_is_named(tmp_path, name):
     path = tmp_path / name
     torch.save(head().state_dict(), path)
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match=f"{name}' is not a checkpoint, or damaged"):
+    with pytest.raises(ValueError, match=f"{name}' does not hold a checkpoint, or is damaged"):
         RegionSpotCheckpointer(Model()).load(str(path))
 
 

@@ -182,8 +182,8 @@ def test_tokens_can_be_extracted_with_a_config_that_evaluates_too(name, tmp_path
     asked = {}
     monkeypatch.setattr(extract_tokens, "launch", lambda *_, args, **__: asked.update(cfg=args[1]))
     # The data need not be there.
-    monkeypatch.setattr("regionspot_d2.engine.setup.register_coco_format", lambda entries: None)
-    monkeypatch.setattr("regionspot_d2.engine.setup.check_datasets", lambda key, names: None)
+    monkeypatch.setattr("regionspot_d2.engine.config.register_coco_format", lambda entries: None)
+    monkeypatch.setattr("regionspot_d2.engine.config.check_datasets", lambda key, names: None)
     file = str(CONFIGS / "mini" / f"{name}.yaml")
     extract_tokens.invoke_main(["--config-file", file, "--output", str(tmp_path)])
     assert asked["cfg"].INPUT.TOKEN_CACHE == str(tmp_path)

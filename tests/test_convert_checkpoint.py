@@ -70,7 +70,7 @@ def test_converted_head_gives_the_golden_arrays(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("image_dim, text_dim, name", [(768, 512, "-BB"), (1024, 768, "-BL@336")])
-def test_published_sizes_are_recognised(image_dim, text_dim, name):
+def test_published_sizes_are_recognized(image_dim, text_dim, name):
     head = RegionSpotHead(token_dim=256, image_dim=image_dim, text_dim=text_dim)
     state = {f"module.model.{key}": value for key, value in head.state_dict().items()}
     conversion = convert(state)
@@ -91,12 +91,12 @@ def test_every_key_has_a_fate():
     "change, message",
     [
         (lambda s: s.pop("model.projector.bias"), "missing: projector.bias"),
-        (lambda s: s.pop("model.to_clip.weight"), "no RegionSpot checkpoint"),
+        (lambda s: s.pop("model.to_clip.weight"), "not a RegionSpot checkpoint"),
         (lambda s: s.update({"model.projector.bias": torch.zeros(3)}), r"projector.bias: \(3,\)"),
-        (lambda s: s.update({"model.decoder.odd": torch.zeros(3)}), "not known: decoder.odd"),
+        (lambda s: s.update({"model.decoder.odd": torch.zeros(3)}), "unknown: decoder.odd"),
     ],
 )
-def test_a_head_that_is_not_whole_is_refused(change, message):
+def test_an_incomplete_head_is_refused(change, message):
     state = published_checkpoint()
     change(state)
     with pytest.raises(convert_checkpoint.ConversionError, match=message):
@@ -109,7 +109,7 @@ def test_damaged_and_foreign_files_give_one_line(tmp_path, monkeypatch):
     (tmp_path / "cut.pth").write_bytes(content[: len(content) // 2])
     torch.save([1, 2], tmp_path / "list.pth")
     for name, message in [
-        ("cut.pth", "cut.pth cannot be read"),
+        ("cut.pth", "cut.pth' does not hold a checkpoint of tensors, or is damaged"),
         ("list.pth", "holds no state dict"),
         ("none.pth", "does not exist"),
     ]:
@@ -124,5 +124,5 @@ def test_code_in_a_file_is_not_run(tmp_path):
             return (exec, ("raise SystemExit('ran')",))
 
     torch.save({"model": Trap()}, tmp_path / "trap.pth")
-    with pytest.raises(convert_checkpoint.ConversionError, match="cannot be read"):
+    with pytest.raises(ValueError, match="trap.pth' does not hold a checkpoint of tensors"):
         read_state_dict(tmp_path / "trap.pth")

@@ -1,9 +1,9 @@
-"""The demo: pictures, videos, results, going on after a stop, and what it says when its input is wrong."""
+"""The demo: pictures, videos, results, resuming, and what it says when its input is wrong."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import runpy
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +16,11 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 from regionspot_d2 import RegionSpotPredictor
+from regionspot_d2.app import main as app
+from regionspot_d2.app.drawing import draw_attention, draw_regions, side_by_side
+from regionspot_d2.app.results import OtherResults
+from regionspot_d2.app.video import video_writer
+from regionspot_d2.modeling import REGION_HEAD_REGISTRY, PooledRegionHead
 from regionspot_d2.modeling.automatic_masks import automatic_boxes
 from regionspot_d2.modeling.sam import SamLocalizer
 
@@ -30,20 +35,22 @@ HEAD_WITH_ATTENTION = ["--opts", "MODEL.REGION_HEAD.NAME", "RegionSpotHead"]
 @pytest.fixture
 def demo(monkeypatch):
     """Runs demo.py with arguments, on tiny towers; returns its exit status."""
-    # A script finds the files beside it.
-    monkeypatch.syspath_prepend(ROOT / "demo")
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "demo" / "demo.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
 
     def tiny_predictor(cfg, vocabulary):
-        return RegionSpotPredictor(tiny_model(), vocabulary=vocabulary)
+        model = tiny_model()
+        if REGION_HEAD_REGISTRY.get(cfg.MODEL.REGION_HEAD.NAME) is PooledRegionHead:
+            model.region_head = PooledRegionHead(vision_language=model.vision_language)
+        return RegionSpotPredictor(model, vocabulary=vocabulary)
 
-    monkeypatch.setattr(module, "RegionSpotPredictor", tiny_predictor)
+    monkeypatch.setattr(app, "RegionSpotPredictor", tiny_predictor)
 
     def run(*arguments: object) -> int:
         monkeypatch.setattr("sys.argv", ["demo.py", *map(str, arguments)])
-        return module.main()
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / "demo" / "demo.py"), run_name="__main__")
+        if stop.value.code not in (0, 1):
+            raise stop.value
+        return stop.value.code
 
     return run
 
@@ -201,8 +208,8 @@ def test_an_output_that_cannot_be_written(demo, photos, tmp_path):
         ('{"boxes": 5}', "has no list 'boxes'"),
         ('{"boxes": [1, 2, 9, 9]}', r"has the box 1 \(region 0\)"),
         ('{"boxes": [[1, 2, 9, 9], [1, 2, 9]]}', r"has the box \[1, 2, 9\] \(region 1\)"),
-        ('{"boxes": [[1, 2, 9, 9]], "scores": 1}', "has not one score per box"),
-        ('{"boxes": [[1, 2, 9, 9]], "scores": []}', "has not one score per box"),
+        ('{"boxes": [[1, 2, 9, 9]], "scores": 1}', "needs one score per box"),
+        ('{"boxes": [[1, 2, 9, 9]], "scores": []}', "needs one score per box"),
         ('{"boxes": [[1, 2, 9, 9]], "scores": [[0.5]]}', r"has the score \[0.5\] \(region 0\)"),
         ('{"boxes": [[1, 2, 9, 9]], "scores": [NaN]}', r"has the score nan \(region 0\)"),
     ],
@@ -269,7 +276,7 @@ def test_a_detector_finds_the_regions(demo, photos, tmp_path, detector):
 @pytest.mark.parametrize(
     "detectors, message",
     [
-        (["--detector-config", "no.yaml"], "no.yaml: this is no file, and no name"),
+        (["--detector-config", "no.yaml"], "no.yaml: neither a file nor a name"),
         (["--detector-config", "{config}"], "give --detector-weights"),
         (["--detector-config", "{photo}", "--detector-weights", "x"], "--detector-config .*a.png"),
         (["--detector-config", FASTER_RCNN], "--detector-weights names .* cannot be downloaded"),
@@ -277,7 +284,7 @@ def test_a_detector_finds_the_regions(demo, photos, tmp_path, detector):
         (["--detector-config", "{config}", "--detector-weights", "{photo}"], "weights .*a.png"),
     ],
 )
-def test_detectors_that_cannot_be_had(
+def test_detectors_that_cannot_be_built(
     demo, photos, tmp_path, monkeypatch, detector, detectors, message
 ):
     def unreachable(*args):
@@ -292,7 +299,9 @@ def test_detectors_that_cannot_be_had(
 
 def test_sam_finds_the_regions(demo, photos, tmp_path, monkeypatch):
     options = {"points_per_side": 2, "pred_iou_thresh": -10.0, "stability_score_thresh": 0.0}
-    monkeypatch.setattr("sources.automatic_boxes", partial(automatic_boxes, **options))
+    monkeypatch.setattr(
+        "regionspot_d2.app.sources.automatic_boxes", partial(automatic_boxes, **options)
+    )
     arguments = ["--input", photos / "a.png", "--output", tmp_path / "out", "--proposals", "sam"]
     assert demo(*arguments, "--vocabulary", "cat") == 0
     image = torch.from_numpy(pixels(photos / "a.png")).permute(2, 0, 1)
@@ -340,9 +349,7 @@ def test_attention_has_a_panel_for_each_region(demo, photos, tmp_path):
     assert height > 40 and 3 * 60 < width < 4 * 60
 
 
-def test_heat_is_where_the_head_looks(demo):
-    from pictures import draw_attention, side_by_side
-
+def test_heat_is_where_the_head_looks():
     maps = np.zeros((1, 4, 4), dtype=np.float32)
     maps[0, 2, 0] = 1
     # The box of the first region is blue, the strongest heat red.
@@ -360,8 +367,10 @@ def test_heat_is_where_the_head_looks(demo):
 
 def test_attention_needs_a_trained_head(demo, photos, video, tmp_path):
     arguments = ["--output", tmp_path / "out", "--boxes", "0,0,9,9", "--attention"]
-    with pytest.raises(SystemExit, match="--attention: KernelRegionHead"):
-        demo(*arguments, "--input", photos)
+    arguments += ["--vocabulary", "cat,dog"]
+    pooled = ["--opts", "MODEL.REGION_HEAD.NAME", "PooledRegionHead"]
+    with pytest.raises(SystemExit, match="--attention: PooledRegionHead"):
+        demo(*arguments, "--input", photos, *pooled)
     with pytest.raises(SystemExit, match="--attention: .*clip.avi is a video"):
         demo(*arguments, "--input", video, *HEAD_WITH_ATTENTION)
 
@@ -439,9 +448,6 @@ def test_other_results_name_what_cannot_be_drawn(demo, photos, tmp_path, changes
     ],
 )
 def test_ground_truth_is_drawn_without_scores(demo, photos, tmp_path, segmentation):
-    from pictures import draw_regions
-    from results import OtherResults
-
     file = tmp_path / "other.json"
     content = ground_truth(segmentation=segmentation, bbox=[5, 5, 35, 25])
     file.write_text(json.dumps(content))
@@ -507,9 +513,7 @@ def test_a_video_that_is_cut_off(demo, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("fps, pictures", [(1 / 16, 3), (0.0004, 1), (29.97 / 7, 9), (200 / 3, 9)])
-def test_a_video_of_any_rate_lasts_as_long_as_it_should(demo, tmp_path, fps, pictures):
-    from video import video_writer
-
+def test_a_video_of_any_rate_lasts_as_long_as_it_should(tmp_path, fps, pictures):
     with video_writer(tmp_path / "slow.mp4", fps) as write:
         for _ in range(pictures):
             write(np.zeros((32, 48, 3), dtype=np.uint8))
@@ -527,7 +531,9 @@ def test_the_first_frame_alone_lasts_as_long_as_the_video(demo, video, tmp_path)
 
 
 def test_a_video_that_cannot_be_written(demo, photos, video, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("video.cv2.VideoWriter.open", lambda *arguments: False, raising=False)
+    monkeypatch.setattr(
+        "regionspot_d2.app.video.cv2.VideoWriter.open", lambda *arguments: False, raising=False
+    )
     inputs = ["--input", video, photos / "a.png"]
     arguments = [*inputs, "--output", tmp_path / "out", "--boxes", "0,0,9,9"]
     assert demo(*arguments, "--vocabulary", "cat,dog") == 1
@@ -537,7 +543,7 @@ def test_a_video_that_cannot_be_written(demo, photos, video, tmp_path, monkeypat
 
 @pytest.fixture
 def images_encoded(monkeypatch):
-    """The shapes of the images that were encoded; the third encoding of the session stops the run."""
+    """The shapes of the images that were encoded; the third encoding stops the run."""
     encoded: list[tuple] = []
     set_image = RegionSpotPredictor.set_image
 
@@ -599,8 +605,8 @@ def test_going_on_draws_what_was_deleted(demo, photos, tmp_path, capsys):
         (lambda lines: [lines[0][:30], *lines[1:]], 1),
         (lambda lines: [lines[0], b"{}\n", lines[2]], 2),
         (lambda lines: [lines[0], b"\xff\n", lines[2]], 2),
-        # A killed run leaves these: a last line without its end, cut in a letter, or with zeros for what was not yet
-        # on the disk.
+        # A killed run leaves these: a last line without its end, cut in a letter, or with zeros
+        # for what was not yet on the disk.
         (lambda lines: [*lines[:2], lines[2].rstrip()], None),
         (lambda lines: [*lines[:2], lines[2][:30] + b"\n"], None),
         (lambda lines: [*lines[:2], bytes(30)], None),

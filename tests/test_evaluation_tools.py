@@ -27,7 +27,7 @@ def load_tool(name: str) -> ModuleType:
     return module
 
 
-benchmark_lvis_evaluation = load_tool("benchmarks/lvis_evaluation")
+benchmark_lvis_evaluation = load_tool("benchmarks/evaluation")
 visualize_results = load_tool("visualize_results")
 
 LVIS, COCO = "synthetic_tools_lvis", "synthetic_tools_coco"
@@ -158,6 +158,6 @@ def test_mistakes_end_in_one_line(
 
 def test_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("lvis")
-    arguments = ["--images", "3", "--detections-per-image", "20"]
+    arguments = ["lvis", "--images", "3", "--detections-per-image", "20"]
     assert benchmark_lvis_evaluation.main(arguments) == 0
     assert "3 images, 60 detections" in capsys.readouterr().out

@@ -1,8 +1,9 @@
-"""Training and evaluation from the command line: results, resuming, processes, precisions, mistakes."""
+"""Training and evaluation by command: results, resuming, processes, precisions, mistakes."""
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import math
@@ -25,6 +26,7 @@ from detectron2.utils import comm
 import train_net
 from regionspot_d2 import add_regionspot_config
 from regionspot_d2.engine import RegionSpotTrainer
+from regionspot_d2.engine.hooks import ModelEMA
 
 from .shapes import shapes_cfg
 from .tiny import register_tiny_models
@@ -208,7 +210,7 @@ def test_two_processes_train_as_one_with_the_whole_batch(cfg):
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_loss_that_is_no_number_stops_and_names_the_images(cfg):
+def test_a_nonfinite_loss_stops_and_names_the_images(cfg):
     cfg = without_tests(cfg)
     cfg.SOLVER.BASE_LR = 1e30
     cfg.SOLVER.CHECKPOINT_PERIOD = 1
@@ -294,7 +296,7 @@ def test_tokens_are_extracted_once_and_give_the_same_loss(cfg, caplog, monkeypat
         train(cached)
     cached.INPUT.CACHED_IMAGE_SIZE = 64
     # Millions of images are not extracted on the way.
-    monkeypatch.setattr("regionspot_d2.engine.trainer._EXTRACTED_ON_THE_WAY", 3)
+    monkeypatch.setattr("regionspot_d2.engine.trainer.MAX_IMAGES_EXTRACTED", 3)
     cached.INPUT.TOKEN_CACHE += "_none"
     with pytest.raises(train_net.ConfigError, match="12 images of 'shapes'.*extract_tokens.py"):
         train(cached)
@@ -378,3 +380,22 @@ def test_wrong_config_files_are_named(tmp_path, text, message):
 def test_missing_config_file_is_named():
     with pytest.raises(train_net.ConfigError, match="nowhere.yaml"):
         train_net.load_config("nowhere.yaml")
+
+
+def test_the_average_covers_the_trained_parameters_and_loads_one_of_version_0_1():
+    torch.manual_seed(0)
+    frozen, trained = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    model = torch.nn.Sequential(frozen.requires_grad_(False), trained)
+    ema = ModelEMA(model, 0.5)
+    assert ema.state_dict().keys() == {"1.weight", "1.bias"}
+    saved = {"1.weight": torch.ones(2, 2), "1.bias": torch.zeros(2)}
+    ema.load_state_dict(saved)
+    ema.start()  # what a checkpoint gave is not replaced
+    before = copy.deepcopy(model.state_dict())
+    with ema.applied():
+        assert torch.equal(trained.weight, saved["1.weight"])
+        assert torch.equal(frozen.weight, before["0.weight"])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    ema.update()
+    expected = 0.5 * saved["1.weight"] + 0.5 * trained.weight
+    torch.testing.assert_close(ema.state_dict()["1.weight"], expected)

@@ -1,13 +1,14 @@
 #!/usr/bin/env python
-"""Turns a published RegionSpot checkpoint into the head alone.
+"""Takes the trained head out of a published RegionSpot checkpoint.
 
-The authors' files (RegionSpot-BB, -BL, -BL@336) hold the frozen SAM and CLIP too, about 1 to 2 GB; what was trained is the
-head. Those weights are under CC BY-NC 4.0, not this project's licence.
+The authors' files (RegionSpot-BB, -BL, -BL@336) hold the frozen SAM and CLIP too, about 1 to 2 GB;
+only the head was trained. Those weights are under CC BY-NC 4.0, not this project's license.
 
 Example::
 
     python tools/convert_checkpoint.py regionspot_BL.pth regionspot_BL.safetensors
-    python train_net.py --eval-only --config-file configs/eval_lvis_gt.yaml MODEL.WEIGHTS regionspot_BL.safetensors
+    python train_net.py --eval-only --config-file configs/eval_lvis_gt.yaml \\
+        MODEL.WEIGHTS regionspot_BL.safetensors
 """
 
 from __future__ import annotations
@@ -22,23 +23,23 @@ from safetensors.torch import save_file
 from tabulate import tabulate
 from torch import Tensor
 
+from regionspot_d2.files import explained_weights
 from regionspot_d2.modeling import RegionSpotHead
 
-# What the published files call the trained parts, and what the frozen ones.
+# Prefixes of the trained and the frozen parts in the published files.
 TRAINED = ("to_clip.", "decoder.", "projector.")
 FROZEN = ("sam.", "clip_model.")
-# Width of the image tokens and of the text, by which the published models are told apart.
+# The published models by the width of their image tokens and text embeddings.
 PUBLISHED = {
     (768, 512): "RegionSpot-BB (configs/regionspot_B.yaml)",
-    (
-        1024,
-        768,
-    ): "RegionSpot-BL (configs/regionspot_L.yaml) or -BL@336 (configs/regionspot_L_336.yaml)",
+    (1024, 768): (
+        "RegionSpot-BL (configs/regionspot_L.yaml) or -BL@336 (configs/regionspot_L_336.yaml)"
+    ),
 }
 
 
 class ConversionError(ValueError):
-    """The file is not what it should be; the message says why."""
+    """A state dict does not hold a whole RegionSpot head; the message says what is wrong."""
 
 
 class Conversion(NamedTuple):
@@ -47,8 +48,8 @@ class Conversion(NamedTuple):
     Attributes:
         head: state dict of a :class:`RegionSpotHead`.
         used: keys of the file that became the head.
-        dropped: keys of frozen models, and of nothing we know.
-        unknown: those of ``dropped`` that no part of the published model explains.
+        dropped: all other keys, of the frozen models for the most part.
+        unknown: those of ``dropped`` that belong to no part of the published model.
     """
 
     head: dict[str, Tensor]
@@ -58,26 +59,20 @@ class Conversion(NamedTuple):
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Reads the tensors of a checkpoint, running nothing that may be in it.
+    """Reads the tensors of a checkpoint, without running any code that may be in it.
 
     Raises:
-        ConversionError: if the file is missing, damaged, or no checkpoint.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or not a checkpoint of tensors.
     """
     if not path.is_file():
-        raise ConversionError(f"{path} does not exist.")
-    try:
+        raise FileNotFoundError(f"'{path}' does not exist.")
+    with explained_weights(path, "a checkpoint of tensors"):
         data: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConversionError(
-            f"{path} cannot be read as a checkpoint of tensors ({reason}). Is the download complete?"
-        ) from error
-    if isinstance(data, dict) and isinstance(data.get("model"), dict):
-        data = data["model"]
-    if not isinstance(data, dict) or not any(isinstance(v, Tensor) for v in data.values()):
-        raise ConversionError(
-            f"{path} holds no state dict: a dict from names to tensors is expected."
-        )
+        if isinstance(data, dict) and isinstance(data.get("model"), dict):
+            data = data["model"]
+        if not isinstance(data, dict) or not any(isinstance(v, Tensor) for v in data.values()):
+            raise ValueError("it holds no state dict, which maps names to tensors")
     return {key: value for key, value in data.items() if isinstance(value, Tensor)}
 
 
@@ -85,10 +80,11 @@ def convert(state: dict[str, Tensor]) -> Conversion:
     """Picks the head out of a published state dict.
 
     Args:
-        state: keys as ``model.to_clip.weight``; the prefix (and that of a distributed run, ``module.``) may be missing.
+        state: keys as ``model.to_clip.weight``; the prefix may be missing, or be preceded by that
+            of a distributed run, ``module.``.
 
     Raises:
-        ConversionError: if a part of the head is missing or has a size that does not fit the rest.
+        ConversionError: a part of the head is missing or has a size that does not fit the rest.
     """
     head: dict[str, Tensor] = {}
     used, dropped, unknown = [], [], []
@@ -104,8 +100,8 @@ def convert(state: dict[str, Tensor]) -> Conversion:
     if "to_clip.weight" not in head or "projector.weight" not in head:
         found = ", ".join(sorted({key.split(".")[0] for key in state})[:8])
         raise ConversionError(
-            "This is no RegionSpot checkpoint: 'model.to_clip.weight' and 'model.projector.weight' are expected; "
-            f"its keys begin with {found}."
+            "This is not a RegionSpot checkpoint: 'model.to_clip.weight' and "
+            f"'model.projector.weight' are expected, but its keys begin with {found}."
         )
     expected = _expected_head(head)
     missing = sorted(expected.keys() - head.keys())
@@ -113,17 +109,17 @@ def convert(state: dict[str, Tensor]) -> Conversion:
     strangers = sorted(head.keys() - expected.keys())
     if missing or wrong or strangers:
         lines = [f"  missing: {key}" for key in missing]
-        lines += [f"  not known: {key}" for key in strangers]
+        lines += [f"  unknown: {key}" for key in strangers]
         lines += [
             f"  {key}: {tuple(head[key].shape)}, expected {tuple(expected[key].shape)}"
             for key in wrong
         ]
-        raise ConversionError("The head in this file is not whole:\n" + "\n".join(lines[:20]))
+        raise ConversionError("The head in this file is incomplete:\n" + "\n".join(lines[:20]))
     return Conversion(head, used, dropped, unknown)
 
 
 def _expected_head(head: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of the head that the sizes in the file ask for, without memory."""
+    """The state dict of a head with the sizes found in the file; its tensors take no memory."""
     layers = {key.split(".")[2] for key in head if key.startswith("decoder.layers.")}
     ffn = head.get("decoder.layers.0.linear1.weight", torch.empty(2048, 0))
     with torch.device("meta"):
@@ -138,7 +134,7 @@ def _expected_head(head: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def report(conversion: Conversion) -> str:
-    """What became of every key, by groups, and which model it is."""
+    """A table of what became of the keys, by part, and which published model it is."""
     rows = []
     for fate, keys in (("used", conversion.used), ("dropped", conversion.dropped)):
         groups = Counter(
@@ -152,7 +148,7 @@ def report(conversion: Conversion) -> str:
     parameters = sum(value.numel() for value in conversion.head.values())
     lines.append(f"The head is {name}: {parameters:,} parameters.")
     if conversion.unknown:
-        lines.append("Keys that no part of the published model explains, dropped:")
+        lines.append("Dropped keys that belong to no part of the published model:")
         lines += [f"  {key}" for key in conversion.unknown]
     return "\n".join(lines)
 
@@ -160,15 +156,15 @@ def report(conversion: Conversion) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, help="file of the authors (.pth)")
-    parser.add_argument("output", type=Path, help="head alone (.safetensors)")
+    parser.add_argument("output", type=Path, help="the head (.safetensors)")
     parser.add_argument("--keys", action="store_true", help="print every key and its fate")
     args = parser.parse_args()
     try:
         conversion = convert(read_state_dict(args.checkpoint))
-    except ConversionError as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"source": args.checkpoint.name, "licence": "CC BY-NC 4.0 (RegionSpot's authors)"}
+    metadata = {"source": args.checkpoint.name, "license": "CC BY-NC 4.0 (RegionSpot's authors)"}
     save_file(conversion.head, args.output, metadata)
     if args.keys:
         print("\n".join(f"used     {key}" for key in conversion.used))

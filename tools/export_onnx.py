@@ -1,15 +1,16 @@
 #!/usr/bin/env python
-"""Writes the region head, with a vocabulary, as ONNX.
+"""Exports the region head, with a vocabulary, as ONNX.
 
-    python tools/export_onnx.py --config-file configs/regionspot_L.yaml --vocabulary coco --output head.onnx \
-        MODEL.WEIGHTS heads/regionspot_L.safetensors
+    python tools/export_onnx.py --config-file configs/regionspot_L.yaml --vocabulary coco \\
+        --output head.onnx MODEL.WEIGHTS heads/regionspot_L.safetensors
 
-Inputs of the graph: ``mask_tokens`` (R, 256), ``image_tokens`` (L, W) and ``text`` (C, D), rows of unit length; output: ``logits``
-(R, C). R, L and C may change from call to call. The text matrix of the vocabulary is written beside it (``.npy``), so another
-vocabulary is another file. The graph is checked against torch before it is kept.
+The inputs of the graph are ``mask_tokens`` (R, 256), ``image_tokens`` (L, W) and ``text`` (C, D),
+rows of unit length; its output is ``logits`` (R, C). R, L and C may vary from call to call. The
+text matrix of the vocabulary is written beside it (``.npy``), so another vocabulary is another
+file. The graph is checked against torch before it is kept.
 
-The localizer's decoder is exported by segment-anything's own ``scripts/export_onnx_model.py``; the image encoders run in torch, or in
-the exporters of their libraries.
+The localizer's decoder is exported by segment-anything's own ``scripts/export_onnx_model.py``; the
+image encoders run in torch, or are exported by their libraries.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ TOLERANCE = 1e-4
 
 
 class ScoredHead(nn.Module):
-    """The head of one image, and the comparison with the words."""
+    """The head for one image, and the comparison with the text embeddings."""
 
     def __init__(self, head: RegionSpotHead, logit_scale: Tensor) -> None:
         super().__init__()
@@ -40,26 +41,22 @@ class ScoredHead(nn.Module):
         self.register_buffer("scale", logit_scale.detach().float().exp())
 
     def forward(self, mask_tokens: Tensor, image_tokens: Tensor, text: Tensor) -> Tensor:
-        # RegionSpotHead.forward for one image; its padding of batches has no place in a graph.
+        # RegionSpotHead.forward without the padding of batches, which a graph cannot express.
         queries = self.head.to_clip(mask_tokens)[None]
         regions = self.head.projector(self.head.decoder(queries, image_tokens[None]))[0]
         return nn.functional.normalize(regions, dim=-1) @ text.T * self.scale
 
 
 def export(head: RegionSpotHead, logit_scale: Tensor, text_dim: int, path: Path) -> float:
-    """Exports a head and compares the graph with torch.
+    """Exports a head in eval mode and compares the graph with torch.
 
-    Args:
-        head: in eval mode.
-        logit_scale: of the vision-language model.
-        text_dim: D, the width of the text embeddings.
-        path: file to write.
+    ``logit_scale`` is the logarithm that the vision-language model has, ``text_dim`` is D.
 
     Returns:
         The largest difference of a logit between the graph and torch, over several sizes.
 
     Raises:
-        RuntimeError: if it is above ``TOLERANCE``; nothing is written then.
+        RuntimeError: the difference exceeds ``TOLERANCE``; nothing is written.
     """
     model = ScoredHead(head, logit_scale).cpu().eval()
     scale = model.scale
@@ -121,7 +118,7 @@ def main() -> None:
     if not isinstance(model.region_head, RegionSpotHead):
         kind = type(model.region_head).__name__
         raise SystemExit(
-            f"error: MODEL.REGION_HEAD.NAME is {kind}; only trained heads are exported."
+            f"error: MODEL.REGION_HEAD.NAME is {kind}; only RegionSpotHead is exported."
         )
     args.output.parent.mkdir(parents=True, exist_ok=True)
     scale, width = model.vision_language.logit_scale, model.vision_language.text_dim
@@ -129,7 +126,8 @@ def main() -> None:
     text = args.output.with_suffix(".npy")
     np.save(text, model.text_embedder(names).numpy())
     print(
-        f"{args.output}: differs from torch by {worst:.1e} at most. Its {len(names)} names: {text}."
+        f"{args.output} differs from torch by at most {worst:.1e}. "
+        f"The embeddings of its {len(names)} class names are in {text}."
     )
 
 

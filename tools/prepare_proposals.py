@@ -64,7 +64,7 @@ from regionspot_d2.data.proposals import (
     write_proposals,
 )
 from regionspot_d2.engine import ConfigError, load_config
-from regionspot_d2.engine.setup import check_datasets, explained
+from regionspot_d2.engine.config import check_datasets, explained
 from regionspot_d2.files import WeightsNotFoundError, fingerprint
 from regionspot_d2.journal import Journal, JournalError
 from regionspot_d2.modeling.automatic_masks import AutomaticMaskSettings, automatic_boxes

@@ -4,10 +4,10 @@
     python tools/slurm_train.py --nodes 2 --num-gpus 8 --partition gpu --hours 48 \\
         --config-file configs/train_o365_L.yaml SOLVER.IMS_PER_BATCH 32
 
-Every node runs one launcher of train_net.py, which starts a process for each GPU. A job that is preempted or reaches its
-time limit is put into the queue again and goes on from its last checkpoint. Logs of Slurm are in ``--log-folder``, those
-of the training in ``OUTPUT_DIR``. ``--cluster local`` runs on this machine without Slurm, ``--cluster debug`` in this
-process; both take one node.
+Every node runs train_net.py once, which starts a process for each GPU. A job that is preempted or
+reaches its time limit is requeued and resumes from its last checkpoint. Slurm's logs are in
+``--log-folder``, those of the training in ``OUTPUT_DIR``. ``--cluster local`` runs on this machine
+without Slurm, ``--cluster debug`` in this process; both take one node.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Training:
     """What a node runs; submitit pickles it.
 
     Attributes:
-        arguments: of train_net.py.
+        arguments: the arguments of train_net.py.
         nodes: number of nodes.
-        num_gpus: processes of each.
-        port: free on the first node.
+        num_gpus: processes on each node.
+        port: a free port on the first node.
     """
 
     arguments: list[str]
@@ -52,7 +52,7 @@ class Training:
         subprocess.run(command + self.arguments, check=True)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """submitit calls this before Slurm ends the job."""
+        """What to run when Slurm ends the job early; submitit calls it."""
         arguments = self.arguments
         if "--resume" not in arguments:
             arguments = ["--resume", *arguments]
@@ -69,25 +69,18 @@ def argument_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--num-gpus", type=int, default=8, help="of each node")
+    parser.add_argument("--num-gpus", type=int, default=8, help="on each node")
     parser.add_argument("--cpus-per-gpu", type=int, default=8, help="for the loader's workers")
     parser.add_argument("--hours", type=float, default=24.0, help="time limit")
     parser.add_argument("--partition")
-    parser.add_argument("--port", type=int, default=29517, help="free on the first node")
+    parser.add_argument("--port", type=int, default=29517, help="a free port on the first node")
     parser.add_argument("--log-folder", type=Path, default=Path("output/slurm"))
     parser.add_argument("--cluster", choices=["slurm", "local", "debug"], default="slurm")
     return parser
 
 
 def submit(arguments: list[str]) -> submitit.Job[None]:
-    """Submits a training.
-
-    Args:
-        arguments: of this script, and of train_net.py.
-
-    Returns:
-        The job.
-    """
+    """Submits a training run, from the arguments of this script and of train_net.py."""
     args, rest = argument_parser().parse_known_args(arguments)
     if args.nodes > 1 and args.cluster != "slurm":
         raise SystemExit(f"--cluster {args.cluster} has one node; --nodes is {args.nodes}.")

@@ -37,7 +37,7 @@ from pycocotools import mask as mask_api
 
 from regionspot_d2.data.images import read_image
 from regionspot_d2.engine import load_config
-from regionspot_d2.engine.setup import check_datasets
+from regionspot_d2.engine.config import check_datasets
 
 _TITLE_HEIGHT = 24
 _GROUPS = {

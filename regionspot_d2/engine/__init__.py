@@ -1,7 +1,13 @@
-"""Training and evaluation: the trainer, its optimizer, hooks and launcher."""
+"""Training and evaluation: a checked config, the trainer, its optimizer and hooks."""
 
-from .setup import ConfigError, load_config
-from .solver import build_optimizer
-from .trainer import RegionSpotTrainer
+from .config import ConfigError, check_datasets, explained, load_config
+from .trainer import RegionSpotTrainer, build_optimizer
 
-__all__ = ["ConfigError", "RegionSpotTrainer", "build_optimizer", "load_config"]
+__all__ = [
+    "ConfigError",
+    "RegionSpotTrainer",
+    "build_optimizer",
+    "check_datasets",
+    "explained",
+    "load_config",
+]

@@ -1,4 +1,4 @@
-"""What happens between the steps of training."""
+"""What happens around the steps of training: seeds, the moving average, the best checkpoint."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from detectron2.engine import HookBase
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..checkpoint import RegionSpotCheckpointer
 
@@ -21,16 +24,12 @@ _BEST = "model_best"
 
 
 class SeedByIteration(HookBase):
-    """Makes the random numbers of a step, those of dropout, a function of its number.
+    """Makes the random numbers of a step, such as those of dropout, a function of its number.
 
-    A resumed run then draws the same as one that was never stopped, with nothing to save.
+    A resumed run then draws what an uninterrupted one draws, without saving any random state.
     """
 
     def __init__(self, seed: int) -> None:
-        """
-        Args:
-            seed: of the run.
-        """
         self._seed = seed
 
     def before_step(self) -> None:
@@ -39,80 +38,105 @@ class SeedByIteration(HookBase):
 
 
 class Throughput(HookBase):
-    """Logs images per second, over all processes. It comes after ``IterationTimer``."""
+    """Logs images per second over all processes. It comes after ``IterationTimer``."""
 
     def __init__(self, images_per_step: int) -> None:
-        """
-        Args:
-            images_per_step: over all processes.
-        """
         self._images = images_per_step
 
     def after_step(self) -> None:
         storage = self.trainer.storage
-        # The first steps are not timed.
+        # IterationTimer skips the first steps, which warm up.
         if "time" in storage.histories():
             seconds = storage.history("time").latest()
-            # Detectron2 prints what has this mark.
+            # Detectron2's console writer prints the scalars marked [metric].
             storage.put_scalar("[metric]images/s", self._images / seconds)
 
 
-class BestCheckpoint(HookBase):
-    """Keeps the model with the best evaluation as ``model_best.pth``, over interruptions too.
+class ModelEMA:
+    """An exponential moving average of the parameters that take gradients."""
 
-    It comes after ``EvalHook``, in the main process. Unlike Detectron2's hook it does not make the best checkpoint the
-    last: a resumed run goes on from the last one.
-    """
-
-    def __init__(
-        self,
-        period: int,
-        checkpointer: RegionSpotCheckpointer,
-        metric: str,
-        weights: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
-    ) -> None:
+    def __init__(self, model: nn.Module, decay: float) -> None:
         """
         Args:
-            period: iterations between evaluations.
-            checkpointer: of the trained model.
-            metric: a name in the results, more is better: "bbox/AP", with several test sets
-                "<dataset>/bbox/AP".
-            weights: gives the model the weights that are evaluated.
+            model: the model, not wrapped for distributed training.
+            decay: the share of the average that each update keeps, in 0..1.
         """
-        self._period = period
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._names = list(trained)
+        # AveragedModel copies the module it gets: it must not get the large frozen encoders.
+        self._trained = nn.ParameterList(trained.values())
+        self._average = AveragedModel(self._trained, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    def start(self) -> None:
+        """Copies the parameters, unless the average came from a checkpoint."""
+        if self._average.n_averaged == 0:
+            self.update()
+
+    def update(self) -> None:
+        """Moves the average towards the parameters."""
+        self._average.update_parameters(self._trained)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Gives the model the averaged parameters within a ``with`` block."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for own, average in zip(self._trained, self._average.parameters()):
+            own.data, average.data = average.data, own.data
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {n: p.detach() for n, p in zip(self._names, self._average.parameters())}
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        for name, average in self.state_dict().items():
+            average.copy_(state_dict[name])
+        self._average.n_averaged.fill_(1)
+
+
+class BestCheckpoint:
+    """Keeps the model with the best evaluation as ``model_best.pth``, across interruptions too.
+
+    Unlike Detectron2's ``BestCheckpointer`` it remembers the best value when a run is resumed, and
+    does not make the best checkpoint the one that a run resumes from.
+    """
+
+    def __init__(self, checkpointer: RegionSpotCheckpointer, metric: str) -> None:
+        """
+        Args:
+            checkpointer: saves the trained model.
+            metric: a name in the results for which more is better: "bbox/AP"; with several test
+                datasets "<dataset>/bbox/AP".
+        """
         self._checkpointer = checkpointer
         self._metric = metric
-        self._weights = weights
         self._best = -math.inf
 
-    def before_train(self) -> None:
+    def resume(self) -> None:
+        """Goes on from the best value of an earlier part of the run."""
         path = os.path.join(self._checkpointer.save_dir, f"{_BEST}.pth")
-        if self.trainer.start_iter > 0 and os.path.exists(path):
+        if os.path.exists(path):
             self._best = torch.load(path, map_location="cpu").get(self._metric, -math.inf)
 
-    def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        if done % self._period == 0 and done != self.trainer.max_iter:
-            self._compare()
+    def update(self, results: Mapping[str, Any], iteration: int) -> None:
+        """Saves the model if it is the best so far.
 
-    def after_train(self) -> None:
-        if self.trainer.iter >= self.trainer.max_iter:
-            self._compare()
-
-    def _compare(self) -> None:
-        latest = self.trainer.storage.latest()
-        if self._metric not in latest:
-            names = [name for name in latest if "/" in name and not name.startswith("[")]
+        Args:
+            results: of the model as it is now, nested as evaluators give them.
+            iteration: is saved with the model.
+        """
+        values = flatten_results_dict(results)
+        if self._metric not in values:
             logger.warning(
                 f"TEST.BEST_METRIC is '{self._metric}', which the evaluation did not give; it gave "
-                f"{', '.join(sorted(names)) or 'nothing'}. No best checkpoint is kept."
+                f"{', '.join(sorted(values)) or 'nothing'}. No best checkpoint is kept."
             )
-            return
-        value, iteration = latest[self._metric]
-        # NaN is not better.
-        if not value > self._best:
-            return
-        self._best = value
-        with self._weights():
-            self._checkpointer.save_model(_BEST, iteration=iteration, **{self._metric: value})
-        logger.info(f"{self._metric} {value:.2f} is the best so far: saved {_BEST}.pth.")
+        # A NaN compares as not greater, so it is never the best.
+        elif values[self._metric] > self._best:
+            self._best = values[self._metric]
+            self._checkpointer.save_model(_BEST, iteration=iteration, **{self._metric: self._best})
+            logger.info(f"{self._metric} {self._best:.2f} is the best so far: saved {_BEST}.pth.")

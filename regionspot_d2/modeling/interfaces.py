@@ -7,8 +7,8 @@ What a part can do or needs is a property here, never found out by looking at an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from detectron2.utils.registry import Registry
@@ -240,9 +240,11 @@ class RegionHead(nn.Module, ABC):
 
     Attributes:
         has_attention: whether :meth:`attention` tells where the head looks.
+        renamed_parameters: parameter names in older files, and what they are called today.
     """
 
     has_attention: bool = False
+    renamed_parameters: ClassVar[Mapping[str, str]] = {}
 
     @property
     @abstractmethod

@@ -16,7 +16,7 @@ from torch import nn
 from regionspot_d2 import RegionSpotPredictor, add_regionspot_config
 from regionspot_d2.checkpoint import RegionSpotCheckpointer
 from regionspot_d2.data.datasets.vocabularies import known_vocabulary
-from regionspot_d2.engine.setup import ConfigError, load_config
+from regionspot_d2.engine.config import ConfigError, load_config
 from regionspot_d2.files import WeightsNotFoundError
 from regionspot_d2.mini import KernelRegionHead
 from regionspot_d2.mini.fit import RegionTargets, fit_kernel_head

@@ -1,151 +1,309 @@
 #!/usr/bin/env python
-"""Where the time and the memory of naming many boxes of one image go.
+"""Measures naming: one image with many boxes, mask tokens, and repeated questions.
 
-Real architectures with random weights (speed does not depend on them). Prints the share of the time spent outside the two
-image encoders and SAM's mask decoder, and how much the peak memory grows from few boxes to many, each measured in a process
-of its own.
+    # where the time and the memory of naming many boxes of one image go
+    python tools/benchmarks/inference.py image --boxes 50 300
+    # mask tokens of many prompts of one image: ours against segment_anything's decoder
+    python tools/benchmarks/inference.py mask-tokens --boxes 96
+    # set_image and 20 predict calls against the bare modules doing the same
+    python tools/benchmarks/inference.py predictor
+    python tools/benchmarks/inference.py predictor --random \\
+        --config-file configs/regionspot_L_336.yaml --boxes 50
 
-Example::
-
-    python tools/benchmarks/inference.py --boxes 50 300
+``image`` and ``mask-tokens`` build real architectures with random weights, on which speed does not
+depend. ``predictor`` runs the mini model, or with ``--random`` any architecture without weights.
+Contenders run in turns, and a ratio is the median of the ratios of neighboring runs, which other
+load on the machine disturbs least.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
-import re
 import statistics
-import time
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from measuring import Stopwatch, give_random_words, peak_bytes, reset_peak, seconds
+from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
+from torch import Tensor
 
-from regionspot_d2 import add_regionspot_config
+from regionspot_d2 import RegionSpotPredictor
+from regionspot_d2.engine import ConfigError, load_config
+from regionspot_d2.data.datasets.vocabularies import known_vocabulary
+from regionspot_d2.modeling import BoxPrompts, RegionSpot
+from regionspot_d2.modeling.mask_tokens import MaskTokenDecoder
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NUM_NAMES = 1203
+# Of the predictor: time against the bare modules, and difference of scores from single questions.
+LIMIT, TOLERANCE = 1.05, 1e-5
+# Prompts that serve to find the fastest chunk size.
+NUM_TRIED = 24
+
+Question = tuple[Tensor, list[str]]
+EncodedPrompts = tuple[Tensor, Tensor]
 
 
-class Stopwatch:
-    """Adds up the time spent inside a method, by wrapping it."""
-
-    def __init__(self, owner: Any, name: str) -> None:
-        self.seconds = 0.0
-        method = getattr(owner, name)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            start = now()
-            try:
-                return method(*args, **kwargs)
-            finally:
-                self.seconds += now() - start
-
-        setattr(owner, name, timed)
+def random_boxes(number: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """(R, 4) XYXY in an image of (H, W)."""
+    corners = torch.rand(number, 2, 2, generator=generator).sort(dim=1).values
+    return (corners * torch.tensor([size[1], size[0]])).reshape(-1, 4)
 
 
-def now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def build(args: argparse.Namespace) -> Any:
-    cfg = get_cfg()
-    add_regionspot_config(cfg)
-    cfg.merge_from_file(args.config_file)
-    cfg.MODEL.LOCALIZER.WEIGHTS = cfg.MODEL.VISION_LANGUAGE.WEIGHTS = ""
-    cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-    cfg.MODEL.MASK_ON = not args.no_masks
-    model = build_model(cfg).eval()
-    names = [f"name {i}" for i in range(NUM_NAMES)]
-    MetadataCatalog.get("benchmark").thing_classes = names
-    # The words are embedded once per vocabulary; they are not what is measured.
-    words = torch.nn.functional.normalize(torch.randn(NUM_NAMES, model.vision_language.text_dim))
-    model.text_embedder._known[(model.device, tuple(names))] = words.to(model.device)
-    return model
-
-
-def random_input(boxes: int, size: tuple[int, int] = (480, 640)) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(0)
-    corners = torch.rand(boxes, 2, 2, generator=generator).sort(dim=1).values
-    proposals = Instances(size)
-    scale = torch.tensor([size[1], size[0]])
-    proposals.proposal_boxes = Boxes((corners * scale).reshape(-1, 4))
-    proposals.objectness_logits = torch.rand(boxes, generator=generator)
-    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
-    x = {"image": image, "height": size[0], "width": size[1], "dataset_name": "benchmark"}
-    return {**x, "proposals": proposals}
-
-
-def measure(args: argparse.Namespace, boxes: int, results: Any) -> None:
-    torch.set_num_threads(args.threads)
-    model = build(args)
-    inputs = [random_input(boxes)]
-    model([random_input(1)])  # warm up
-    reset_peak()
-    watches = {
-        "SAM image encoder": Stopwatch(model.localizer.image_encoder, "forward"),
-        "CLIP image encoder": Stopwatch(model.vision_language, "forward"),
-        "SAM mask decoder": Stopwatch(model.localizer.token_decoder, "forward"),
-    }
-    totals, outside = [], []
-    for _ in range(args.repeats):
-        for watch in watches.values():
-            watch.seconds = 0.0
-        start = now()
-        model(inputs)
-        totals.append(now() - start)
-        outside.append(totals[-1] - sum(watch.seconds for watch in watches.values()))
-    parts = {name: watch.seconds for name, watch in watches.items()}
-    results.put((statistics.median(totals), statistics.median(outside), parts, peak_bytes()))
-
-
-def reset_peak() -> None:
-    """Forgets what building the model took, which is more than running it does."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_bytes() -> int:
-    """Since :func:`reset_peak`; of the process, on a CPU (Linux)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status").read_text()
-    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config-file", default="configs/regionspot_L_336.yaml")
-    parser.add_argument("--boxes", type=int, nargs="+", default=[50, 300])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--no-masks", action="store_true")
-    args = parser.parse_args()
+def run_image(args: argparse.Namespace) -> None:
+    """Prints the time outside encoders and mask decoder, and how the peak memory grows."""
     context = multiprocessing.get_context("spawn")
     peaks = {}
     for boxes in args.boxes:
+        # A process of its own, so that the peak is that of this number of boxes.
         results = context.Queue()
-        process = context.Process(target=measure, args=(args, boxes, results))
+        process = context.Process(target=measure_image, args=(args, boxes, results))
         process.start()
-        total, outside, parts, peak = results.get()
+        total, outside, parts, peaks[boxes] = results.get()
         process.join()
-        peaks[boxes] = peak
         print(f"{boxes} boxes: {total:.2f} s an image (median of {args.repeats})")
-        for name, seconds in parts.items():
-            print(f"  {name:20s} {seconds:6.2f} s  {100 * seconds / total:5.1f} %")
-        print(f"  {'everything else':20s} {outside:6.2f} s  {100 * outside / total:5.1f} %")
-        print(f"  peak memory {peak / 1e9:.2f} GB")
+        for name, spent in {**parts, "everything else": outside}.items():
+            print(f"  {name:20s} {spent:6.2f} s  {100 * spent / total:5.1f} %")
+        print(f"  peak memory {peaks[boxes] / 1e9:.2f} GB")
     first, last = min(peaks), max(peaks)
     print(f"peak memory from {first} to {last} boxes: +{(peaks[last] - peaks[first]) / 1e9:.2f} GB")
 
 
+def measure_image(args: argparse.Namespace, boxes: int, results: Any) -> None:
+    torch.set_num_threads(args.threads)
+    opts = ["MODEL.LOCALIZER.WEIGHTS", "", "MODEL.VISION_LANGUAGE.WEIGHTS", ""]
+    opts += ["MODEL.DEVICE", DEVICE, "MODEL.MASK_ON", str(not args.no_masks)]
+    model = build_model(load_config(args.config_file, opts, training=False)).eval()
+    give_random_words(model)
+    MetadataCatalog.get("benchmark").thing_classes = [f"name {i}" for i in range(NUM_NAMES)]
+    model([random_input(1)])  # warm up
+    reset_peak()
+    watch = Stopwatch()
+    watch.time(model.localizer.image_encoder, "forward", "SAM image encoder")
+    watch.time(model.vision_language, "forward", "CLIP image encoder")
+    watch.time(model.localizer.token_decoder, "forward", "SAM mask decoder")
+    totals, outside = [], []
+    for _ in range(args.repeats):
+        watch.seconds.clear()
+        totals.append(seconds(lambda: model([random_input(boxes)])))
+        outside.append(totals[-1] - watch.seconds.total())
+    times = (statistics.median(totals), statistics.median(outside), watch.seconds)
+    results.put((*times, peak_bytes()))
+
+
+def random_input(boxes: int, size: tuple[int, int] = (480, 640)) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    proposals = Instances(size)
+    proposals.proposal_boxes = Boxes(random_boxes(boxes, size, generator))
+    proposals.objectness_logits = torch.rand(boxes, generator=generator)
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
+    return {"image": image, "dataset_name": "benchmark", "proposals": proposals}
+
+
+class MaskDecoders:
+    """Both decoders, with the same weights, on one image. All sizes of SAM have the same one."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        transformer = TwoWayTransformer(depth=2, embedding_dim=256, mlp_dim=2048, num_heads=8)
+        decoder = MaskDecoder(transformer_dim=256, transformer=transformer)
+        self.stock = decoder.to(DEVICE).eval()
+        self.ours = MaskTokenDecoder(self.stock)
+        self.encoder = PromptEncoder(256, (64, 64), (1024, 1024), mask_in_chans=16).to(DEVICE)
+        self.image = torch.randn(1, 256, 64, 64, device=DEVICE), self.encoder.get_dense_pe()
+
+    def prompts(self, kind: str, number: int) -> EncodedPrompts:
+        """Random prompts: "boxes", "points" (one each) or "masks" (a box and a mask each)."""
+        boxes = 1024 * torch.rand(number, 4, device=DEVICE)
+        points = 1024 * torch.rand(number, 1, 2, device=DEVICE)
+        masks = torch.randn(number, 1, 256, 256, device=DEVICE)
+        on = torch.ones(number, 1, device=DEVICE)
+        return self.encoder(
+            points=(points, on) if kind == "points" else None,
+            boxes=None if kind == "points" else boxes,
+            masks=masks if kind == "masks" else None,
+        )
+
+    def run_stock(self, prompts: EncodedPrompts, chunk_size: int) -> None:
+        for sparse, dense in zip(*(x.split(chunk_size) for x in prompts)):
+            self.stock(*self.image, sparse, dense, multimask_output=False)
+
+    def run_ours(self, prompts: EncodedPrompts, chunk_size: int, with_masks: bool) -> None:
+        self.ours(*self.image, *prompts, with_masks=with_masks, chunk_size=chunk_size)
+
+    def difference(self, prompts: EncodedPrompts) -> dict[str, float]:
+        """The largest absolute difference of each output."""
+        tokens = []
+        hook = self.stock.transformer.register_forward_hook(
+            lambda module, inputs, outputs: tokens.append(outputs[0][:, 1])
+        )
+        masks, ious = self.stock(*self.image, *prompts, multimask_output=False)
+        hook.remove()
+        expected = {"tokens": tokens[0], "masks": masks, "IoU": ious[:, 0]}
+        actual = self.ours(*self.image, *prompts)
+        return {name: (a - e).abs().max().item() for a, (name, e) in zip(actual, expected.items())}
+
+
+def fastest_chunk(
+    run: Callable[[EncodedPrompts, int], None], prompts: EncodedPrompts, sizes: Iterable[int]
+) -> int:
+    """The best chunk size on some of the prompts, after a run to warm up."""
+    prompts = prompts[0][:NUM_TRIED], prompts[1][:NUM_TRIED]
+    run((prompts[0][:2], prompts[1][:2]), 2)
+    return min(sizes, key=lambda size: seconds(partial(run, prompts, size)))
+
+
+@torch.no_grad()
+def run_mask_tokens(args: argparse.Namespace) -> None:
+    """Prints how fast our decoder is against the stock one, each with its best chunk size."""
+    torch.set_num_threads(args.threads)
+    print(f"{DEVICE}, {args.threads} threads, torch {torch.__version__}")
+    decoders = MaskDecoders()
+    runs: dict[str, Callable[[EncodedPrompts, int], None]] = {
+        "stock": decoders.run_stock,
+        "tokens": partial(decoders.run_ours, with_masks=False),
+        "tokens and masks": partial(decoders.run_ours, with_masks=True),
+    }
+    for kind, number in [("boxes", args.boxes), ("points", args.others), ("masks", args.others)]:
+        prompts = decoders.prompts(kind, number)
+        sizes = sorted({min(size, number) for size in args.chunk_sizes})
+        chunks = {name: fastest_chunk(run, prompts, sizes) for name, run in runs.items()}
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(args.repeats):
+            for name, run in runs.items():
+                times[name].append(seconds(partial(run, prompts, chunks[name])))
+        print(f"\n{number} {kind}")
+        for name, values in times.items():
+            ratio = statistics.median(s / v for s, v in zip(times["stock"], values))
+            print(
+                f"  {name:17s} {statistics.median(values):8.3f} s   chunks of {chunks[name]:3d}   "
+                f"{ratio:.2f} times the speed of the stock decoder"
+            )
+        differences = decoders.difference(decoders.prompts(kind, min(number, 4)))
+        print("  largest difference: " + ", ".join(f"{n} {d:.1e}" for n, d in differences.items()))
+
+
+def run_predictor(args: argparse.Namespace) -> None:
+    """Prints the time against the bare modules; fails above ``LIMIT`` or ``TOLERANCE``."""
+    torch.set_num_threads(args.threads)
+    keys = ("MODEL.WEIGHTS", "MODEL.LOCALIZER.WEIGHTS", "MODEL.VISION_LANGUAGE.WEIGHTS")
+    no_weights = [part for key in keys for part in (key, "")] if args.random else []
+    try:
+        cfg = load_config(args.config_file, [*no_weights, *args.opts], training=False)
+        predictor = RegionSpotPredictor(cfg)
+    except (ConfigError, OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+    if args.random:
+        give_random_words(predictor.model)
+    generator = torch.Generator().manual_seed(0)
+    size = (args.size[0], args.size[1])
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
+    known = known_vocabulary("lvis")
+    asked = []
+    for _ in range(args.calls):
+        order = torch.randperm(len(known), generator=generator)[: args.names]
+        asked.append((random_boxes(args.boxes, size, generator), [known[i] for i in order]))
+        predictor.set_vocabulary(asked[-1][1])  # embedded once, which is not what is measured
+    bare_modules(predictor.model, image, asked[:1])  # warm up
+    pairs = [
+        (
+            seconds(lambda: bare_modules(predictor.model, image, asked)),
+            seconds(lambda: with_predictor(predictor, image, asked)),
+        )
+        for _ in range(args.repeats)
+    ]
+    needed, used = (statistics.median(times) for times in zip(*pairs))
+    ratio = statistics.median(ours / least for least, ours in pairs)
+    print(f"set_image and {args.calls} predict calls: {used:.3f} s; bare modules: {needed:.3f} s")
+    print(f"ratio {ratio:.3f} (limit {LIMIT})")
+    worst = largest_difference(predictor, image, asked)
+    print(f"largest difference of a score from single questions: {worst:.1e} (limit {TOLERANCE})")
+    if ratio > LIMIT or worst > TOLERANCE:
+        raise SystemExit(1)
+
+
+def with_predictor(
+    predictor: RegionSpotPredictor, image: Tensor, asked: Sequence[Question]
+) -> list[Instances]:
+    predictor.set_image(image)
+    return [predictor.predict(boxes=boxes, vocabulary=names) for boxes, names in asked]
+
+
+@torch.no_grad()
+def bare_modules(model: RegionSpot, image: Tensor, asked: Sequence[Question]) -> list[Any]:
+    """Image encoders once; per question decoder, masks, head and cosines, and nothing else."""
+    size = (image.shape[-2], image.shape[-1])
+    encoded = model.encode([image.to(model.device)])
+    answers = []
+    for corners, names in asked:
+        boxes = Boxes(corners.to(model.device))
+        tokens, masks = boxes.tensor.new_zeros(len(boxes), model.localizer.token_dim), None
+        if model.with_masks or model.region_head.reads_mask_tokens:
+            tokens, masks = model.localizer.decode(
+                encoded.embeddings[0], size, BoxPrompts(boxes), with_masks=model.with_masks
+            )
+        if masks is not None:
+            model.localizer.full_size_masks(masks, size)
+        relative = boxes.tensor / boxes.tensor.new_tensor([size[1], size[0]] * 2)
+        [embeddings] = model.region_head([tokens], encoded.image_tokens, [relative])
+        words = model.text_embedder(names, model.device)
+        logits = embeddings @ words.T * model.vision_language.logit_scale.exp()
+        answers.append(logits.softmax(1).max(1))
+    return answers
+
+
+def largest_difference(
+    predictor: RegionSpotPredictor, image: Tensor, asked: Sequence[Question]
+) -> float:
+    """Scores of one image asked many times against single runs; infinite if a name differs."""
+    worst = 0.0
+    for question, found in zip(asked, with_predictor(predictor, image, asked)):
+        [single] = with_predictor(predictor, image, [question])
+        same = torch.equal(found.pred_classes, single.pred_classes)
+        if not same or not torch.equal(found.pred_boxes.tensor, single.pred_boxes.tensor):
+            return float("inf")
+        worst = max(worst, float((found.scores - single.scores).abs().max()))
+    return worst
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], repeats: int) -> Any:
+        one = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
+        one.set_defaults(run=run)
+        one.add_argument("--repeats", type=int, default=repeats)
+        one.add_argument("--threads", type=int, default=torch.get_num_threads())
+        return one.add_argument
+
+    add = command("image", run_image, 3)
+    add("--config-file", default="configs/regionspot_L_336.yaml")
+    add("--boxes", type=int, nargs="+", default=[50, 300])
+    add("--no-masks", action="store_true")
+    add = command("mask-tokens", run_mask_tokens, 3)
+    add("--boxes", type=int, default=96, help="box prompts of the image")
+    add("--others", type=int, default=8, help="point prompts, and mask prompts")
+    add("--chunk-sizes", type=int, nargs="+", default=[1, 4, 24], help="sizes each side tries")
+    add = command("predictor", run_predictor, 5)
+    add("--config-file", default="configs/mini/regionspot_mini.yaml")
+    add("--random", action="store_true", help="random weights and text embeddings")
+    add("--calls", type=int, default=20)
+    add("--boxes", type=int, default=20, help="in each call")
+    add("--names", type=int, default=1000, help="in each vocabulary")
+    add("--size", type=int, nargs=2, default=[480, 640], metavar=("H", "W"))
+    add("opts", nargs="*", help="config changes: KEY VALUE ...")
+    return parser
+
+
 if __name__ == "__main__":
-    main()
+    arguments = argument_parser().parse_args()
+    arguments.run(arguments)

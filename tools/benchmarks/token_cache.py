@@ -1,7 +1,6 @@
-#!/usr/bin/env python
-"""Compares the token cache with one ``torch.save`` file per image, the layout of published tokens.
+"""Compares the token cache with one ``torch.save`` file per image, the published layout.
 
-    python tools/benchmarks/token_cache.py --images 5000
+It is the command ``token-cache`` of training.py.
 
 Both hold the same synthetic tokens in half precision, and are read in the same random order: once
 to fill the disk's cache and check the sha256 of the shards, then once more, which is what counts.
@@ -102,18 +101,14 @@ def compare(folder: Path, images: int, regions: int, images_per_shard: int) -> N
     print(f"the cache is {seconds[1] / seconds[0]:.1f} times faster")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--boxes", type=int, default=12, help="per image, on average")
-    parser.add_argument("--images-per-shard", type=int, default=1024)
-    parser.add_argument("--folder", help="disk to measure on; by default that of temporary files")
-    args = parser.parse_args()
+def run(args: argparse.Namespace) -> None:
+    """Compares both in a temporary folder."""
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         compare(Path(name), args.images, args.boxes, args.images_per_shard)
 
 
-if __name__ == "__main__":
-    main()
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--images", type=int, default=5000)
+    parser.add_argument("--boxes", type=int, default=12, help="per image, on average")
+    parser.add_argument("--images-per-shard", type=int, default=1024)
+    parser.add_argument("--folder", help="disk to measure on; by default that of temporary files")

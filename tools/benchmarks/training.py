@@ -1,45 +1,48 @@
 #!/usr/bin/env python
-"""Measures training from cached mask tokens, on synthetic images.
+"""Measures training from cached mask tokens, on synthetic images, and the cache itself.
 
-    # where the time of a step goes: the embedded models, or the sizes of the paper with random weights
-    python tools/benchmarks/training.py --measure step --config-file configs/mini/train_tinycoco.yaml
-    python tools/benchmarks/training.py --measure step --config-file configs/regionspot_B.yaml --random-weights
-    # images per second of two processes against one, the same batch in each, one thread in each
-    python tools/benchmarks/training.py --measure processes --config-file configs/mini/train_tinycoco.yaml
+    # where the time of a step goes: the mini model, or the paper's sizes with random weights
+    python tools/benchmarks/training.py step --config-file configs/mini/train_tinycoco.yaml
+    python tools/benchmarks/training.py step --config-file configs/regionspot_B.yaml \\
+        --random-weights
+    # images per second of two processes against one, the same batch and one thread in each
+    python tools/benchmarks/training.py processes --config-file configs/mini/train_tinycoco.yaml
     # memory of loss and head over the 13,204 names of V3Det
-    python tools/benchmarks/training.py --measure vocabulary --config-file configs/regionspot_B.yaml --random-weights
+    python tools/benchmarks/training.py vocabulary --config-file configs/regionspot_B.yaml \\
+        --random-weights
+    # reading an image's mask tokens, against one file per image
+    python tools/benchmarks/training.py token-cache --images 5000
 
-``MODEL.DEVICE cpu`` at the end measures the CPU of a machine with a GPU.
+``MODEL.DEVICE cpu`` at the end of the first three measures the CPU of a machine with a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import logging
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import token_cache
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase, launch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
+from measuring import Stopwatch, give_random_words, now, peak_bytes, reset_peak
 from PIL import Image
 
 from regionspot_d2.data.cache_manifest import cache_manifest
 from regionspot_d2.data.token_cache import TokenCacheWriter
 from regionspot_d2.engine import RegionSpotTrainer, load_config
 from regionspot_d2.files import module_fingerprint
-from regionspot_d2.modeling import RegionSpot
-from regionspot_d2.modeling.interfaces import LOCALIZER_REGISTRY
+from regionspot_d2.modeling import LOCALIZER_REGISTRY
 
 _IMAGES = 64
 _SIZE = (640, 480)
@@ -47,23 +50,8 @@ _WARM_UP = 2
 _V3DET_NAMES, _REGIONS = 13_204, 300
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--measure", required=True, choices=["step", "processes", "vocabulary"])
-    parser.add_argument("--config-file", required=True)
-    parser.add_argument("--random-weights", action="store_true", help="download nothing")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--images", type=int, default=4, help="in a batch, of each process")
-    parser.add_argument("--boxes", type=int, default=10, help="in an image")
-    parser.add_argument("--threads", type=int, default=1, help="of each process")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
-    return parser
-
-
 def benchmark_config(args: argparse.Namespace, folder: Path, processes: int = 1) -> CfgNode:
-    """Training on the synthetic data set in ``folder``, without evaluation."""
+    """Training on the synthetic dataset in ``folder``, without evaluation."""
     values: dict[str, Any] = {
         "DATASETS.COCO_FORMAT": [["synthetic", f"{folder}/instances.json", f"{folder}/images"]],
         "DATASETS.TRAIN": ("synthetic",),
@@ -131,62 +119,45 @@ def write_data(args: argparse.Namespace, folder: Path) -> None:
     writer.finish()
 
 
-class Stopwatch(HookBase):
-    """Adds up the time of parts of the steps after the first few, and of these steps as wholes."""
+class StepTimer(HookBase):
+    """Starts a stopwatch after the first few steps, and times those that follow as a whole."""
 
-    def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+    def __init__(self, watch: Stopwatch) -> None:
+        self.watch = watch
         self.steps = 0
-
-    def time(self, owner: Any, method: str, part: str) -> None:
-        """Times every call of a method; the parts must not call each other."""
-        original: Callable[..., Any] = getattr(owner, method)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            start = _now()
-            result = original(*args, **kwargs)
-            self.seconds[part] += _now() - start
-            return result
-
-        setattr(owner, method, timed)
 
     def before_step(self) -> None:
         if self.trainer.iter == _WARM_UP:
-            self.seconds.clear()
-            self._start = _now()
+            self.watch.seconds.clear()
+            self._start = now()
 
     def after_step(self) -> None:
         if self.trainer.iter >= _WARM_UP:
             self.steps = self.trainer.iter - _WARM_UP + 1
-            self.total = _now() - self._start
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+            self.total = now() - self._start
 
 
 def train(args: argparse.Namespace, folder: Path, processes: int) -> None:
-    """Trains, and leaves the times in ``seconds.json``. Each process runs it."""
+    """Trains in each process, and leaves the times in ``seconds.json``."""
     torch.set_num_threads(args.threads)
     cfg = benchmark_config(args, folder, processes)
     torch.manual_seed(cfg.SEED)
     trainer = RegionSpotTrainer(cfg)
     trainer.resume_or_load(resume=False)
-    model = getattr(trainer.model, "module", trainer.model)
-    _give_random_words(model)
+    model = trainer.checkpointer.model  # without the wrapper of several processes
+    give_random_words(model)
     watch = Stopwatch()
+    timer = StepTimer(watch)
     watch.time(model.vision_language, "forward", "vision-language encoder")
     watch.time(model.region_head, "forward", "head")
     watch.time(model, "score", "loss")
     watch.time(model, "losses", "loss")
     watch.time(trainer.optimizer, "step", "optimizer")
     watch.time(torch.Tensor, "backward", "backward of loss and head")
-    trainer.register_hooks([watch])
+    trainer.register_hooks([timer])
     trainer.train()
     if comm.is_main_process():
-        result = {"total": watch.total, "steps": watch.steps, "parts": watch.seconds}
+        result = {"total": timer.total, "steps": timer.steps, "parts": watch.seconds}
         (folder / "seconds.json").write_text(json.dumps(result))
 
 
@@ -196,78 +167,83 @@ def measure(args: argparse.Namespace, folder: Path, processes: int) -> dict[str,
 
 
 def print_step(args: argparse.Namespace, folder: Path) -> None:
+    """Prints the share of each part in the time of a training step."""
     found = measure(args, folder, 1)
     total = found["total"]
     parts = Counter(found["parts"])
-    parts["all else (data, logs, hooks)"] = total - sum(parts.values())
+    parts["rest (data, logs, hooks)"] = total - sum(parts.values())
     print(f"A step of {args.images} images of {args.boxes} boxes: {total / found['steps']:.3f} s")
     for part, seconds in parts.items():
         print(f"  {part:28s} {seconds / found['steps']:8.4f} s {seconds / total:7.1%}")
 
 
 def print_processes(args: argparse.Namespace, folder: Path) -> None:
+    """Prints how many times the images per second of one process two processes reach."""
     speeds = []
     for processes in (1, 2):
         found = measure(args, folder, processes)
         speeds.append(processes * args.images * found["steps"] / found["total"])
         print(f"{processes} process(es) of {args.threads} thread(s): {speeds[-1]:.2f} images/s")
-    print(f"Two are {speeds[1] / speeds[0]:.2f} times as fast as one.")
+    print(f"Two processes are {speeds[1] / speeds[0]:.2f} times as fast as one.")
 
 
 def print_vocabulary(args: argparse.Namespace, folder: Path) -> None:
+    """Prints the memory of head and loss over a vocabulary of 13,204 names."""
     model = build_model(benchmark_config(args, folder)).train()
-    _give_random_words(model)
+    give_random_words(model)
     device, vision_language = model.device, model.vision_language
     tokens = [torch.randn(_REGIONS, model.localizer.token_dim, device=device)]
     length = vision_language.num_prefix_tokens + int(np.prod(vision_language.grid_size))
     image_tokens = torch.randn(1, length, vision_language.image_dim, device=device)
     classes = [torch.randint(_V3DET_NAMES, (_REGIONS,), device=device)]
-    before = _reset_peak()
+    before = reset_peak()
     embeddings = model.region_head(tokens, image_tokens)
     logits = [model.score(embedding, range(_V3DET_NAMES)) for embedding in embeddings]
     model.losses(logits, classes)["loss_cls"].backward()
     print(
         f"Head and loss, forward and backward, {_REGIONS} regions, {_V3DET_NAMES} names: "
-        f"{(_peak() - before) / 2**20:.0f} MiB above the model"
+        f"{(peak_bytes() - before) / 2**20:.0f} MiB above the model"
     )
 
 
-def _give_random_words(model: RegionSpot) -> None:
-    """Spares the text encoder, which in training runs once for each vocabulary, before the first step."""
+def run_training(print_results: Callable[[argparse.Namespace, Path], None]) -> Any:
+    """What a command does: synthetic data in a temporary folder, then its measurement."""
 
-    @functools.cache
-    def words(count: int) -> torch.Tensor:
-        vectors = torch.randn(count, model.vision_language.text_dim, device=model.device)
-        return torch.nn.functional.normalize(vectors, dim=1)
+    def run(args: argparse.Namespace) -> None:
+        logging.disable(logging.INFO)
+        torch.set_num_threads(args.threads)
+        with tempfile.TemporaryDirectory() as folder:
+            write_data(args, Path(folder))
+            print_results(args, Path(folder))
 
-    model.text_embedder = lambda names, device: words(len(names))
-
-
-def _reset_peak() -> int:
-    """Forgets the peak of the memory so far; bytes in use now."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")
-    return _peak()
+    return run
 
 
-def _peak() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
-
-
-def main() -> None:
-    args = argument_parser().parse_args()
-    logging.disable(logging.INFO)
-    torch.set_num_threads(args.threads)
-    prints = {"step": print_step, "processes": print_processes, "vocabulary": print_vocabulary}
-    with tempfile.TemporaryDirectory() as folder:
-        write_data(args, Path(folder))
-        prints[args.measure](args, Path(folder))
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, print_results in [
+        ("step", print_step),
+        ("processes", print_processes),
+        ("vocabulary", print_vocabulary),
+    ]:
+        one = commands.add_parser(name, help=print_results.__doc__)
+        one.set_defaults(run=run_training(print_results))
+        one.add_argument("--config-file", required=True)
+        one.add_argument("--random-weights", action="store_true", help="download nothing")
+        one.add_argument("--steps", type=int, default=10)
+        one.add_argument("--images", type=int, default=4, help="in a batch, of each process")
+        one.add_argument("--boxes", type=int, default=10, help="in an image")
+        one.add_argument("--threads", type=int, default=1, help="of each process")
+        one.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
+    cache = commands.add_parser("token-cache", help=token_cache.run.__doc__)
+    cache.set_defaults(run=token_cache.run)
+    token_cache.add_arguments(cache)
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    arguments = argument_parser().parse_args()
+    arguments.run(arguments)

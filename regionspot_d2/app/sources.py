@@ -1,7 +1,9 @@
-"""Where regions come from: the command line, a file, SAM, or a detector."""
+"""What the command line names: images, vocabularies, and where regions come from."""
 
 from __future__ import annotations
 
+import argparse
+import glob
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -15,12 +17,48 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import Instances
-from results import is_number
 
-from regionspot_d2.data.proposal_sources import from_instances
-from regionspot_d2.files import WeightsNotFoundError, local_weights
-from regionspot_d2.modeling.automatic_masks import automatic_boxes
-from regionspot_d2.modeling.sam import SamLocalizer
+from ..data.datasets.vocabularies import VOCABULARIES, known_vocabulary
+from ..data.proposal_sources import from_instances
+from ..files import WeightsNotFoundError, local_weights
+from ..modeling import Localizer, RegionSpot, SamLocalizer
+from ..modeling.automatic_masks import automatic_boxes
+from .results import is_number
+
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
+
+def find_inputs(patterns: Sequence[str]) -> list[Path]:
+    """The files that --input names: files, globs, and folders for the images in them."""
+    found = []
+    for pattern in patterns:
+        if Path(pattern).is_dir():
+            inside = sorted(Path(pattern).iterdir())
+            matches = [path for path in inside if path.suffix.lower() in IMAGE_SUFFIXES]
+        else:
+            # An existing name is taken literally, brackets and all.
+            exists = Path(pattern).exists()
+            matches = [Path(p) for p in ([pattern] if exists else sorted(glob.glob(pattern)))]
+        if not matches:
+            raise SystemExit(f"error: --input {pattern}: there is no image.")
+        found += matches
+    return list(dict.fromkeys(found))
+
+
+def read_vocabulary(names: str) -> list[str]:
+    """The class names that --vocabulary gives: a known set, a file, or names with commas."""
+    if names in VOCABULARIES:
+        return known_vocabulary(names)
+    if "," not in names and Path(names).is_file():
+        try:
+            # Some editors begin a file with a byte-order mark, which is not part of a name.
+            lines = Path(names).read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"--vocabulary {names}: byte {error.start} is not UTF-8, the expected encoding."
+            ) from error
+        return [line.strip() for line in lines if line.strip()]
+    return [name.strip() for name in names.split(",")]
 
 
 @dataclass(frozen=True)
@@ -28,10 +66,10 @@ class Regions:
     """Regions of one image, boxes first, as ``RegionSpotPredictor.predict`` takes them.
 
     Attributes:
-        boxes: R1 boxes, XYXY, pixels of the image; None if the source gives points alone.
-        points: R2 regions, each its points (x, y), pixels of the image.
+        boxes: R1 boxes, XYXY, pixels of the image; None if the source gives only points.
+        points: R2 regions, each a list of points (x, y), pixels of the image.
         point_labels: like ``points``, 1 on the region, 0 beside it.
-        scores: (R1,) of the boxes, if their source has any.
+        scores: (R1,) scores of the boxes, if their source has any.
     """
 
     boxes: Any | None = None
@@ -40,19 +78,30 @@ class Regions:
     scores: np.ndarray | None = None
 
 
-# From an image's name and its pixels (H, W, 3), uint8, RGB.
+# Gives the regions of an image, from its name and its pixels (H, W, 3), uint8, RGB.
 RegionSource: TypeAlias = Callable[[str, np.ndarray], Regions]
+
+
+def choose_source(args: argparse.Namespace, model: RegionSpot) -> RegionSource:
+    """The one source that the command line names."""
+    if args.detector_config:
+        return from_detector(args.detector_config, args.detector_weights, str(model.device))
+    if args.proposals == "sam":
+        return from_sam(model.localizer)
+    if args.proposals:
+        return from_file(args.proposals)
+    return from_arguments(args.boxes, args.points)
 
 
 def from_arguments(
     boxes: Sequence[str] | None = None, points: Sequence[str] | None = None
 ) -> RegionSource:
     """The same regions for every image, as --boxes and --points spell them."""
-    labelled = [_parse_points(text) for text in points or []]
+    labeled = [_parse_points(text) for text in points or []]
     regions = Regions(
         boxes=[_parse_box(text) for text in boxes] if boxes else None,
-        points=[[point[:2] for point in region] for region in labelled] or None,
-        point_labels=[[int(point[2]) for point in region] for region in labelled] or None,
+        points=[[point[:2] for point in region] for region in labeled] or None,
+        point_labels=[[int(point[2]) for point in region] for region in labeled] or None,
     )
     return lambda name, image: regions
 
@@ -70,8 +119,8 @@ def _parse_points(text: str) -> list[list[float]]:
     points = [[*point, 1.0] if len(point) == 2 else point for point in points]
     if not all(len(point) == 3 and point[2] in (0, 1) for point in points):
         raise SystemExit(
-            f"error: --points {text}: x,y or x,y,label is expected, with ';' between the points of one region; "
-            "label 1 is on the region, 0 beside it."
+            f"error: --points {text}: x,y or x,y,label is expected, with ';' between the points of "
+            "one region; label 1 is on the region, 0 beside it."
         )
     return points
 
@@ -84,7 +133,7 @@ def _numbers(text: str) -> list[float]:
 
 
 def from_file(file: str) -> RegionSource:
-    """The boxes that a json has for each image: README.md has an example."""
+    """The boxes that a json file lists for each image; demo/README.md has an example."""
     try:
         entries = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -107,7 +156,7 @@ def from_file(file: str) -> RegionSource:
 
 
 def _fault(entry: Any) -> str | None:
-    """What is wrong with the form of a json's entry; whether its boxes fit their image is seen there."""
+    """What is wrong with the form of a json's entry. If boxes fit the image is checked later."""
     if not isinstance(entry, dict) or not isinstance(entry.get("boxes"), list):
         return "has no list 'boxes'."
     boxes, scores = entry["boxes"], entry.get("scores")
@@ -117,19 +166,23 @@ def _fault(entry: Any) -> str | None:
     if scores is None:
         return None
     if not isinstance(scores, list) or len(scores) != len(boxes):
-        return f"has not one score per box: {len(boxes)} boxes, the scores {str(scores)[:40]}."
+        return f"needs one score per box: {len(boxes)} boxes, the scores {str(scores)[:40]}."
     for i, score in enumerate(scores):
         if not is_number(score):
             return f"has the score {score!r} (region {i}); a number is expected."
     return None
 
 
-def from_sam(localizer: SamLocalizer) -> RegionSource:
+def from_sam(localizer: Localizer) -> RegionSource:
     """Whatever the localizer's automatic mask generator finds."""
+    if not isinstance(localizer, SamLocalizer):
+        raise SystemExit(
+            f"error: --proposals sam: {type(localizer).__name__} (MODEL.LOCALIZER.NAME) is not a SAM."
+        )
     if not localizer.masks_are_fine:
         print(
-            f"--proposals sam: {type(localizer).__name__}, tuned to boxes, finds few regions or none; SAM "
-            "(another --config-file) finds many.",
+            f"--proposals sam: {type(localizer).__name__} was tuned to boxes and finds few regions "
+            "or none; SAM (another --config-file) finds many.",
             file=sys.stderr,
         )
 
@@ -140,11 +193,11 @@ def from_sam(localizer: SamLocalizer) -> RegionSource:
 
 
 def from_detector(config: str, weights: str | None, device: str) -> RegionSource:
-    """What a detector of Detectron2 finds, with its scores.
+    """What a Detectron2 detector finds, with its scores.
 
     Args:
-        config: a file, or a name of Detectron2's model zoo.
-        weights: a file or an URL; None for those of the zoo.
+        config: a file, or a name in Detectron2's model zoo.
+        weights: a file or a URL; None for those of the zoo.
         device: where it runs.
     """
     cfg = _detector_config(config, weights)
@@ -157,13 +210,14 @@ def from_detector(config: str, weights: str | None, device: str) -> RegionSource
     # Detectron2 raises anything, from AssertionError to UnpicklingError.
     except Exception as error:
         raise SystemExit(
-            f"error: --detector-config {config} with --detector-weights {cfg.MODEL.WEIGHTS}: {error}"
+            f"error: --detector-config {config} with --detector-weights {cfg.MODEL.WEIGHTS}: "
+            f"{error}"
         ) from error
 
     def regions_of(name: str, image: np.ndarray) -> Regions:
-        # DefaultPredictor takes BGR and brings it into the detector's own order.
+        # DefaultPredictor takes BGR and converts it to the detector's own order.
         output = detector(image[:, :, ::-1])
-        # A region proposal network alone gives proposals.
+        # A model that is only a region proposal network gives proposals.
         found = output.get("instances", output.get("proposals"))
         if found is None:
             raise ValueError(f"the detector of {config} gives {', '.join(output)}, but no boxes.")
@@ -177,14 +231,14 @@ def _detector_config(config: str, weights: str | None) -> CfgNode:
     if is_file and not weights:
         raise SystemExit(
             f"error: --detector-config {config}: its weights are missing, give --detector-weights. "
-            "(MODEL.WEIGHTS in a config is where its training began.)"
+            "(MODEL.WEIGHTS in a config are those that training started from.)"
         )
     cfg = get_cfg()
     try:
         cfg.merge_from_file(config if is_file else model_zoo.get_config_file(config))
         cfg.MODEL.WEIGHTS = weights or model_zoo.get_checkpoint_url(config)
     except Exception as error:
-        reason = str(error) if is_file else "this is no file, and no name in Detectron2's model zoo"
+        reason = str(error) if is_file else "neither a file nor a name in Detectron2's zoo"
         raise SystemExit(f"error: --detector-config {config}: {reason}.") from error
     return cfg
 

@@ -14,7 +14,7 @@ from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image, ImageDraw, ImageFont
 
-from regionspot_d2.modeling.vocabulary import clean_name
+from ..modeling.vocabulary import clean_name
 
 Annotation = Mapping[str, Any]
 _FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
@@ -22,7 +22,7 @@ _PANELS_PER_ROW = 4
 
 
 def by_region(annotations: Sequence[Annotation]) -> list[list[Annotation]]:
-    """Groups the names of each region. Results of other programs, without "region", are told apart by box."""
+    """Groups annotations by region, or by box where they have no "region"."""
     regions: dict[Any, list[Annotation]] = {}
     for annotation in annotations:
         key = annotation.get("region", tuple(annotation["bbox"]))
@@ -42,14 +42,14 @@ def draw_regions(
 
     Args:
         image: (H, W, 3), uint8, RGB.
-        annotations: of this image, in COCO format.
-        names: by category id.
+        annotations: those of this image, in COCO format.
+        names: class names by category id.
 
     Returns:
         (H, W, 3), uint8, RGB.
     """
     regions = by_region(annotations)
-    # No polygon at all where there is no mask: Detectron2 wants one per region.
+    # An empty list of polygons where there is no mask: Detectron2 wants an entry per region.
     masks = [region[0].get("segmentation") or [] for region in regions]
     drawn = Visualizer(image).overlay_instances(
         boxes=np.array([xyxy(region[0]) for region in regions]).reshape(-1, 4),
@@ -70,11 +70,11 @@ def draw_attention(
 
     Args:
         image: (H, W, 3), uint8, RGB.
-        maps: (R, rows, columns) over the whole image, by "region" of the annotations.
+        maps: (R, rows, columns) over the whole image, indexed by "region" of the annotations.
         annotations, names: as for :func:`draw_regions`.
 
     Returns:
-        Panels in rows, uint8, RGB.
+        Panels in rows, (H', W', 3), uint8, RGB.
     """
     regions = by_region(annotations)
     boxed = image.copy()
@@ -89,13 +89,13 @@ def draw_attention(
 
 
 def side_by_side(panels: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
-    """Pictures of one size in rows of up to four, each under its title."""
+    """Arranges pictures of one size in rows of up to four, each under its title."""
     height, width = panels[0][1].shape[:2]
     rows = -(-len(panels) // _PANELS_PER_ROW)
     columns = -(-len(panels) // rows)
     size = max(11, min(height, width) // 18)
     gap, strip = size // 2, 2 * size
-    # Even sides: video codecs want them.
+    # Video codecs need even sides.
     canvas_size = (columns * (width + gap) + gap, rows * (height + strip) + gap)
     canvas = Image.new("RGB", tuple(side + side % 2 for side in canvas_size), "white")
     for i, (title, picture) in enumerate(panels):
@@ -114,18 +114,18 @@ def side_by_side(panels: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
 def _draw_box(picture: np.ndarray, annotation: Annotation, place: int) -> None:
     x0, y0, x1, y1 = (round(value) for value in xyxy(annotation))
     thickness = max(2, max(picture.shape) // 200)
-    # A dark rim keeps the box visible on every heat.
+    # A dark rim keeps the box visible on any color.
     cv2.rectangle(picture, (x0, y0), (x1, y1), (0, 0, 0), thickness + 2)
     color = (255 * _color(annotation, place)).tolist()
     cv2.rectangle(picture, (x0, y0), (x1, y1), color, thickness)
 
 
 def _heat(image: np.ndarray, attention: np.ndarray) -> np.ndarray:
-    # A smooth map shows where it points, not where the cells of the grid end.
+    # Interpolated, the map shows where it points, not where the cells of the grid end.
     heat = cv2.resize(attention, (image.shape[1], image.shape[0]), interpolation=cv2.INTER_CUBIC)
     heat = np.clip(heat / max(float(attention.max()), 1e-12), 0, 1)
     colors = cv2.applyColorMap((255 * heat).astype(np.uint8), cv2.COLORMAP_JET)[:, :, ::-1]
-    # Where nothing is seen, the photo stays, a little darker.
+    # Without attention the photo stays visible, a little darker.
     opacity = 0.3 + 0.4 * np.sqrt(heat)[:, :, None]
     return ((1 - opacity) * image + opacity * colors).astype(np.uint8)
 
@@ -141,6 +141,6 @@ def _label(region: Sequence[Annotation], names: Mapping[int, str]) -> str:
 
 
 def _color(annotation: Annotation, place: int) -> np.ndarray:
-    # The same region has the same colour in every picture and every frame.
+    # A region has the same color in every picture and every frame.
     colors = colormap(rgb=True, maximum=1)
     return colors[annotation.get("region", place) % len(colors)]

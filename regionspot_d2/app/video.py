@@ -1,4 +1,4 @@
-"""Videos, one frame after another, by OpenCV."""
+"""Reads and writes videos frame by frame, by OpenCV."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"}
 
 
 class VideoReadError(OSError):
-    """A video cannot be read; the message names it."""
+    """A video cannot be read, or only in part."""
 
 
 class Video:
     """A video file whose frames are read one by one.
 
     Attributes:
-        fps: chosen frames per second.
+        fps: chosen frames per second of the video.
     """
 
     def __init__(self, path: Path, every: int = 1) -> None:
         """
         Args:
-            path: of a format that OpenCV reads.
-            every: choose each ``every``-th frame, from the first on.
+            path: a file of a format that OpenCV reads.
+            every: choose every ``every``-th frame, starting with the first.
 
         Raises:
-            VideoReadError: if OpenCV cannot open it.
+            VideoReadError: OpenCV cannot open it.
         """
         self._path = path
         self._every = every
@@ -40,7 +40,7 @@ class Video:
             raise VideoReadError("there is no such file, or OpenCV cannot open it as a video.")
         self._count = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
         self._read = 0
-        # A frame that stands for the whole video is shown no longer than that.
+        # If one frame stands for the whole video, it is shown for exactly its length.
         apart = min(every, self._count) if self._count > 0 else every
         self.fps = (self._capture.get(cv2.CAP_PROP_FPS) or 25.0) / apart
 
@@ -50,7 +50,7 @@ class Video:
         return -(-self._count // self._every) if self._count > 0 else None
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields the number of each chosen frame, from 0 in the whole video, and its pixels (H, W, 3), uint8, RGB."""
+        """Yields the chosen frames: the place in the video, from 0, and (H, W, 3) uint8 RGB."""
         while self._capture.grab():
             if self._read % self._every == 0:
                 whole, frame = self._capture.retrieve()
@@ -60,44 +60,46 @@ class Video:
             self._read += 1
         self._capture.release()
         if self._read == 0:
-            raise VideoReadError("it has no frame that OpenCV can read.")
+            raise VideoReadError("OpenCV can read no frame of it.")
 
     def check_whole(self) -> None:
-        """To be called after the last frame.
+        """Checks, after the last frame, that the video was not cut off.
 
         Raises:
-            VideoReadError: if the file has clearly fewer frames than it says, as when it is cut off.
+            VideoReadError: the file has clearly fewer frames than it says.
         """
-        # Some formats give a length in seconds alone, from which OpenCV estimates the frames.
+        # Some formats only give a length in seconds, from which OpenCV estimates the frames.
         if self._read < 0.95 * self._count - 2:
             raise VideoReadError(f"only {self._read} of its {self._count} frames can be read.")
 
 
 @contextmanager
 def video_writer(path: Path, fps: float) -> Iterator[Callable[[np.ndarray], None]]:
-    """Writes pictures of one size as MPEG-4; the file appears under its name when it is whole.
+    """Writes pictures of one size as MPEG-4; the file appears under its name when it is complete.
 
     Args:
-        path: ends in .mp4.
-        fps: pictures per second; below 1 each is written several times, which looks the same.
+        path: the file; it ends in .mp4.
+        fps: pictures per second; below 1, each is written several times, which looks the same.
 
     Yields:
         A function that appends a picture (H, W, 3), uint8, RGB.
     """
+    # OpenCV opens files itself, by a name whose ending tells the format.
     partial = path.with_suffix(".partial.mp4")
     writer = cv2.VideoWriter()
-    # OpenCV counts rates in thousandths: of 0.0625 it makes 0.063, of 0.0004 an error.
+    # OpenCV rounds rates to thousandths: 0.0625 becomes 0.063, and 0.0004 an error.
     repeats = max(1, math.ceil(1 / fps))
-    # MPEG-4 counts time in fractions with small denominators.
+    # MPEG-4 stores times as fractions with small denominators.
     rate = float(f"{fps * repeats:.4g}")
 
     def append(picture: np.ndarray) -> None:
         if not writer.isOpened():
             height, width = picture.shape[:2]
-            codec = cv2.VideoWriter_fourcc(*"mp4v")
+            codec = cv2.VideoWriter.fourcc(*"mp4v")
             if not writer.open(str(partial), codec, rate, (width, height)):
                 raise OSError(
-                    f"OpenCV cannot write the video {partial}, {width} x {height}, {rate:g} pictures per second."
+                    f"OpenCV cannot write the video {partial}, {width} x {height}, "
+                    f"{rate:g} pictures per second."
                 )
         bgr = np.ascontiguousarray(picture[:, :, ::-1])
         for _ in range(repeats):

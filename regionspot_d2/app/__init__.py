@@ -1,0 +1,1 @@
+"""The demo's command: names regions of photos and videos, and draws them."""
