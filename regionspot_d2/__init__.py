@@ -4,7 +4,7 @@ from . import data as _data  # only registration
 from . import mini as _mini  # only registration
 from . import modeling as _modeling  # only registration
 from .config import add_regionspot_config
-from .modeling.wrapper import OpenVocabularyDetector, wrap
+from .modeling import OpenVocabularyDetector, wrap
 from .predictor import RegionSpotPredictor
 
 __version__ = "0.2.0"

@@ -192,14 +192,13 @@ def _process(rank: int, port: int, url: str, answers: multiprocessing.Queue) -> 
         answers.put(str(error))
 
 
-@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
 @pytest.mark.parametrize("address", ["/a/sam.pth", "/missing/sam.pth"])
 def test_processes_of_one_machine(server, empty_cache, address):
-    """One downloads; if it fails, the others fail with it and do not wait for ever."""
+    """One downloads; if it fails, the others fail with it and do not wait forever."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     processes = [
         context.Process(target=_process, args=(rank, port, server.url + address, answers))

@@ -164,14 +164,19 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(cfg):
     assert train(again).values[0] != expected[0]
 
 
+def _run_in_a_new_process(cfg: CfgNode) -> None:
+    register_tiny_models()
+    run(cfg)
+
+
 def test_a_killed_run_goes_on(cfg):
     whole = without_tests(cfg, "whole")
     whole.SOLVER.MAX_ITER = 16
     run(whole)
     killed = without_tests(whole, "killed")
     killed.SOLVER.CHECKPOINT_PERIOD = 2
-    # Forked, it need not import everything again.
-    process = mp.get_context("fork").Process(target=run, args=(killed,))
+    # Not forked: a fork of a process that has threads may wait forever for one of their locks.
+    process = mp.get_context("spawn").Process(target=_run_in_a_new_process, args=(killed,))
     process.start()
     while process.is_alive() and not Path(killed.OUTPUT_DIR, "last_checkpoint").exists():
         process.join(0.01)

@@ -1,4 +1,5 @@
 from .clip import OpenAIClip, OpenClip
+from .detectors import OpenVocabularyDetector, RegionSpotROIHeads, wrap
 from .interfaces import (
     LOCALIZER_REGISTRY,
     REGION_HEAD_REGISTRY,
@@ -11,6 +12,4 @@ from .interfaces import (
 from .prompts import BoxPrompts, MaskPrompts, PointPrompts, Prompts
 from .region_head import PooledRegionHead, RegionSpotHead
 from .regionspot import RegionSpot
-from .roi_heads import RegionSpotROIHeads
 from .sam import SamLocalizer
-from .wrapper import OpenVocabularyDetector, wrap

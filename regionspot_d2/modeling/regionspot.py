@@ -12,7 +12,6 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from ..files import cache_dir, local_weights
-from .answers import Answer, EncodedImages, LocalizedRegions, localize, relative_boxes
 from .interfaces import (
     LOCALIZER_REGISTRY,
     REGION_HEAD_REGISTRY,
@@ -22,9 +21,16 @@ from .interfaces import (
     VisionLanguageModel,
     to_rgb,
 )
-from .losses import focal_loss
-from .naming import name_regions
+from .naming import (
+    Answer,
+    EncodedImages,
+    LocalizedRegions,
+    localize,
+    name_regions,
+    relative_boxes,
+)
 from .prompts import BoxPrompts, Prompts
+from .region_head import focal_loss
 from .vocabulary import TextEmbedder, dataset_class_names
 
 
@@ -283,7 +289,7 @@ class RegionSpot(nn.Module):
         return name_regions(logits, answer.boxes, answer.image_size, masks=masks, **rules)
 
     def losses(self, logits: list[Tensor], gt_classes: list[Tensor]) -> dict[str, Tensor]:
-        """See :func:`~regionspot_d2.modeling.losses.focal_loss`."""
+        """See :func:`~regionspot_d2.modeling.region_head.focal_loss`."""
         loss = focal_loss(logits, gt_classes, alpha=self.focal_alpha, gamma=self.focal_gamma)
         return {"loss_cls": loss}
 
