@@ -40,8 +40,8 @@ class RegionSpotPredictor:
     ) -> None:
         """
         Args:
-            model: a config, from which the model is built and its weights loaded; or a model.
-            vocabulary: class names for :meth:`predict` calls that bring none.
+            model: a model; or a config, from which it is built and its weights are loaded.
+            vocabulary: class names for questions that bring none.
         """
         if isinstance(model, CfgNode):
             weights = model.MODEL.WEIGHTS
@@ -67,13 +67,7 @@ class RegionSpotPredictor:
         """Encodes an image for the calls that follow.
 
         Args:
-            image: a path, a PIL image, an array (H, W, 3) or (H, W), or a tensor (3, H, W) or
-                (H, W); values in 0..255.
-            channels: "RGB" or "BGR", the order in an array or tensor.
-
-        Raises:
-            ValueError: it is none of these.
-            ImageReadError: a file cannot be read.
+            image, channels: see :func:`~regionspot_d2.data.images.as_image_tensor`.
         """
         pixels = as_image_tensor(image, channels).to(self.model.device)
         self._encoded = self.model.encode([pixels])
@@ -128,10 +122,7 @@ class RegionSpotPredictor:
 
     @torch.no_grad()
     def region_embeddings(self, **regions: Any) -> Tensor:
-        """Embeds regions in text space, for search and clustering.
-
-        Args:
-            **regions: ``boxes``, ``points``, ``point_labels`` and ``masks`` as for :meth:`predict`.
+        """Embeds regions, given as for :meth:`predict`, in text space, for search and clustering.
 
         Returns:
             (R, D), rows of unit length.
@@ -142,16 +133,10 @@ class RegionSpotPredictor:
 
     @torch.no_grad()
     def attention_maps(self, **regions: Any) -> Tensor:
-        """Where the region head looks to name each region (paper, Figure 4).
-
-        Args:
-            **regions: ``boxes``, ``points``, ``point_labels`` and ``masks`` as for :meth:`predict`.
+        """Where the region head looks to name regions, given as for :meth:`predict`.
 
         Returns:
             (R, rows, columns), see :meth:`RegionSpot.attention`.
-
-        Raises:
-            ValueError: the region head has no attention, as :class:`PooledRegionHead`.
         """
         return self.model.attention(self._image(), as_prompts(self.image_size, **regions))
 
@@ -166,19 +151,15 @@ class RegionSpotPredictor:
         topk: int = 1,
         batch_size: int = 8,
     ) -> list[Instances]:
-        """Names boxes of many images, ``batch_size`` of them at a time.
+        """Names boxes of many images, of which only ``batch_size`` are held at once.
 
-        Only so many images are held at once; of the results, only masks are large. The image of
-        :meth:`set_image` stays set.
+        The image of :meth:`set_image` stays set.
 
         Args:
             images: as for :meth:`set_image`, of any sizes.
             boxes: per image (R, 4) XYXY, pixels of it; R may be 0.
-            channels: "RGB" or "BGR", the order in arrays and tensors.
-            vocabulary: the class names; they stay set for later calls.
-            topk: names per region.
-            batch_size: images that the encoders see together; it changes speed and memory, not
-                results.
+            channels, vocabulary, topk: as for :meth:`set_image` and :meth:`predict`.
+            batch_size: images that the encoders see together; changes speed and memory, not results.
 
         Returns:
             Per image what :meth:`predict` returns.
@@ -216,9 +197,7 @@ class RegionSpotPredictor:
         if vocabulary is not None:
             self.set_vocabulary(vocabulary)
         if not self.vocabulary:
-            raise ValueError(
-                "There is no vocabulary yet: pass vocabulary=[...] or call set_vocabulary."
-            )
+            raise ValueError("There is no vocabulary: pass vocabulary=[...], or set_vocabulary.")
         if topk < 1:
             raise ValueError(f"topk is {topk}; at least one name per region is expected.")
 

@@ -50,20 +50,21 @@ CONTRACTS = "modeling.interfaces modeling.prompts"
 RULES = (
     # The root: every other module may stand on these.
     Rule("files config", ""),
-    Rule("checkpoint model_zoo journal", "files"),
+    Rule("model_zoo journal", "files"),
+    Rule("checkpoint", "files modeling.interfaces"),
     # What a part is, and the arithmetic between the parts: torch and Detectron2's structures only.
-    Rule("modeling.prompts modeling.losses modeling.views", "", f"{TORCH} fvcore"),
-    Rule("modeling.interfaces modeling.naming modeling.region_head", CONTRACTS, TORCH),
-    Rule("modeling.answers", CONTRACTS, TORCH),
+    Rule("modeling.prompts modeling.views", "", TORCH),
+    Rule("modeling.interfaces modeling.naming", CONTRACTS, TORCH),
+    Rule("modeling.region_head", CONTRACTS, f"{TORCH} fvcore"),
     Rule("modeling.vocabulary", f"files {CONTRACTS}", f"{TORCH} tqdm"),
-    # The model joins the parts. ROI heads and the wrapper put it into other detectors.
+    # The model joins the parts; it works inside and around other detectors.
     Rule(
         "modeling.regionspot",
-        f"files {CONTRACTS} modeling.answers modeling.losses modeling.naming modeling.views "
+        f"files {CONTRACTS} modeling.naming modeling.region_head modeling.views "
         "modeling.vocabulary",
     ),
     Rule(
-        "modeling.roi_heads modeling.wrapper",
+        "modeling.detectors",
         f"{CONTRACTS} modeling.naming modeling.regionspot modeling.vocabulary",
     ),
     Rule("modeling.__init__", "modeling"),
@@ -128,7 +129,7 @@ def test_modules_import_only_what_their_rule_admits() -> None:
         ("modeling.naming", "from .sam import SamLocalizer", "modeling.sam"),
         ("modeling.naming", "import open_clip", "open_clip"),
         ("modeling.sam", "from .regionspot import RegionSpot", "modeling.regionspot"),
-        ("modeling.new", "from . import roi_heads", "modeling.roi_heads"),
+        ("modeling.new", "from . import detectors", "modeling.detectors"),
         ("predictor", "from .data.build import build_test_loader", "data.build"),
         ("engine.new", "from regionspot_d2.mini import known_vocabulary", "mini"),
         ("engine.new", "from .. import app", "app"),
@@ -186,7 +187,7 @@ LOOKED_AT = {
 
 
 def test_what_a_part_can_do_is_said_by_its_interface() -> None:
-    models = [m for m in MODULES if covers("modeling predictor wrapper app engine", m.name)]
+    models = [m for m in MODULES if covers("modeling predictor app engine", m.name)]
     found = {m.name: list(calls(m, "hasattr", "getattr")) for m in models}
     assert {name: uses for name, uses in found.items() if uses and name not in LOOKED_AT} == {}
 
@@ -210,8 +211,7 @@ def test_softmax_over_a_vocabulary_stands_once() -> None:
 INSTANCES = {
     "modeling.naming": "results",
     "modeling.automatic_masks": "regions without names",
-    "modeling.roi_heads": "proposals as detections, before they are named",
-    "modeling.wrapper": "a copy of a detector's results, to be named",
+    "modeling.detectors": "proposals before they are named, copies of a detector's results",
     "data.mapper": "ground truth",
 }
 

@@ -42,6 +42,7 @@ def examples() -> dict:
 @pytest.fixture
 def cfg(examples, vocabularies):
     cfg = tiny_cfg()
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
     cfg.MODEL.LOCALIZER.NAME = "ColorLocalizer"
     cfg.MODEL.REGION_HEAD.NAME = "LinearHead"
     cfg.DATASETS.TEST = ("regionspot_pets",)

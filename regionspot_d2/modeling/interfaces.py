@@ -34,11 +34,11 @@ Embedding: TypeAlias = Any
 
 
 class FrozenModule(nn.Module):
-    """A pretrained part of a larger model: used, never trained, never saved.
+    """A pretrained part of a larger model: never trained, never saved.
 
-    It stays in eval mode under ``train()``, its parameters take no gradient, and it is absent from
-    ``state_dict()``: a checkpoint of the parent holds only the trained parts, and loads with
-    ``strict=True``. A subclass calls :meth:`freeze` at the end of its ``__init__``.
+    It stays in eval mode under ``train()``, takes no gradient, and is absent from ``state_dict()``,
+    so that a checkpoint of the parent holds only trained parts and loads with ``strict=True``. A
+    subclass calls :meth:`freeze` at the end of its ``__init__``.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class FrozenModule(nn.Module):
         return super().train(False)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Adds nothing: the weights come from their own file, named by the config."""
+        """Adds nothing: the weights come from a file of their own."""
         destination = args[0] if args else kwargs.get("destination")
         return {} if destination is None else destination
 
@@ -169,7 +169,7 @@ class Localizer(FrozenModule, ABC):
 
 
 class VisionLanguageModel(FrozenModule, ABC):
-    """Images become grids of tokens, texts become vectors; tokens can be brought to text space."""
+    """Turns images into grids of tokens and texts into vectors of one space."""
 
     @property
     @abstractmethod

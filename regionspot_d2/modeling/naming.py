@@ -28,13 +28,9 @@ _POINT_BOX_SIDE = 256
 class EncodedImages:
     """What the frozen encoders know of images.
 
-    The localizer's part is computed when it is first needed, and kept: training from cached tokens
-    never needs it, nor does a head that reads no mask tokens until masks are asked for.
-
     Attributes:
         images: RGB, 0..255, each (3, H, W) of its own size.
         image_tokens: (B, L, W) of the vision-language model.
-        localizer: encodes the images.
     """
 
     images: tuple[Tensor, ...]
@@ -48,7 +44,11 @@ class EncodedImages:
 
     @cached_property
     def embeddings(self) -> list[Embedding]:
-        """What the localizer knows of each image."""
+        """What the localizer knows of each image, found out when it is first needed.
+
+        Training from cached tokens never needs it, nor does a head that reads no mask tokens until
+        masks are asked for.
+        """
         return self.localizer.encode_images(list(self.images))
 
 
@@ -61,7 +61,6 @@ class Answer:
         embeddings: (R, D), the regions in text space, rows of unit length.
         boxes: R boxes, XYXY, pixels of the image.
         mask_logits: (R, 1, h, w) of the localizer, or None.
-        localizer: brings the masks to full size.
     """
 
     image_size: tuple[int, int]
@@ -78,13 +77,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class LocalizedRegions:
-    """The regions of one image as the localizer sees them.
-
-    Attributes:
-        tokens: (R, T); zeros for a head that reads none.
-        boxes: R boxes, XYXY, pixels of the image.
-        mask_logits: (R, 1, h, w), or None if nothing asked for them.
-    """
+    """The regions of one image as the localizer sees them: like :class:`Answer`, with tokens (R, T)."""
 
     tokens: Tensor
     boxes: Boxes
@@ -94,14 +87,7 @@ class LocalizedRegions:
 def localize(
     encoded: EncodedImages, head: RegionHead, prompts: Sequence[Prompts], *, with_masks: bool
 ) -> list[LocalizedRegions]:
-    """Runs the localizer's decoder, as far as the head and the masks need it.
-
-    Args:
-        encoded: the images.
-        head: says whether it reads mask tokens.
-        prompts: the regions of each image.
-        with_masks: False skips whatever only masks need.
-    """
+    """Runs the localizer's decoder on the regions of each image, if head or masks need it."""
     found = []
     for i, (prompt, size) in enumerate(zip(prompts, encoded.image_sizes)):
         # The box of a point is that of its mask.
@@ -123,11 +109,10 @@ def localize(
 
 
 def relative_boxes(boxes: Boxes, image_size: tuple[int, int]) -> Tensor:
-    """Boxes in pixels of an image as region heads read them: (R, 4) in 0..1 of it, inside it."""
-    height, width = image_size
+    """Boxes in pixels of an image as region heads read them: (R, 4) in 0..1, cut at its edges."""
     inside = Boxes(boxes.tensor.clone())
     inside.clip(image_size)
-    return inside.tensor / torch.tensor([width, height] * 2).to(inside.tensor)
+    return inside.tensor / inside.tensor.new_tensor([*reversed(image_size)] * 2)
 
 
 def name_regions(
@@ -192,7 +177,7 @@ def name_regions(
 
 
 def _best_names(scores: Tensor, topk: int, score_thresh: float | None) -> Tensor:
-    """Places in the flattened scores (R, C): each region's best, region after region."""
+    """Places in the flattened scores: each region's best names, region after region."""
     count = min(topk, scores.shape[1])
     best, classes = scores.topk(count, dim=1)
     pairs = (torch.arange(len(scores), device=scores.device)[:, None] * scores.shape[1]) + classes
@@ -202,7 +187,7 @@ def _best_names(scores: Tensor, topk: int, score_thresh: float | None) -> Tensor
 def _best_pairs(
     probabilities: Tensor, scores: Tensor, score_thresh: float | None, count: int, first: int
 ) -> Tensor:
-    """Places in the flattened scores (R, C): the best of the image, best first."""
+    """Places in the flattened scores: the best pairs of the image, best first."""
     probabilities, scores = probabilities.flatten(), scores.flatten()
     pairs = torch.arange(len(scores), device=scores.device)
     if 0 < first < len(pairs):

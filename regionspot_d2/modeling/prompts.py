@@ -30,15 +30,12 @@ class Prompts(ABC):
 
     @abstractmethod
     def boxes(self, image_size: tuple[int, int], masks: Tensor | None = None) -> Boxes:
-        """The boxes of the regions.
+        """The boxes of the regions: R boxes, XYXY, pixels of the image.
 
         Args:
             image_size: (H, W) of the image.
             masks: (R, h, w) bool, what the localizer found, at any size that covers the image;
                 read only where ``boxes_need_masks``.
-
-        Returns:
-            R boxes, XYXY, pixels of the image.
         """
 
     @property
@@ -87,9 +84,6 @@ class PointPrompts(Prompts):
 
         A poor mask leaves such points out. Where a mask is empty, the points are all that is known;
         where there are only background points besides, the box is all zero.
-
-        Raises:
-            ValueError: there are no masks.
         """
         if masks is None:
             raise ValueError("The box of a point is the box of its mask; pass the masks with it.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from detectron2.config import CfgNode, configurable
 from segment_anything import sam_model_registry
 from torch import Tensor, nn
 
-from ..files import local_weights
+from ..files import explained_weights, local_weights
 from .interfaces import LOCALIZER_REGISTRY, Localizer, image_size_of
 from .mask_tokens import MaskTokenDecoder
 from .prompts import BoxPrompts, MaskPrompts, PointPrompts, Prompts
@@ -43,10 +42,8 @@ class SamLocalizer(Localizer):
         """
         Args:
             image_encoder: (B, 3, S, S) -> (B, C, h, w), S of ``prompt_encoder.input_image_size``.
-            prompt_encoder: a ``segment_anything.modeling.PromptEncoder`` or its twin.
-            mask_decoder: a ``segment_anything.modeling.MaskDecoder`` or its twin.
-            pixel_mean: RGB mean of images in 0..255.
-            pixel_std: RGB standard deviation of images in 0..255.
+            prompt_encoder, mask_decoder: ``segment_anything.modeling``'s, or their twins.
+            pixel_mean, pixel_std: of RGB images in 0..255.
             tokens: "mask" for the mask token, "prompt" for the mean of the prompt's own embeddings
                 (SAM's prompt encoder knows only the place), "both" for the two side by side.
             chunk_size: prompts decoded at a time; bounds the memory, not the result.
@@ -85,7 +82,8 @@ class SamLocalizer(Localizer):
         weights = local_weights(cfg.MODEL.LOCALIZER.WEIGHTS, "MODEL.LOCALIZER.WEIGHTS")
         sam = sam_model_registry[arch]()
         if weights is not None:
-            load_frozen_weights(sam, weights, "MODEL.LOCALIZER.WEIGHTS", f"SAM {arch}")
+            with explained_weights(weights, f"the weights of SAM {arch} (MODEL.LOCALIZER)"):
+                sam.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         return {
             "image_encoder": sam.image_encoder,
             "prompt_encoder": sam.prompt_encoder,
@@ -103,10 +101,7 @@ class SamLocalizer(Localizer):
         return height, width
 
     def resize(self, image: Tensor) -> Tensor:
-        """Resizes an image as SAM's ``ResizeLongestSide`` does through PIL.
-
-        Args:
-            image: (3, H, W) RGB, 0..255.
+        """Resizes (3, H, W), RGB, 0..255, as SAM's ``ResizeLongestSide`` does through PIL.
 
         Returns:
             (3, h, w) with whole values in 0..255.
@@ -270,25 +265,3 @@ class SamLocalizer(Localizer):
             full = F.interpolate(inner, output_size, mode="bilinear", align_corners=False)
             torch.gt(full[0, 0], 0, out=mask)
         return masks
-
-
-def load_frozen_weights(model: nn.Module, path: Path, config_key: str, name: str) -> None:
-    """Loads a state dict into a pretrained model, all keys or none.
-
-    Args:
-        model: the module to fill.
-        path: a file that ``torch.load(weights_only=True)`` reads.
-        config_key: the key that named the file, for the error.
-        name: what the file should hold, for the error.
-
-    Raises:
-        ValueError: the file is damaged or holds another model.
-    """
-    try:
-        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch, pickle and zipfile have exceptions of their own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"{config_key}: '{path}' does not hold the weights of {name} ({reason}). "
-            "Is the download complete, and does the architecture beside the key match?"
-        ) from error
