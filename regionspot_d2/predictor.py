@@ -111,7 +111,7 @@ class RegionSpotPredictor:
             ``pred_masks`` (bool).
 
         Raises:
-            ValueError: there is no image, no region or no vocabulary, or one of them makes no sense.
+            ValueError: there is no image, region or vocabulary, or one of them makes no sense.
         """
         self._check_question(vocabulary, topk)
         prompts = as_prompts(
@@ -159,7 +159,7 @@ class RegionSpotPredictor:
             images: as for :meth:`set_image`, of any sizes.
             boxes: per image (R, 4) XYXY, pixels of it; R may be 0.
             channels, vocabulary, topk: as for :meth:`set_image` and :meth:`predict`.
-            batch_size: images that the encoders see together; changes speed and memory, not results.
+            batch_size: images that the encoders see together; it does not change results.
 
         Returns:
             Per image what :meth:`predict` returns.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY
+from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, ROIHeads
 from detectron2.structures import BitMasks, Boxes, ImageList, Instances
 from torch import Tensor, nn
 
@@ -25,9 +25,10 @@ _MASK_SIDE = 112
 class RegionSpotROIHeads(nn.Module):
     """Names the boxes of a detector, on the image itself rather than on the detector's features.
 
-    The boxes come from the host, the detector's own ROI heads (``MODEL.ROI_HEADS.HOST``), which keep
-    their box regression, losses and masks; or, without a host, from the proposal generator. A score
-    is the host's, or the sigmoid of a proposal's objectness, times the softmax over the vocabulary.
+    The boxes come from the host, the detector's own ROI heads (``MODEL.ROI_HEADS.HOST``), which
+    keep their box regression, losses and masks; or, without a host, from the proposal generator. A
+    score is the host's, or the sigmoid of a proposal's objectness, times the softmax over the
+    vocabulary.
 
     A checkpoint of the detector loads as it is: its ROI heads become those of the host.
     """
@@ -40,7 +41,7 @@ class RegionSpotROIHeads(nn.Module):
         self,
         *,
         regionspot: RegionSpot,
-        host: nn.Module | None,
+        host: ROIHeads | None,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
         input_format: str,

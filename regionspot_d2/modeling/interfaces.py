@@ -54,7 +54,7 @@ class FrozenModule(nn.Module):
         """Stays in eval mode whatever ``mode`` says."""
         return super().train(False)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Adds nothing: the weights come from a file of their own."""
         destination = args[0] if args else kwargs.get("destination")
         return {} if destination is None else destination

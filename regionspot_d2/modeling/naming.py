@@ -77,7 +77,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class LocalizedRegions:
-    """The regions of one image as the localizer sees them: like :class:`Answer`, with tokens (R, T)."""
+    """The regions of one image as the localizer sees them: an :class:`Answer`'s, with tokens."""
 
     tokens: Tensor
     boxes: Boxes

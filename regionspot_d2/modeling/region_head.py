@@ -41,13 +41,10 @@ class RegionSpotHead(RegionHead):
     ) -> None:
         """
         Args:
-            token_dim: width of the mask tokens.
-            image_dim: width W of the image tokens, and of the decoder.
-            text_dim: width D of the text embeddings.
+            token_dim, image_dim, text_dim: widths of mask tokens, image tokens (and of the
+                decoder) and text embeddings.
             depth: layers of the decoder.
-            num_heads: attention heads of each layer.
-            ffn_dim: width of the feed-forward part of each layer.
-            dropout: of each layer.
+            num_heads, ffn_dim, dropout: of each layer.
             with_image_tokens: False leaves the cross-attention out, for the ablation: regions then
                 see only each other. (The paper does not say how it took the image tokens away; this
                 is the plainest way.)
@@ -55,7 +52,8 @@ class RegionSpotHead(RegionHead):
         super().__init__()
         self.has_attention = with_image_tokens
         self.to_clip = nn.Linear(token_dim, image_dim)
-        sizes = {"dim_feedforward": ffn_dim, "dropout": dropout, "batch_first": True}
+        sizes: dict[str, Any] = {"dim_feedforward": ffn_dim, "dropout": dropout}
+        sizes["batch_first"] = True
         norm = nn.LayerNorm(image_dim)
         self.decoder: nn.TransformerDecoder | nn.TransformerEncoder
         if with_image_tokens:
@@ -150,8 +148,7 @@ class PooledRegionHead(RegionHead):
     def __init__(self, *, vision_language: VisionLanguageModel) -> None:
         """
         Args:
-            vision_language: brings image tokens into text space. The model owns it; the head only
-                looks at it, so it is no sub-module of the head.
+            vision_language: brings image tokens into text space. The model owns it.
         """
         super().__init__()
         # In a tuple, so that it is not a sub-module twice.
@@ -159,7 +156,6 @@ class PooledRegionHead(RegionHead):
 
     @property
     def vision_language(self) -> VisionLanguageModel:
-        """The model whose image tokens are pooled."""
         return self._shared[0]
 
     @classmethod
@@ -218,10 +214,6 @@ def focal_loss(
         gt_classes: per image (R,), in 0..C-1.
         alpha: weight of the true names against the others.
         gamma: how much less a name counts that is clear already.
-
-    Returns:
-        A scalar. Averaged over the processes, its gradients are those of one process with the
-        images of all.
     """
     count = sum(len(classes) for classes in gt_classes)
     losses = [
@@ -241,6 +233,7 @@ def focal_loss(
 
 
 def _regions_per_process(count: int, device: torch.device) -> float:
+    """With it, averaged gradients are those of one process with the images of all."""
     if comm.get_world_size() == 1:
         return max(count, 1)
     total = torch.tensor(float(count), device=device)

@@ -42,8 +42,8 @@ class RegionSpot(nn.Module):
     image into tokens and class names into vectors; the region head, the only trained part, joins
     them.
 
-    Every use of the model takes the same three steps: :meth:`encode` images, :meth:`answer` a
-    question about their regions, and :meth:`name` the answers in a vocabulary.
+    Every use takes the same three steps: :meth:`encode` images, :meth:`answer` a question about
+    their regions, :meth:`name` the answers in a vocabulary.
     """
 
     @configurable
@@ -164,11 +164,11 @@ class RegionSpot(nn.Module):
             batched_inputs: as for :meth:`forward`.
             detected_instances: regions found elsewhere (``pred_boxes``, XYXY in pixels of
                 ``image``, and optionally ``scores``), instead of ``proposals`` in the inputs.
-            do_postprocess: whether results are scaled to ``height``, ``width`` and wrapped in dicts.
+            do_postprocess: whether to scale results to ``height``, ``width`` and wrap them in dicts.
 
         Returns:
-            A list of ``{"instances": Instances}``, or of ``Instances``, best first, with the fields
-            of :func:`~regionspot_d2.modeling.naming.name_regions`; ``pred_masks`` if masks are on.
+            ``{"instances": Instances}``, or ``Instances``, per image, as
+            :func:`~regionspot_d2.modeling.naming.name_regions` makes them, best first.
 
         Raises:
             ValueError: an input has no regions, or boxes that are not finite numbers.
@@ -221,10 +221,10 @@ class RegionSpot(nn.Module):
             encoded: from :meth:`encode`.
             prompts: the regions of each image, pixels of the image; there may be none.
             with_masks: False skips whatever only masks need.
-            mask_tokens: (R, T) of each image if known; the localizer then does not run.
+            mask_tokens: (R, T) of each image if known; the localizer then rests.
 
         Returns:
-            An answer per image; its regions are in the order asked.
+            An answer per image, with its regions in the order asked.
         """
         prompts = [prompt.to(self.device) for prompt in prompts]
         if mask_tokens is None:
@@ -315,10 +315,8 @@ class RegionSpot(nn.Module):
                 "'proposals' (MODEL.LOAD_PROPOSALS: True with DATASETS.PROPOSAL_FILES_TEST), or "
                 "detected_instances."
             )
-        bad = (~boxes.tensor.isfinite()).any(1).nonzero()
-        if len(bad):
-            raise ValueError(
-                f"Box {int(bad[0])} of input {i} ({x.get('file_name', 'no file name')}) is not "
-                f"finite: {boxes.tensor[bad[0, 0]].tolist()}."
-            )
+        bad = (~boxes.tensor.isfinite()).any(1).nonzero()[:, 0].tolist()
+        if bad:
+            where = f"Box {bad[0]} of input {i} ({x.get('file_name', 'no file name')})"
+            raise ValueError(f"{where} is not finite: {boxes.tensor[bad[0]].tolist()}.")
         return boxes, scores.float()

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from segment_anything import sam_model_registry
+from segment_anything.modeling import MaskDecoder, PromptEncoder
 from torch import Tensor, nn
 
 from ..files import explained_weights, local_weights
@@ -22,7 +23,7 @@ _MASK_PROMPT_LOGIT = 10.0
 
 @LOCALIZER_REGISTRY.register()
 class SamLocalizer(Localizer):
-    """SAM, or any model of its parts: the token is the first mask's, after the two-way transformer."""
+    """SAM, or any model of its parts. A token is the first mask's after the two-way transformer."""
 
     pixel_mean: Tensor
     pixel_std: Tensor
@@ -32,8 +33,8 @@ class SamLocalizer(Localizer):
         self,
         *,
         image_encoder: nn.Module,
-        prompt_encoder: nn.Module,
-        mask_decoder: nn.Module,
+        prompt_encoder: PromptEncoder,
+        mask_decoder: MaskDecoder,
         pixel_mean: list[float],
         pixel_std: list[float],
         tokens: str = "mask",
