@@ -25,18 +25,18 @@ from regionspot_d2.data.build import (
     ResumableSampler,
     build_test_loader,
     build_train_loader,
+    cache_manifest,
     load_records,
     open_token_caches,
     repeat_factors,
     start_at,
 )
-from regionspot_d2.data.cache_manifest import TokenCacheError, cache_manifest
 from regionspot_d2.data.datasets import register_coco_format
 from regionspot_d2.data.images import ImageReadError
 from regionspot_d2.data.mapper import RegionMapper, UnreadableImages, squash
 from regionspot_d2.data.proposals import Proposals, write_proposals
 from regionspot_d2.data.published_tokens import PublishedTokens
-from regionspot_d2.data.token_cache import TokenCacheWriter
+from regionspot_d2.data.token_cache import TokenCacheError, TokenCacheWriter
 from regionspot_d2.data.token_extraction import extract_tokens
 from regionspot_d2.modeling.prompts import BoxPrompts
 

@@ -21,12 +21,16 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from regionspot_d2.data import token_cache
 from regionspot_d2.data.build import load_records
-from regionspot_d2.data.cache_manifest import CacheManifest, TokenCacheError
 from regionspot_d2.data.datasets import register_coco_format
 from regionspot_d2.data.images import ImageReadError
 from regionspot_d2.data.mapper import RegionMapper
 from regionspot_d2.data.published_tokens import PublishedTokens, has_tokens, open_token_cache
-from regionspot_d2.data.token_cache import TokenCache, TokenCacheWriter
+from regionspot_d2.data.token_cache import (
+    CacheManifest,
+    TokenCache,
+    TokenCacheError,
+    TokenCacheWriter,
+)
 from regionspot_d2.data.token_extraction import extract_tokens
 from regionspot_d2.files import module_fingerprint
 from regionspot_d2.modeling.prompts import BoxPrompts

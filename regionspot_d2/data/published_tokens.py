@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .cache_manifest import CacheManifest, TokenCacheError
 from .images import ImageReadError
-from .token_cache import TokenCache, find_manifest
+from .token_cache import CacheManifest, TokenCache, TokenCacheError, find_manifest
 
 logger = logging.getLogger(__name__)
 

@@ -25,8 +25,7 @@ from torch.utils.data import DataLoader
 from ..files import module_fingerprint
 from ..modeling.interfaces import Localizer
 from ..modeling.prompts import BoxPrompts
-from .build import load_records
-from .cache_manifest import cache_manifest
+from .build import cache_manifest, load_records
 from .images import ImageReadError
 from .mapper import RegionMapper, UnreadableImages
 from .token_cache import TokenCache, TokenCacheWriter
