@@ -16,15 +16,15 @@ logger = logging.getLogger(__name__)
 
 
 class JournalError(ValueError):
-    """A journal cannot be continued; the message names the file, what is wrong, and what to do."""
+    """A journal cannot be continued."""
 
 
 class Journal:
     """A file of JSON lines (UTF-8): the settings of the run, then a line for each finished item.
 
     Each process writes its own file, ``name.jsonl``, ``name.1.jsonl``, and so on by rank, and reads
-    those of all, so the number of processes may change. ``entries`` has what was noted, by key; the
-    last entry of a key wins. A line that was cut off when its process was killed does not count.
+    those of all, so the number of processes may change. ``entries`` has the last entry of each key.
+    A line that was cut off when its process was killed does not count.
     """
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any], *, resume: bool) -> None:
@@ -33,12 +33,10 @@ class Journal:
         Args:
             path: the file of process 0; missing folders are made.
             settings: everything the entries depend on, as plain values.
-            resume: continue what is there. Otherwise start over; what an earlier run noted is kept
-                with the suffix ``.old``.
+            resume: continue. Otherwise an earlier run's entries are kept with the suffix ``.old``.
 
         Raises:
             JournalError: the journal was written with other settings, or is damaged.
-            OSError: a file cannot be read or written.
         """
         self.entries: dict[str, Any] = {}
         self._path = Path(path)
@@ -55,8 +53,7 @@ class Journal:
                     file.replace(f"{file}.old")
                 file.unlink(missing_ok=True)
         comm.synchronize()  # nobody may write before all have read
-        if own.exists():
-            # A new line after one that was cut off would become part of it.
+        if own.exists():  # a new line after one that was cut off would become part of it
             os.truncate(own, _read(own)[1])
         self._file = own.open("a", encoding="utf-8")
         if self._file.tell() == 0:
@@ -68,11 +65,14 @@ class Journal:
         now = self._settings
         for file in self._files():
             then, *entries = _read(file)[0] or [now]
-            other = [key for key in {**now, **then} if then.get(key) != now.get(key)]
-            if other:
-                names = [f"{k} ({then.get(k)!r:.60}, now {now.get(k)!r:.60})" for k in other]
+            differences = [
+                f"another {key} ({then.get(key)!r:.60}, now {now.get(key)!r:.60})"
+                for key in {**now, **then}
+                if then.get(key) != now.get(key)
+            ]
+            if differences:
                 raise JournalError(
-                    f"{file} holds a run with another {', another '.join(names)}. "
+                    f"{file} holds a run with {', '.join(differences)}. "
                     "Continue with the same settings, or delete the file to start over."
                 )
             self.entries.update((line["key"], line["entry"]) for line in entries)
@@ -80,8 +80,7 @@ class Journal:
     def add(self, key: Any, entry: Any) -> None:
         """Notes that an item is finished; ``str(key)`` identifies it, ``entry`` is a JSON value."""
         self.entries[str(key)] = entry
-        line = {"key": str(key), "entry": entry}
-        print(json.dumps(line), file=self._file, flush=True)
+        print(json.dumps({"key": str(key), "entry": entry}), file=self._file, flush=True)
 
     def _files(self) -> list[Path]:
         name = re.escape(self._path.stem) + r"(\.\d+)?" + re.escape(self._path.suffix)
