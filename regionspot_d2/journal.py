@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -33,14 +34,13 @@ class Journal:
         Args:
             path: the file of process 0; missing folders are made.
             settings: everything the entries depend on, as plain values.
-            resume: continue. Otherwise an earlier run's entries are kept with the suffix ``.old``.
+            resume: if False, the entries of an earlier run are kept as files ``*.old``.
 
         Raises:
             JournalError: the journal was written with other settings, or is damaged.
         """
         self.entries: dict[str, Any] = {}
-        self._path = Path(path)
-        self._settings = json.loads(json.dumps(settings))
+        self._path, self._settings = Path(path), json.loads(json.dumps(settings))
         rank = comm.get_rank()
         own = self._path if rank == 0 else self._path.with_suffix(f".{rank}{self._path.suffix}")
         own.parent.mkdir(parents=True, exist_ok=True)
@@ -60,19 +60,16 @@ class Journal:
             print(json.dumps(self._settings), file=self._file, flush=True)
 
     def reload(self) -> None:
-        """Reads again what all processes have written so far; raises what the constructor does."""
+        """Reads again what all processes have written so far."""
         self.entries = {}
         now = self._settings
         for file in self._files():
             then, *entries = _read(file)[0] or [now]
-            differences = [
-                f"another {key} ({then.get(key)!r:.60}, now {now.get(key)!r:.60})"
-                for key in {**now, **then}
-                if then.get(key) != now.get(key)
-            ]
-            if differences:
+            other = [key for key in {**now, **then} if then.get(key) != now.get(key)]
+            if other:
+                names = [f"{k} ({then.get(k)!r:.60}, now {now.get(k)!r:.60})" for k in other]
                 raise JournalError(
-                    f"{file} holds a run with {', '.join(differences)}. "
+                    f"{file} holds a run with another {', another '.join(names)}. "
                     "Continue with the same settings, or delete the file to start over."
                 )
             self.entries.update((line["key"], line["entry"]) for line in entries)
@@ -91,18 +88,16 @@ def _read(file: Path) -> tuple[list[dict[str, Any]], int]:
     """The lines without a last one that was cut off, and the number of their bytes."""
     lines = file.read_bytes().splitlines(keepends=True)
     content: list[dict[str, Any]] = []
-    for line in lines:
-        try:
+    with contextlib.suppress(ValueError):  # of a line that is not JSON
+        for line in lines:
             parsed = json.loads(line)
-        except ValueError:
-            break
-        is_entry = isinstance(parsed, dict) and (not content or {*parsed} == {"key", "entry"})
-        if not is_entry or not line.endswith(b"\n"):
-            break
-        content.append(parsed)
+            is_entry = isinstance(parsed, dict) and (not content or {*parsed} == {"key", "entry"})
+            if not is_entry or not line.endswith(b"\n"):
+                break
+            content.append(parsed)
     if len(content) < len(lines) - 1:
         raise JournalError(
-            f"{file}, line {len(content) + 1} is not what a run writes there, but "
+            f"{file}, line {len(content) + 1} is not what a run writes there: "
             f"{lines[len(content)][:40]!r}. Repair or delete the line, or delete the file."
         )
     return content, sum(map(len, lines[: len(content)]))

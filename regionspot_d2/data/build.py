@@ -63,26 +63,22 @@ def load_records(
         records = attach_proposals(records, proposal_file, dataset_name)
     if with_annotations and "annotations" not in records[0]:
         raise ValueError(
-            f"The dataset '{dataset_name}' has no annotations; training and extraction need boxes."
+            f"'{dataset_name}' has no annotations; training and extraction need boxes."
         )
     num_classes = len(class_names(dataset_name))
-    slim_records = []
+    records = [{**record, "dataset_name": dataset_name} for record in records]
     for record in records:
-        slim_records.append({**record, "dataset_name": dataset_name})
-        if "annotations" not in record:
-            continue
-        for annotation in record["annotations"]:
-            if not 0 <= annotation["category_id"] < num_classes:
+        for annotation in record.get("annotations", ()):
+            if not 0 <= (found := annotation["category_id"]) < num_classes:
                 raise ValueError(
-                    f"The image {record['image_id']!r} of the dataset '{dataset_name}' has an "
-                    f"annotation of class {annotation['category_id']}; its {num_classes} classes "
-                    f"are 0 to {num_classes - 1}."
+                    f"The image {record['image_id']!r} of the dataset '{dataset_name}' has class "
+                    f"{found}; its {num_classes} classes are 0 to {num_classes - 1}."
                 )
-        slim_records[-1]["annotations"] = [
-            {key: annotation[key] for key in _ANNOTATION_KEYS if key in annotation}
-            for annotation in record["annotations"]
-        ]
-    return slim_records
+        if "annotations" in record:
+            record["annotations"] = [
+                {key: a[key] for key in _ANNOTATION_KEYS if key in a} for a in record["annotations"]
+            ]
+    return records
 
 
 def build_train_loader(cfg: CfgNode, *, first_iteration: int = 0) -> DataLoader:
@@ -90,9 +86,6 @@ def build_train_loader(cfg: CfgNode, *, first_iteration: int = 0) -> DataLoader:
 
     An iteration sees the same images whatever the number of processes, and however often training
     was stopped and resumed before it. (Random augmentations and skipped images do not repeat.)
-
-    Args:
-        first_iteration: number of the first batch; see :func:`start_at`.
 
     Returns:
         A loader of lists of dicts, see :class:`~regionspot_d2.data.mapper.RegionMapper`.
@@ -107,10 +100,9 @@ def build_train_loader(cfg: CfgNode, *, first_iteration: int = 0) -> DataLoader:
     caches = open_token_caches(cfg) if cfg.INPUT.TOKEN_CACHE else {}
     filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     parts = [load_records(name, with_annotations=True, filter_empty=filter_empty) for name in names]
-    for name, records in zip(names, parts):
-        logger.info(f"'{name}': {len(records)} images, {len(class_names(name))} classes.")
-    factors = repeat_factors(cfg, parts)
-    records = list(itertools.chain.from_iterable(parts))
+    for name, part in zip(names, parts):
+        logger.info(f"'{name}': {len(part)} images, {len(class_names(name))} classes.")
+    factors, records = repeat_factors(cfg, parts), list(itertools.chain.from_iterable(parts))
     # Fixed where the config has no seed, so that a resumed run finds the same order.
     seed = max(cfg.SEED, 0)
     sampler: Sampler = TrainingSampler(len(records), seed=seed)
@@ -166,8 +158,7 @@ def open_token_caches(cfg: CfgNode, localizer: nn.Module | None = None) -> dict[
     """Opens the tokens of each of ``DATASETS.TRAIN``, in the folder ``INPUT.TOKEN_CACHE``.
 
     Raises:
-        TokenCacheError: tokens are missing or unfinished, or do not fit ``MODEL.LOCALIZER``, or the
-            weights of ``localizer``, if given.
+        TokenCacheError: missing, unfinished, or made by another localizer or by other weights.
     """
     weights = None if localizer is None else module_fingerprint(localizer)
     return {
@@ -206,7 +197,7 @@ def repeat_factors(cfg: CfgNode, datasets: Sequence[Sequence[Record]]) -> Tensor
         raise ValueError(f"DATALOADER.SAMPLER_TRAIN is '{sampler}'; it must be one of {samplers}.")
     if ratios and (len(ratios) != len(names) or min(ratios) <= 0):
         raise ValueError(
-            f"DATASETS.TRAIN_RATIOS is {ratios}; it must be empty, or have a positive number for "
+            f"DATASETS.TRAIN_RATIOS is {ratios}; it must be empty or have a positive number for "
             f"each of the {len(names)} datasets in DATASETS.TRAIN."
         )
     repeated = list(cfg.DATALOADER.REPEAT_DATASETS) or names

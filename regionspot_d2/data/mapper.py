@@ -22,15 +22,17 @@ from .published_tokens import TokenSource
 
 logger = logging.getLogger(__name__)
 
-# The share starts as if so many good images had been read, or the first bad one would be too many.
+# Counted as good from the start, or the first bad image would be too many.
 _IMAGES_OF_CREDIT = 1000
 
 
 class UnreadableImages:
-    """Counts images that cannot be used, and stops the run when they are too many."""
+    """Counts images that cannot be used, and stops the run when they are too many.
+
+    ``max_share`` is of the images read and 1000 more; 0 stops at the first bad image.
+    """
 
     def __init__(self, max_share: float) -> None:
-        """``max_share``: of the images read, and 1000 more; 0 stops at the first bad image."""
         self.max_share = max_share
         self.bad = self.good = 0
 
@@ -87,9 +89,8 @@ class RegionMapper(DatasetMapper):
         if image_format not in ("RGB", "BGR"):
             raise ValueError(f"INPUT.FORMAT is '{image_format}'; it must be 'RGB' or 'BGR'.")
         self.token_caches, self.cached_image_size = dict(token_caches or {}), cached_image_size
-        self.unreadable = (
-            None if max_unreadable_share is None else UnreadableImages(max_unreadable_share)
-        )
+        share = max_unreadable_share
+        self.unreadable = None if share is None else UnreadableImages(share)
 
     @classmethod
     def from_config(
@@ -99,13 +100,14 @@ class RegionMapper(DatasetMapper):
         *,
         token_caches: Mapping[str, TokenSource] | None = None,
     ) -> dict[str, Any]:
-        plain = {"INPUT.RANDOM_FLIP": "none", "INPUT.CROP.ENABLED": False}
-        for (key, wanted), value in zip(
-            plain.items(), (cfg.INPUT.RANDOM_FLIP, cfg.INPUT.CROP.ENABLED)
-        ):
-            if token_caches and value != wanted:
+        changes = (
+            ("INPUT.RANDOM_FLIP", cfg.INPUT.RANDOM_FLIP, "none"),
+            ("INPUT.CROP.ENABLED", cfg.INPUT.CROP.ENABLED, False),
+        )
+        for key, value, plain in changes if token_caches else ():
+            if value != plain:
                 raise ValueError(
-                    f"{key} is {value!r}; with INPUT.TOKEN_CACHE it must be {wanted!r}, because the "
+                    f"{key} is {value!r}; with INPUT.TOKEN_CACHE it must be {plain!r}, because the "
                     "cached tokens are of the unchanged image."
                 )
         ret = super().from_config(cfg, is_train)
@@ -128,8 +130,7 @@ class RegionMapper(DatasetMapper):
             None for an image that is skipped: Detectron2's ``MapDataset`` then takes another.
 
         Raises:
-            ImageReadError, SizeMismatchError: an image that may not be skipped is unreadable, or
-                does not have the size in the record.
+            ImageReadError, SizeMismatchError: the image may not be skipped.
             RuntimeError: too many images were skipped.
             TokenCacheError: the cache does not fit the annotations.
         """
@@ -149,7 +150,7 @@ class RegionMapper(DatasetMapper):
         utils.check_image_size(x, image)
         if self.image_format == "BGR":
             image = image[:, :, ::-1]
-        if self.token_caches and x["dataset_name"] in self.token_caches:
+        if self.is_train and self.token_caches and x["dataset_name"] in self.token_caches:
             return self._map_cached(x, image, self.token_caches[x["dataset_name"]])
         augmented = T.AugInput(image)
         transforms = self.augmentations(augmented)

@@ -57,7 +57,15 @@ def fit_to_dataset(proposals: ProposalsByImage, records: Records, source: str) -
             boxes lie outside their images. The message names the first offender.
     """
     ids = [str(record["image_id"]) for record in records]
-    _check_ids(proposals, ids, source)
+    known = set(ids)
+    if unknown := [image_id for image_id in proposals if image_id not in known]:
+        message = (
+            f"{source}: {len(unknown)} of {len(proposals)} image ids are not in the dataset, the "
+            f"first is '{unknown[0]}' (the dataset's first is '{ids[0]}')"
+        )
+        if len(unknown) == len(proposals):
+            raise ValueError(f"{message}. Are these boxes of another dataset?")
+        logger.warning(f"{message}; they are ignored.")
     found = [proposals.get(image_id) or Proposals.create([], []) for image_id in ids]
     counts = [len(scores) for _, scores in found]
     first, image = np.cumsum([0, *counts]), np.repeat(np.arange(len(ids)), counts)
@@ -96,21 +104,8 @@ def fit_to_dataset(proposals: ProposalsByImage, records: Records, source: str) -
     return dict(zip(ids, (Proposals(each.boxes[keep], each.scores[keep]) for each, keep in kept)))
 
 
-def _check_ids(proposals: ProposalsByImage, ids: Sequence[str], source: str) -> None:
-    known = set(ids)
-    unknown = [image_id for image_id in proposals if image_id not in known]
-    if unknown:
-        message = (
-            f"{source}: {len(unknown)} of {len(proposals)} image ids are not in the dataset, the "
-            f"first is '{unknown[0]}' (the dataset's first is '{ids[0]}')"
-        )
-        if len(unknown) == len(proposals):
-            raise ValueError(f"{message}. Are these boxes of another dataset?")
-        logger.warning(f"{message}; they are ignored.")
-
-
 def _judge(boxes: np.ndarray, image_sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which boxes (N, 4) have an area, and which cannot be boxes of images (N, 2): width, height."""
+    """Which boxes (N, 4) have an area, and which do not fit images (N, 2) of width and height."""
     sizes = boxes[:, 2:] - boxes[:, :2]
     inside = np.clip(boxes[:, 2:], 0, image_sizes) - np.clip(boxes[:, :2], 0, image_sizes)
     has_area = (sizes > 0).all(axis=1)
@@ -233,9 +228,7 @@ def read_proposals(path: str) -> tuple[ProposalsByImage, dict[str, Any]]:
 
 
 def attach_proposals(records: Records, path: str, dataset: str) -> list[DatasetDict]:
-    """Copies records with proposals, as Detectron2's loader makes them; that one runs any pickle.
-
-    They get ``proposal_boxes``, ``proposal_objectness_logits`` (best first), ``proposal_bbox_mode``.
+    """Copies records with proposals, best first, as Detectron2's loader, which runs any pickle.
 
     Raises:
         ValueError: as :func:`read_proposals`, or an image of the dataset is missing.

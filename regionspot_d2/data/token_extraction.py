@@ -70,14 +70,9 @@ def extract_tokens(
         cache_manifest(cfg, dataset_name, module_fingerprint(localizer)),
         precision=str(autocast.fast_dtype if amp else torch.float32).removeprefix("torch."),
     )
-    folder, token_dim = Path(root) / dataset_name, int(localizer.token_dim)
-    writer = TokenCacheWriter(
-        folder,
-        manifest,
-        [record["image_id"] for record in records],
-        token_dim=token_dim,
-        images_per_shard=images_per_shard or min(1024, -(-len(records) // _SHARDS_AT_LEAST)),
-    )
+    folder, ids = Path(root) / dataset_name, [record["image_id"] for record in records]
+    size, dim = images_per_shard or min(1024, -(-len(ids) // _SHARDS_AT_LEAST)), localizer.token_dim
+    writer = TokenCacheWriter(folder, manifest, ids, token_dim=dim, images_per_shard=size)
     # All look before any writes, or they would not agree on who writes what.
     missing = writer.missing_shards()
     comm.synchronize()
@@ -103,7 +98,7 @@ def extract_tokens(
     )
     unreadable = UnreadableImages(cfg.DATALOADER.MAX_UNREADABLE_SHARE)
     with autocast:
-        _write_shards(writer, mine, _run(localizer, token_dim, device, loader, unreadable))
+        _write_shards(writer, mine, _run(localizer, loader, unreadable))
     comm.synchronize()
     if comm.is_main_process():
         writer.finish()
@@ -128,12 +123,9 @@ def _write_shards(
 
 
 def _run(
-    localizer: Localizer,
-    token_dim: int,
-    device: torch.device,
-    loader: DataLoader,
-    unreadable: UnreadableImages,
+    localizer: Localizer, loader: DataLoader, unreadable: UnreadableImages
 ) -> Iterator[Tensor | None]:
+    device = next(localizer.parameters()).device
     for batch in loader:
         # Encoding images is what takes time: those without regions are left out.
         asked = [x for x in batch if "error" not in x and len(x["instances"])]
@@ -148,7 +140,7 @@ def _run(
                 yield None
                 continue
             unreadable.add_good()
-            yield next(found) if len(x["instances"]) else torch.zeros(0, token_dim)
+            yield next(found) if len(x["instances"]) else torch.zeros(0, localizer.token_dim)
         text = f"{unreadable.good + unreadable.bad} images done."
         log_every_n_seconds(logging.INFO, text, 60, name=__name__)
 
