@@ -32,7 +32,6 @@ class Journal:
         """Opens the journal; every process of a distributed run must do so.
 
         Args:
-            path: the file of process 0; missing folders are made.
             settings: everything the entries depend on, as plain values.
             resume: if False, the entries of an earlier run are kept as files ``*.old``.
 
@@ -61,8 +60,7 @@ class Journal:
 
     def reload(self) -> None:
         """Reads again what all processes have written so far."""
-        self.entries = {}
-        now = self._settings
+        self.entries, now = {}, self._settings
         for file in self._files():
             then, *entries = _read(file)[0] or [now]
             other = [key for key in {**now, **then} if then.get(key) != now.get(key)]

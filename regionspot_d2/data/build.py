@@ -1,4 +1,4 @@
-"""Train and test loaders: Detectron2's builders and samplers, each dataset with its own classes."""
+"""Train and test loaders, whose batches are lists of :class:`~.mapper.RegionMapper`'s dicts."""
 
 from __future__ import annotations
 
@@ -62,9 +62,7 @@ def load_records(
     if proposal_file is not None:
         records = attach_proposals(records, proposal_file, dataset_name)
     if with_annotations and "annotations" not in records[0]:
-        raise ValueError(
-            f"'{dataset_name}' has no annotations; training and extraction need boxes."
-        )
+        raise ValueError(f"'{dataset_name}' has no annotations; training needs boxes.")
     num_classes = len(class_names(dataset_name))
     records = [{**record, "dataset_name": dataset_name} for record in records]
     for record in records:
@@ -86,9 +84,6 @@ def build_train_loader(cfg: CfgNode, *, first_iteration: int = 0) -> DataLoader:
 
     An iteration sees the same images whatever the number of processes, and however often training
     was stopped and resumed before it. (Random augmentations and skipped images do not repeat.)
-
-    Returns:
-        A loader of lists of dicts, see :class:`~regionspot_d2.data.mapper.RegionMapper`.
 
     Raises:
         ValueError: a config key is wrong, or a dataset cannot be trained on.
@@ -149,9 +144,8 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
 
 def start_at(loader: DataLoader, iteration: int) -> None:
     """Lets a train loader, before its first batch is taken, begin at a later iteration."""
-    stream: Any = loader.dataset
-    assert loader.batch_size is not None
-    stream.sampler.skip = iteration * loader.batch_size
+    train: Any = loader  # Detectron2's stream of samples is not in torch's types
+    train.dataset.sampler.skip = iteration * train.batch_size
 
 
 def open_token_caches(cfg: CfgNode, localizer: nn.Module | None = None) -> dict[str, TokenSource]:

@@ -63,29 +63,20 @@ class RegionMapper(DatasetMapper):
         self,
         is_train: bool,
         *,
-        augmentations: list[T.Augmentation | T.Transform],
         image_format: str = "RGB",
-        precomputed_proposal_topk: int | None = None,
         token_caches: Mapping[str, TokenSource] | None = None,
         cached_image_size: int = 0,
         max_unreadable_share: float | None = None,
+        **stock: Any,
     ) -> None:
         """
         Args:
-            is_train: use annotations; otherwise proposals.
-            augmentations: of image and boxes. Not used with a token cache.
-            image_format: channel order, "RGB" or "BGR".
-            precomputed_proposal_topk: how many of the best proposals to keep.
             token_caches: for training, by the name of the dataset.
-            cached_image_size: side of the square for cached mode; 0 leaves images as they are.
+            cached_image_size: side of the square in cached mode; 0 leaves images as they are.
             max_unreadable_share: see :class:`UnreadableImages`; None raises the first error.
+            stock: ``augmentations`` (of live mode) and ``precomputed_proposal_topk``.
         """
-        super().__init__(
-            is_train,
-            augmentations=augmentations,
-            image_format=image_format,
-            precomputed_proposal_topk=precomputed_proposal_topk,
-        )
+        super().__init__(is_train, image_format=image_format, **stock)
         if image_format not in ("RGB", "BGR"):
             raise ValueError(f"INPUT.FORMAT is '{image_format}'; it must be 'RGB' or 'BGR'.")
         self.token_caches, self.cached_image_size = dict(token_caches or {}), cached_image_size
@@ -93,19 +84,12 @@ class RegionMapper(DatasetMapper):
         self.unreadable = None if share is None else UnreadableImages(share)
 
     @classmethod
-    def from_config(
-        cls,
-        cfg: CfgNode,
-        is_train: bool = True,
-        *,
-        token_caches: Mapping[str, TokenSource] | None = None,
-    ) -> dict[str, Any]:
-        changes = (
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        for key, value, plain in (
             ("INPUT.RANDOM_FLIP", cfg.INPUT.RANDOM_FLIP, "none"),
             ("INPUT.CROP.ENABLED", cfg.INPUT.CROP.ENABLED, False),
-        )
-        for key, value, plain in changes if token_caches else ():
-            if value != plain:
+        ):
+            if is_train and cfg.INPUT.TOKEN_CACHE and value != plain:
                 raise ValueError(
                     f"{key} is {value!r}; with INPUT.TOKEN_CACHE it must be {plain!r}, because the "
                     "cached tokens are of the unchanged image."
@@ -115,7 +99,6 @@ class RegionMapper(DatasetMapper):
         kept = {"is_train", "augmentations", "image_format", "precomputed_proposal_topk"}
         return {
             **{key: ret[key] for key in kept & ret.keys()},
-            "token_caches": token_caches,
             "cached_image_size": cfg.INPUT.CACHED_IMAGE_SIZE,
             "max_unreadable_share": cfg.DATALOADER.MAX_UNREADABLE_SHARE if is_train else None,
         }
@@ -174,8 +157,7 @@ class RegionMapper(DatasetMapper):
         instances = x["instances"]
         x["mask_tokens"] = cache.read(x["image_id"], instances.gt_classes)
         x["image"] = _to_tensor(image)
-        if self.cached_image_size:
-            side = self.cached_image_size
+        if side := self.cached_image_size:
             x["image"] = squash(x["image"], side)
             instances.gt_boxes.scale(side / width, side / height)
             x["instances"] = Instances((side, side), **instances.get_fields())

@@ -53,8 +53,8 @@ def fit_to_dataset(proposals: ProposalsByImage, records: Records, source: str) -
         Boxes without area are dropped, as Detectron2 does when it loads them.
 
     Raises:
-        ValueError: a score or coordinate is not finite, no image belongs to the dataset, or most
-            boxes lie outside their images. The message names the first offender.
+        ValueError: a number is not finite, no image is in the dataset, or most boxes lie outside
+            their images. The message names the first offender.
     """
     ids = [str(record["image_id"]) for record in records]
     known = set(ids)
@@ -70,7 +70,7 @@ def fit_to_dataset(proposals: ProposalsByImage, records: Records, source: str) -
     counts = [len(scores) for _, scores in found]
     first, image = np.cumsum([0, *counts]), np.repeat(np.arange(len(ids)), counts)
     sizes = np.array([(r["width"], r["height"]) for r in records], dtype=np.float32)[image]
-    # All images at once: a loop over a file of millions of boxes would take minutes.
+    # All images at once, because a file may have millions of boxes.
     boxes, scores = (np.concatenate(arrays) for arrays in zip(*found))
 
     def region(row: int, detail: str = "") -> str:
@@ -182,9 +182,8 @@ def write_proposals(
 ) -> dict[str, Any]:
     """Writes what :func:`fit_to_dataset` made, or a selection of it, to a proposal file.
 
-    Returns:
-        ``info`` (plain values about the source) as it is in the file: with ``images``,
-        ``images_without_boxes``, ``boxes`` and ``recall`` (see :func:`box_recall`).
+    Returns ``info`` as it is in the file: with ``images``, ``images_without_boxes``, ``boxes`` and
+    ``recall`` (see :func:`box_recall`).
     """
     complete = _describe(proposals, records, info)
     content = {
@@ -221,10 +220,9 @@ def read_proposals(path: str) -> tuple[ProposalsByImage, dict[str, Any]]:
         ValueError: it is not a proposal file, or holds more than arrays; none of it was run.
     """
     found, mode, info = _load(path)
-    return {
-        image_id: Proposals.create(BoxMode.convert(boxes, mode, BoxMode.XYXY_ABS), scores)
-        for image_id, (boxes, scores) in found.items()
-    }, info
+    for key, (boxes, scores) in found.items():
+        found[key] = Proposals.create(BoxMode.convert(boxes, mode, BoxMode.XYXY_ABS), scores)
+    return found, info
 
 
 def attach_proposals(records: Records, path: str, dataset: str) -> list[DatasetDict]:
@@ -256,9 +254,9 @@ def _load(path: str) -> tuple[ProposalsByImage, BoxMode, dict[str, Any]]:
         regions = fit_to_dataset(from_ground_truth(records), records, name)
         info = _describe(regions, records, {"dataset": name, "source": "gt"})
         return regions, BoxMode.XYXY_ABS, info
-    content = load_pickle(path)
-    content = content if isinstance(content, dict) else {}
-    # Detectron 1 has other names for two of them.
+    loaded = load_pickle(path)
+    content = loaded if isinstance(loaded, dict) else {}
+    # Detectron 1 calls two of them "indexes" and "scores".
     ids, boxes = content.get("ids", content.get("indexes")), content.get("boxes")
     scores = content.get("objectness_logits", content.get("scores"))
     if ids is None or scores is None or boxes is None:

@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -92,22 +91,20 @@ def find_manifest(folder: Path) -> CacheManifest | None:
         raise TokenCacheError(
             f"'{folder}' is of an earlier version. Delete it and run tools/extract_tokens.py again."
         )
-    path = next(folder.glob("shard-*.safetensors"), None)
-    return None if path is None else _Shard(path).manifest
+    return next((_Shard(path).manifest for path in folder.glob("shard-*.safetensors")), None)
 
 
 class _Shard:
     """A mapped shard. It keeps no file descriptor, of which a process has few."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         try:
             self._file = safe_open(path, framework="numpy")
             header = json.loads(self._file.metadata()[_HEADER])
             if header["format"] != _FORMAT:
                 raise ValueError(f"format {header['format']} instead of {_FORMAT}")
             self.manifest = CacheManifest(**header["manifest"])
-            self.number, self._sha256 = header["shard"], header["sha256"]
+            self.path, self.number, self._sha256 = path, header["shard"], header["sha256"]
             self.image_ids = np.array(header["image_ids"])
             self._counts = self._file.get_tensor("counts")
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -118,7 +115,7 @@ class _Shard:
 
     def tokens(self, place: int) -> Tensor:
         """The tokens of the image at a place in the shard; ImageReadError if it has none."""
-        if self._sha256:  # checking every read would read the whole shard each time
+        if self._sha256:  # not checked yet
             content = self._file.get_tensor("tokens").tobytes() + self._counts.tobytes()
             if hashlib.sha256(content).hexdigest() != self._sha256:
                 raise TokenCacheError(f"'{self.path}' is damaged: its sha256 is wrong. {_REMEDY}")
@@ -127,8 +124,7 @@ class _Shard:
         if count == _UNREADABLE:
             raise ImageReadError(
                 f"The image {self.image_ids[place].item()!r} of '{self.manifest.dataset}' could not"
-                f" be read when its tokens were extracted. To try again, delete '{self.path}' and "
-                "restart the extraction."
+                f" be read when its tokens were extracted. Delete '{self.path}' and extract again."
             )
         if not count:  # safetensors refuses an empty slice at the end
             return torch.zeros(0, self.manifest.token_dim, dtype=torch.float16)
@@ -136,10 +132,9 @@ class _Shard:
 
 
 class TokenCacheWriter:
-    """Writes a cache, shard by shard, from any processes and machines that share a disk.
+    """Writes or continues a cache, from any processes and machines that share a disk.
 
-    What is in ``folder`` is continued with its own ``images_per_shard``; TokenCacheError if it is
-    another cache, or if ``image_ids`` are not unique, all int or all str.
+    TokenCacheError if the folder has another cache, or ids are not unique, all int or all str.
     """
 
     def __init__(
@@ -149,7 +144,7 @@ class TokenCacheWriter:
         image_ids: Sequence[int] | Sequence[str],
         *,
         token_dim: int = 256,
-        images_per_shard: int = 1024,
+        images_per_shard: int = 1024,  # a cache that is continued keeps its own
     ) -> None:
         self._folder, ids = Path(folder), np.array(image_ids)
         if ids.dtype.kind != "i" and not all(isinstance(image_id, str) for image_id in image_ids):
@@ -167,8 +162,7 @@ class TokenCacheWriter:
         self._paths = self._manifest.shard_paths(self._folder)
         self.num_shards = len(self._paths)
 
-    def shard_images(self, shard: int) -> range:
-        """Places of a shard's images in the dataset."""
+    def shard_images(self, shard: int) -> range:  # places in the dataset
         size = self._manifest.images_per_shard
         return range(len(self._ids))[shard * size : (shard + 1) * size]
 
@@ -188,12 +182,9 @@ class TokenCacheWriter:
         read = [each.detach().cpu().half().numpy() for each in tokens if each is not None]
         rows = np.concatenate([np.empty((0, self._manifest.token_dim), np.float16), *read])
         if not np.isfinite(rows).all():
-            raise ValueError(
-                f"Tokens of shard {shard} are not finite as float16; check the weights."
-            )
+            raise ValueError(f"Shard {shard}: tokens are not finite as float16; check the weights.")
         counts = np.array([_UNREADABLE if each is None else len(each) for each in tokens], "i4")
-        header = {"format": _FORMAT, "shard": shard, "image_ids": ids}
-        header["manifest"] = asdict(self._manifest)
+        header = dict(format=_FORMAT, shard=shard, image_ids=ids, manifest=asdict(self._manifest))
         header["sha256"] = hashlib.sha256(rows.tobytes() + counts.tobytes()).hexdigest()
         # A single entry: safetensors writes several in random order, and bytes must not differ.
         with write_atomically(self._paths[shard]) as file:
@@ -215,9 +206,7 @@ class TokenCache:
     def __init__(self, folder: str | Path, wanted: CacheManifest | None = None) -> None:
         self._folder = Path(folder)
         if not (manifest := find_manifest(self._folder)):
-            raise TokenCacheError(
-                f"No token cache in '{folder}'; make one: tools/extract_tokens.py."
-            )
+            raise TokenCacheError(f"No token cache in '{folder}'; run tools/extract_tokens.py.")
         self.manifest = manifest
         remedy = "Extract into another folder (tools/extract_tokens.py), or change the config."
         manifest.require(wanted or manifest, f"The token cache '{folder}' does not match:", remedy)
@@ -235,9 +224,8 @@ class TokenCache:
         self._ids = np.concatenate([shard.image_ids for shard in self._shards])
         self._order = np.argsort(self._ids)
 
-    # Pickled as a path, so that processes share the pages of the files.
-    def __reduce__(self) -> tuple[Any, ...]:
-        return TokenCache, (self._folder,)
+    def __reduce__(self) -> tuple[type[TokenCache], tuple[Path]]:
+        return TokenCache, (self._folder,)  # processes share the pages of the files
 
     def __len__(self) -> int:
         return len(self._ids)
