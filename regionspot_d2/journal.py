@@ -29,14 +29,10 @@ class Journal:
     """
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any], *, resume: bool) -> None:
-        """Opens the journal; every process of a distributed run must do so.
+        """Opens the journal, in every process of a distributed run.
 
-        Args:
-            settings: everything the entries depend on, as plain values.
-            resume: if False, the entries of an earlier run are kept as files ``*.old``.
-
-        Raises:
-            JournalError: the journal was written with other settings, or is damaged.
+        ``settings``, plain values, are all that the entries depend on; JournalError if they differ
+        or a file is damaged. Without ``resume``, an earlier run's entries are kept as ``*.old``.
         """
         self.entries: dict[str, Any] = {}
         self._path, self._settings = Path(path), json.loads(json.dumps(settings))
@@ -63,12 +59,11 @@ class Journal:
         self.entries, now = {}, self._settings
         for file in self._files():
             then, *entries = _read(file)[0] or [now]
-            other = [key for key in {**now, **then} if then.get(key) != now.get(key)]
-            if other:
+            if other := [key for key in {**now, **then} if then.get(key) != now.get(key)]:
                 names = [f"{k} ({then.get(k)!r:.60}, now {now.get(k)!r:.60})" for k in other]
                 raise JournalError(
-                    f"{file} holds a run with another {', another '.join(names)}. "
-                    "Continue with the same settings, or delete the file to start over."
+                    f"{file} holds a run with another {', another '.join(names)}. Delete the file "
+                    "to start over, or continue with the same settings."
                 )
             self.entries.update((line["key"], line["entry"]) for line in entries)
 
@@ -84,8 +79,7 @@ class Journal:
 
 def _read(file: Path) -> tuple[list[dict[str, Any]], int]:
     """The lines without a last one that was cut off, and the number of their bytes."""
-    lines = file.read_bytes().splitlines(keepends=True)
-    content: list[dict[str, Any]] = []
+    lines, content = file.read_bytes().splitlines(keepends=True), list[dict[str, Any]]()
     with contextlib.suppress(ValueError):  # of a line that is not JSON
         for line in lines:
             parsed = json.loads(line)

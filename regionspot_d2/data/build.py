@@ -62,7 +62,7 @@ def load_records(
     if proposal_file is not None:
         records = attach_proposals(records, proposal_file, dataset_name)
     if with_annotations and "annotations" not in records[0]:
-        raise ValueError(f"'{dataset_name}' has no annotations; training needs boxes.")
+        raise ValueError(f"'{dataset_name}' has no annotations, but its boxes are needed.")
     num_classes = len(class_names(dataset_name))
     records = [{**record, "dataset_name": dataset_name} for record in records]
     for record in records:

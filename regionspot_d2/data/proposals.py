@@ -182,8 +182,7 @@ def write_proposals(
 ) -> dict[str, Any]:
     """Writes what :func:`fit_to_dataset` made, or a selection of it, to a proposal file.
 
-    Returns ``info`` as it is in the file: with ``images``, ``images_without_boxes``, ``boxes`` and
-    ``recall`` (see :func:`box_recall`).
+    Returns ``info`` as in the file, with numbers of images and boxes and the :func:`box_recall`.
     """
     complete = _describe(proposals, records, info)
     content = {
