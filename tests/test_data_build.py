@@ -25,19 +25,20 @@ from regionspot_d2.data.build import (
     ResumableSampler,
     build_test_loader,
     build_train_loader,
+    cache_manifest,
     load_records,
     open_token_caches,
     repeat_factors,
     start_at,
 )
-from regionspot_d2.data.cache_manifest import TokenCacheError, cache_manifest
 from regionspot_d2.data.datasets import register_coco_format
 from regionspot_d2.data.images import ImageReadError
 from regionspot_d2.data.mapper import RegionMapper, UnreadableImages, squash
 from regionspot_d2.data.proposals import Proposals, write_proposals
 from regionspot_d2.data.published_tokens import PublishedTokens
-from regionspot_d2.data.token_cache import TokenCacheWriter
+from regionspot_d2.data.token_cache import TokenCacheError, TokenCacheWriter
 from regionspot_d2.data.token_extraction import extract_tokens
+from regionspot_d2.modeling.prompts import BoxPrompts
 
 from .datasets_on_disk import SIZES, annotation, write_images
 from .tiny import tiny_cfg
@@ -358,7 +359,7 @@ def test_cached_and_live_give_the_same_loss(
     extract_tokens(cfg, model.localizer, "one", tmp_path / "tokens", images_per_batch=2)
     (batch,) = itertools.islice(build_train_loader(cfg), 1)
     with torch.no_grad():
-        images, boxes = zip(*[(x["image"], x["instances"].gt_boxes) for x in batch])
+        images, boxes = zip(*[(x["image"], BoxPrompts(x["instances"].gt_boxes)) for x in batch])
         exact = model.localizer(list(images), list(boxes), with_masks=False)[0]
     for x, token in zip(batch, exact):
         x["live_tokens"] = token

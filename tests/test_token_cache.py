@@ -18,18 +18,22 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import Boxes
 
 from regionspot_d2.data import token_cache
 from regionspot_d2.data.build import load_records
-from regionspot_d2.data.cache_manifest import CacheManifest, TokenCacheError
 from regionspot_d2.data.datasets import register_coco_format
 from regionspot_d2.data.images import ImageReadError
 from regionspot_d2.data.mapper import RegionMapper
 from regionspot_d2.data.published_tokens import PublishedTokens, has_tokens, open_token_cache
-from regionspot_d2.data.token_cache import TokenCache, TokenCacheWriter
+from regionspot_d2.data.token_cache import (
+    CacheManifest,
+    TokenCache,
+    TokenCacheError,
+    TokenCacheWriter,
+)
 from regionspot_d2.data.token_extraction import extract_tokens
 from regionspot_d2.files import module_fingerprint
+from regionspot_d2.modeling.prompts import BoxPrompts
 
 from .datasets_on_disk import SIZES, annotation, write_images
 from .tiny import tiny_cfg
@@ -345,14 +349,14 @@ class FakeLocalizer(torch.nn.Module):
         self.seconds_per_image = seconds_per_image
         self.calls: list[int] = []
 
-    def forward(self, images: list, prompts: list[Boxes], *, with_masks: bool) -> tuple:
+    def forward(self, images: list, prompts: list[BoxPrompts], *, with_masks: bool) -> tuple:
         assert not with_masks
         time.sleep(self.seconds_per_image * len(images))
         self.calls.append(len(images))
         tokens = []
-        for image, boxes in zip(images, prompts):
+        for image, regions in zip(images, prompts):
             rows = []
-            for x0, y0, x1, y1 in boxes.tensor.round().int().tolist():
+            for x0, y0, x1, y1 in regions.values.tensor.round().int().tolist():
                 crop = image[:, y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)].float()
                 rows.append(
                     torch.cat([crop.mean((1, 2)) / 255, crop.new_tensor([x0, y0, x1, y1, 1])])

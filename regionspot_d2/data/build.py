@@ -1,7 +1,8 @@
-"""Train and test loaders: Detectron2's builders and samplers, each dataset with its own classes."""
+"""Train and test loaders, whose batches are lists of :class:`~.mapper.RegionMapper`'s dicts."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
+    DatasetCatalog,
+    MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
     get_detection_dataset_dicts,
@@ -19,12 +22,12 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-from ..files import module_fingerprint
-from .cache_manifest import cache_manifest
+from ..files import module_fingerprint, sha256_of_file
 from .datasets import class_names
 from .mapper import RegionMapper
 from .proposals import attach_proposals
 from .published_tokens import TokenSource, open_token_cache
+from .token_cache import CacheManifest
 
 logger = logging.getLogger(__name__)
 
@@ -42,19 +45,15 @@ def load_records(
     filter_empty: bool = False,
     proposal_file: str | None = None,
 ) -> list[Record]:
-    """Loads a dataset and checks its classes.
+    """Loads Detectron2's records of a dataset, with ``dataset_name``, without masks and keypoints.
 
     Args:
         with_annotations: whether the dataset must have annotations.
         filter_empty: whether to leave out images without annotations, or with crowds only.
         proposal_file: a proposal file, or ``ground_truth://<dataset>``.
 
-    Returns:
-        Records in Detectron2's format with ``dataset_name``; of annotations only boxes and classes.
-
     Raises:
-        ValueError: the dataset has no annotations, or one of a class that it does not have; or the
-            proposal file lacks an image.
+        ValueError: annotations are missing, or have an unknown class, or an image has no proposals.
     """
     # One at a time: Detectron2 refuses to load datasets of different classes together.
     records = get_detection_dataset_dicts(
@@ -63,19 +62,21 @@ def load_records(
     if proposal_file is not None:
         records = attach_proposals(records, proposal_file, dataset_name)
     if with_annotations and "annotations" not in records[0]:
-        raise ValueError(
-            f"The dataset '{dataset_name}' has no annotations; training and extraction need boxes."
-        )
+        raise ValueError(f"'{dataset_name}' has no annotations, but its boxes are needed.")
     num_classes = len(class_names(dataset_name))
+    records = [{**record, "dataset_name": dataset_name} for record in records]
     for record in records:
         for annotation in record.get("annotations", ()):
-            if not 0 <= annotation["category_id"] < num_classes:
+            if not 0 <= (found := annotation["category_id"]) < num_classes:
                 raise ValueError(
-                    f"The image {record['image_id']!r} of the dataset '{dataset_name}' has an "
-                    f"annotation of class {annotation['category_id']}; its {num_classes} classes "
-                    f"are 0 to {num_classes - 1}."
+                    f"The image {record['image_id']!r} of the dataset '{dataset_name}' has class "
+                    f"{found}; its {num_classes} classes are 0 to {num_classes - 1}."
                 )
-    return [{**_slim(record), "dataset_name": dataset_name} for record in records]
+        if "annotations" in record:
+            record["annotations"] = [
+                {key: a[key] for key in _ANNOTATION_KEYS if key in a} for a in record["annotations"]
+            ]
+    return records
 
 
 def build_train_loader(cfg: CfgNode, *, first_iteration: int = 0) -> DataLoader:
@@ -83,13 +84,6 @@ def build_train_loader(cfg: CfgNode, *, first_iteration: int = 0) -> DataLoader:
 
     An iteration sees the same images whatever the number of processes, and however often training
     was stopped and resumed before it. (Random augmentations and skipped images do not repeat.)
-
-    Args:
-        cfg: uses ``DATASETS.TRAIN`` and ``TRAIN_RATIOS``, ``DATALOADER``, ``INPUT`` and ``SEED``.
-        first_iteration: number of the first batch; see :func:`start_at`.
-
-    Returns:
-        A loader of lists of dicts, see :class:`~regionspot_d2.data.mapper.RegionMapper`.
 
     Raises:
         ValueError: a config key is wrong, or a dataset cannot be trained on.
@@ -101,17 +95,14 @@ def build_train_loader(cfg: CfgNode, *, first_iteration: int = 0) -> DataLoader:
     caches = open_token_caches(cfg) if cfg.INPUT.TOKEN_CACHE else {}
     filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     parts = [load_records(name, with_annotations=True, filter_empty=filter_empty) for name in names]
-    for name, records in zip(names, parts):
-        logger.info(f"'{name}': {len(records)} images, {len(class_names(name))} classes.")
-    factors = repeat_factors(cfg, parts)
-    records = list(itertools.chain.from_iterable(parts))
+    for name, part in zip(names, parts):
+        logger.info(f"'{name}': {len(part)} images, {len(class_names(name))} classes.")
+    factors, records = repeat_factors(cfg, parts), list(itertools.chain.from_iterable(parts))
     # Fixed where the config has no seed, so that a resumed run finds the same order.
     seed = max(cfg.SEED, 0)
-    sampler: Sampler = (
-        TrainingSampler(len(records), seed=seed)
-        if factors is None
-        else FastRepeatFactorSampler(factors, seed=seed)
-    )
+    sampler: Sampler = TrainingSampler(len(records), seed=seed)
+    if factors is not None:
+        sampler = FastRepeatFactorSampler(factors, seed=seed)
     loader = build_detection_train_loader(
         records,
         mapper=RegionMapper(cfg, True, token_caches=caches),
@@ -130,24 +121,16 @@ def build_train_loader(cfg: CfgNode, *, first_iteration: int = 0) -> DataLoader:
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
     """Builds a loader that gives every image of a dataset once, spread over the processes.
 
-    Args:
-        cfg: uses ``TEST.IMS_PER_BATCH``; with ``MODEL.LOAD_PROPOSALS``,
-            ``DATASETS.PROPOSAL_FILES_TEST`` names a file for each of ``DATASETS.TEST``.
-
-    Returns:
-        A loader of lists of dicts, see :class:`~regionspot_d2.data.mapper.RegionMapper`.
-
-    Raises:
-        ValueError: the dataset has no proposal file, or the file lacks an image.
+    With ``MODEL.LOAD_PROPOSALS``, ``DATASETS.PROPOSAL_FILES_TEST`` names a file for each of
+    ``DATASETS.TEST``; ValueError if the file is not named or lacks an image.
     """
     proposal_file = None
     if cfg.MODEL.LOAD_PROPOSALS:
         files = dict(zip(cfg.DATASETS.TEST, cfg.DATASETS.PROPOSAL_FILES_TEST))
         if dataset_name not in files:
             raise ValueError(
-                "MODEL.LOAD_PROPOSALS is on, but DATASETS.PROPOSAL_FILES_TEST has no file for "
-                f"'{dataset_name}': DATASETS.TEST is {list(cfg.DATASETS.TEST)} and the files are "
-                f"{list(cfg.DATASETS.PROPOSAL_FILES_TEST)}, one for each in the same order."
+                f"DATASETS.PROPOSAL_FILES_TEST has no file for '{dataset_name}'; name one for each "
+                f"of DATASETS.TEST, {list(cfg.DATASETS.TEST)}, or turn MODEL.LOAD_PROPOSALS off."
             )
         proposal_file = files[dataset_name]
     records = load_records(dataset_name, proposal_file=proposal_file)
@@ -161,20 +144,15 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
 
 def start_at(loader: DataLoader, iteration: int) -> None:
     """Lets a train loader, before its first batch is taken, begin at a later iteration."""
-    stream: Any = loader.dataset
-    assert loader.batch_size is not None
-    stream.sampler.skip = iteration * loader.batch_size
+    train: Any = loader  # Detectron2's stream of samples is not in torch's types
+    train.dataset.sampler.skip = iteration * train.batch_size
 
 
 def open_token_caches(cfg: CfgNode, localizer: nn.Module | None = None) -> dict[str, TokenSource]:
     """Opens the tokens of each of ``DATASETS.TRAIN``, in the folder ``INPUT.TOKEN_CACHE``.
 
-    Args:
-        cfg: the tokens must fit its ``MODEL.LOCALIZER``.
-        localizer: if given, its weights must be those that made the tokens.
-
     Raises:
-        TokenCacheError: tokens are missing or unfinished, or do not fit.
+        TokenCacheError: missing, unfinished, or made by another localizer or by other weights.
     """
     weights = None if localizer is None else module_fingerprint(localizer)
     return {
@@ -183,17 +161,29 @@ def open_token_caches(cfg: CfgNode, localizer: nn.Module | None = None) -> dict[
     }
 
 
+def cache_manifest(cfg: CfgNode, dataset: str, weights_sha256: str | None = None) -> CacheManifest:
+    """What the cache of a registered dataset must be made from to fit ``MODEL.LOCALIZER``."""
+    if json_file := MetadataCatalog.get(dataset).get("json_file"):
+        sha256 = sha256_of_file(json_file)
+    else:  # the user registered a function that makes the records
+        digest = hashlib.sha256()
+        for record in DatasetCatalog.get(dataset):
+            annotations = record.get("annotations", ())
+            regions = [(a["category_id"], *map(float, a["bbox"])) for a in annotations]
+            digest.update(repr((record["image_id"], regions)).encode())
+        sha256 = digest.hexdigest()
+    names, part = class_names(dataset), cfg.MODEL.LOCALIZER
+    return CacheManifest(dataset, sha256, names, part.NAME, part.ARCH, part.TOKENS, weights_sha256)
+
+
 def repeat_factors(cfg: CfgNode, datasets: Sequence[Sequence[Record]]) -> Tensor | None:
     """How often each image is seen, relative to the rarest.
 
     ``DATALOADER.SAMPLER_TRAIN: RepeatFactorTrainingSampler`` repeats images of rare classes within
     a dataset; ``DATASETS.TRAIN_RATIOS`` then sets how often each dataset is seen.
 
-    Args:
-        datasets: the records of each of ``DATASETS.TRAIN``.
-
     Returns:
-        (records of all datasets,), float64, at least 1; None if all are seen equally often.
+        (records of all ``datasets``,), float64, at least 1; None if all are seen equally often.
     """
     names, ratios = list(cfg.DATASETS.TRAIN), list(cfg.DATASETS.TRAIN_RATIOS)
     sampler, samplers = cfg.DATALOADER.SAMPLER_TRAIN, ("TrainingSampler", _BY_CLASS)
@@ -201,14 +191,12 @@ def repeat_factors(cfg: CfgNode, datasets: Sequence[Sequence[Record]]) -> Tensor
         raise ValueError(f"DATALOADER.SAMPLER_TRAIN is '{sampler}'; it must be one of {samplers}.")
     if ratios and (len(ratios) != len(names) or min(ratios) <= 0):
         raise ValueError(
-            f"DATASETS.TRAIN_RATIOS is {ratios}; expected a positive number for each of the "
-            f"{len(names)} datasets in DATASETS.TRAIN, or none at all."
+            f"DATASETS.TRAIN_RATIOS is {ratios}; it must be empty or have a positive number for "
+            f"each of the {len(names)} datasets in DATASETS.TRAIN."
         )
     repeated = list(cfg.DATALOADER.REPEAT_DATASETS) or names
     if not set(repeated) <= set(names):
-        raise ValueError(
-            f"DATALOADER.REPEAT_DATASETS is {repeated}, not a part of DATASETS.TRAIN, {names}."
-        )
+        raise ValueError(f"DATALOADER.REPEAT_DATASETS is {repeated}; DATASETS.TRAIN is {names}.")
     by_class = sampler == _BY_CLASS
     if not ratios and not by_class:
         return None
@@ -221,16 +209,14 @@ def repeat_factors(cfg: CfgNode, datasets: Sequence[Sequence[Record]]) -> Tensor
             )
     if ratios:
         factors = [factor * (ratio / factor.sum()) for factor, ratio in zip(factors, ratios)]
-    together = torch.cat(factors)
-    return together / together.min()
+    return torch.cat(factors) / min(factor.min() for factor in factors)
 
 
 class ResumableSampler(Sampler[int]):
     """An endless, repeatable sampler that can begin later: ``skip`` of its indices are left out."""
 
     def __init__(self, sampler: Sampler[int]) -> None:
-        self.sampler = sampler
-        self.skip = 0
+        self.sampler, self.skip = sampler, 0
 
     def __iter__(self) -> Iterator[int]:
         return itertools.islice(iter(self.sampler), self.skip, None)
@@ -243,13 +229,3 @@ class FastRepeatFactorSampler(RepeatFactorTrainingSampler):
         chance = torch.rand(len(self._frac_part), generator=generator)
         repeats = self._int_part + (chance < self._frac_part)
         return torch.arange(len(repeats)).repeat_interleave(repeats.long())
-
-
-def _slim(record: Record) -> Record:
-    if "annotations" not in record:
-        return record
-    annotations = [
-        {key: annotation[key] for key in _ANNOTATION_KEYS if key in annotation}
-        for annotation in record["annotations"]
-    ]
-    return {**record, "annotations": annotations}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 ImageLike: TypeAlias = str | os.PathLike[str] | np.ndarray | Image.Image | Tensor
 
-# 16-bit gray in PIL's versions and formats. "I" has 32 bits, but older PIL opens 16-bit PNG as "I".
+# 16-bit gray. "I" has 32 bits, but older PIL opens 16-bit PNG as "I".
 _DEEP_GRAY = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -26,12 +26,9 @@ class ImageReadError(OSError):
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     """Reads an image file, or the first image of a file with several, with :func:`to_rgb_array`.
 
-    PIL's guard against decompression bombs stays in place at its hard limit of
-    ``2 * PIL.Image.MAX_IMAGE_PIXELS`` (179 megapixels by default). Its warning at half of that is
-    silenced, since an ordinary aerial photo has 100 megapixels.
-
-    Args:
-        path: a file, or a path of a scheme that Detectron2's ``PathManager`` knows.
+    ``path`` may have any scheme that Detectron2's ``PathManager`` knows. PIL's guard against
+    decompression bombs stays in place at ``2 * PIL.Image.MAX_IMAGE_PIXELS`` (179 megapixels by
+    default); its warning at half of that, which ordinary aerial photos reach, is silenced.
 
     Returns:
         A writable array (H, W, 3), uint8, RGB.
@@ -43,21 +40,26 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     try:
         with PathManager.open(name, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            if not file.read(1):
+                raise ImageReadError(f"The image file '{name}' is empty.")
+            file.seek(0)
             image = Image.open(file)
             # Decode first: PIL turns TIFF files upright as it decodes, and drops their orientation.
             image.load()
             return to_rgb_array(image)
+    except ImageReadError:
+        raise
     except FileNotFoundError as error:
         raise ImageReadError(f"The image file '{name}' does not exist.") from error
     except IsADirectoryError as error:
         raise ImageReadError(f"'{name}' is a folder; an image file is expected.") from error
-    except Image.DecompressionBombError as error:
-        raise ImageReadError(
-            f"The image file '{name}' is too large: {error} If you trust the file, raise "
-            "PIL.Image.MAX_IMAGE_PIXELS."
-        ) from error
     except UnidentifiedImageError as error:
-        raise ImageReadError(_unidentified(name)) from error
+        raise ImageReadError(
+            f"'{name}' is not an image, or its format is unknown to PIL."
+        ) from error
+    except Image.DecompressionBombError as error:
+        remedy = "If you trust the file, raise PIL.Image.MAX_IMAGE_PIXELS."
+        raise ImageReadError(f"The image file '{name}' is too large: {error} {remedy}") from error
     except Exception as error:  # PIL's decoders raise everything from SyntaxError to struct.error
         raise ImageReadError(f"The image file '{name}' cannot be read: {error}.") from error
 
@@ -73,37 +75,22 @@ def to_rgb_array(image: Image.Image) -> np.ndarray:
         A writable array (H, W, 3), uint8, RGB.
 
     Raises:
-        ValueError: pixels are floats or 32-bit integers of unknown range, or PIL cannot convert.
+        ValueError: pixels are floats or 32-bit integers of unknown range.
     """
     image = _apply_exif_orientation(image)
     if image.mode in _DEEP_GRAY:
-        image = _shallow_gray(image)
+        values = np.asarray(image).astype(np.int32)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("its pixels are integers of unknown range; save it with 8 or 16 bits")
+        # Labeling and medical tools save 8-bit values with 16 bits; scaled, they would be black.
+        scaled = (values + 128) // 257 if values.max() > 255 else values
+        image = Image.fromarray(scaled.astype(np.uint8))
     elif image.mode == "F":
         raise ValueError("its pixels are floats of unknown range; save it with 8 or 16 bits")
     elif image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.array(image.convert("RGB"))
-
-
-def _shallow_gray(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.int32)
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError(
-            "its pixels are 32-bit integers of unknown range; save it with 8 or 16 bits"
-        )
-    # Labeling and medical tools save 8-bit values with 16 bits; scaled, these would all be black.
-    # All modes are treated alike, because PIL's version decides which one a 16-bit PNG opens with.
-    if values.max() > 255:
-        values = (values + 128) // 257
-    return Image.fromarray(values.astype(np.uint8))
-
-
-def _unidentified(name: str) -> str:
-    with PathManager.open(name, "rb") as file:
-        if not file.read(1):
-            return f"The image file '{name}' is empty."
-    return f"The file '{name}' is not an image, or its format is unknown to PIL."
 
 
 def as_image_tensor(image: ImageLike, channels: str) -> Tensor:
@@ -118,8 +105,8 @@ def as_image_tensor(image: ImageLike, channels: str) -> Tensor:
         (3, H, W), RGB, 0..255, uint8 or float32.
 
     Raises:
-        ValueError: it is none of these.
-        ImageReadError: a file cannot be read.
+        ValueError: the image has another type, shape or range.
+        ImageReadError: the file cannot be read.
     """
     if channels not in ("RGB", "BGR"):
         raise ValueError(f"channels is '{channels}'; it must be 'RGB' or 'BGR'.")
@@ -133,31 +120,27 @@ def as_image_tensor(image: ImageLike, channels: str) -> Tensor:
     elif isinstance(image, np.ndarray):
         pixels = torch.from_numpy(image.copy())
     else:
+        kind = type(image).__name__
         raise ValueError(
-            f"The image is of the type {type(image).__name__}; a path, a PIL image, an array or a "
-            "tensor is expected."
+            f"The image is of the type {kind}, not a path, PIL image, array or tensor."
         )
     if pixels.dim() == 2:
         pixels = pixels[..., None].expand(-1, -1, 3)
     if pixels.dim() != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
         raise ValueError(
-            f"The image has the shape {tuple(image.shape)}; (H, W, 3) is expected of an array, "
-            "(3, H, W) of a tensor, (H, W) of a gray one."
+            f"The image has the shape {tuple(image.shape)}; an array must have (H, W, 3), a tensor "
+            "(3, H, W), a gray image (H, W)."
         )
     if pixels.dtype != torch.uint8:
-        pixels = _checked_range(pixels)
+        values = pixels.float()
+        low, high = float(values.min()), float(values.max())
+        # Numbers up to 1 are a common mistake; integers up to 1 are a very dark image.
+        shares = 0 < high <= 1 and (pixels.is_floating_point() or pixels.dtype == torch.bool)
+        if not (low >= 0 and high <= 255) or shares:
+            remedy = " Multiply by 255 if 1 is white." if shares else ""
+            raise ValueError(
+                f"The image has values from {low:g} to {high:g}; 0..255 is expected.{remedy}"
+            )
+        pixels = values if pixels.is_floating_point() else pixels.to(torch.uint8)
     pixels = pixels.permute(2, 0, 1)
     return (pixels.flip(0) if channels == "BGR" else pixels).contiguous()
-
-
-def _checked_range(pixels: Tensor) -> Tensor:
-    values = pixels.float()
-    low, high = float(values.min()), float(values.max())
-    if not (low >= 0 and high <= 255):
-        raise ValueError(f"The image has values from {low:g} to {high:g}; 0..255 is expected.")
-    if 0 < high <= 1 and (pixels.is_floating_point() or pixels.dtype == torch.bool):
-        raise ValueError(
-            f"The image has values from {low:g} to {high:g}; 0..255 is expected. Multiply by 255 if "
-            "1 is white."
-        )
-    return values if pixels.is_floating_point() else pixels.to(torch.uint8)

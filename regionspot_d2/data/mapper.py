@@ -22,18 +22,19 @@ from .published_tokens import TokenSource
 
 logger = logging.getLogger(__name__)
 
-# The share starts as if so many good images had been read, or the first bad one would be too many.
+# Counted as good from the start, or the first bad image would be too many.
 _IMAGES_OF_CREDIT = 1000
 
 
 class UnreadableImages:
-    """Counts images that cannot be used, and stops the run when they are too many."""
+    """Counts images that cannot be used, and stops the run when they are too many.
+
+    ``max_share`` is of the images read and 1000 more; 0 stops at the first bad image.
+    """
 
     def __init__(self, max_share: float) -> None:
-        """``max_share``: of the images read, and 1000 more; 0 stops at the first bad image."""
         self.max_share = max_share
-        self.bad = 0
-        self.good = 0
+        self.bad = self.good = 0
 
     def add_good(self) -> None:
         self.good += 1
@@ -44,9 +45,8 @@ class UnreadableImages:
         logger.warning(f"Skipped an image ({self.bad} of {self.bad + self.good}): {error}")
         if self.bad > self.max_share * (self.bad + self.good + _IMAGES_OF_CREDIT):
             raise RuntimeError(
-                f"{self.bad} of {self.bad + self.good} images could not be used, which is more "
-                f"than DATALOADER.MAX_UNREADABLE_SHARE = {self.max_share:g} allows. The last: "
-                f"{error}"
+                f"{self.bad} of {self.bad + self.good} images could not be used, more than "
+                f"DATALOADER.MAX_UNREADABLE_SHARE = {self.max_share:g} allows. The last: {error}"
             ) from error
 
 
@@ -63,64 +63,48 @@ class RegionMapper(DatasetMapper):
         self,
         is_train: bool,
         *,
-        augmentations: list[T.Augmentation | T.Transform],
         image_format: str = "RGB",
-        precomputed_proposal_topk: int | None = None,
         token_caches: Mapping[str, TokenSource] | None = None,
         cached_image_size: int = 0,
         max_unreadable_share: float | None = None,
+        **stock: Any,
     ) -> None:
         """
         Args:
-            is_train: use annotations; otherwise proposals.
-            augmentations: of image and boxes. Not used with a token cache.
-            image_format: channel order, "RGB" or "BGR".
-            precomputed_proposal_topk: how many of the best proposals to keep.
             token_caches: for training, by the name of the dataset.
-            cached_image_size: side of the square that images are squashed to where a cache is used;
-                0 leaves them as they are.
-            max_unreadable_share: of images that may be skipped, see :class:`UnreadableImages`; None
-                raises the first error.
+            cached_image_size: side of the square in cached mode; 0 leaves images as they are.
+            max_unreadable_share: see :class:`UnreadableImages`; None raises the first error.
+            stock: ``augmentations`` (of live mode) and ``precomputed_proposal_topk``.
         """
-        super().__init__(
-            is_train,
-            augmentations=augmentations,
-            image_format=image_format,
-            precomputed_proposal_topk=precomputed_proposal_topk,
-        )
+        super().__init__(is_train, image_format=image_format, **stock)
         if image_format not in ("RGB", "BGR"):
             raise ValueError(f"INPUT.FORMAT is '{image_format}'; it must be 'RGB' or 'BGR'.")
-        self.token_caches = dict(token_caches or {})
-        self.cached_image_size = cached_image_size
-        self.unreadable = (
-            None if max_unreadable_share is None else UnreadableImages(max_unreadable_share)
-        )
+        self.token_caches, self.cached_image_size = dict(token_caches or {}), cached_image_size
+        share = max_unreadable_share
+        self.unreadable = None if share is None else UnreadableImages(share)
 
     @classmethod
-    def from_config(
-        cls,
-        cfg: CfgNode,
-        is_train: bool = True,
-        *,
-        token_caches: Mapping[str, TokenSource] | None = None,
-    ) -> dict[str, Any]:
-        if token_caches:
-            _refuse_augmentation(cfg)
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        for key, value, plain in (
+            ("INPUT.RANDOM_FLIP", cfg.INPUT.RANDOM_FLIP, "none"),
+            ("INPUT.CROP.ENABLED", cfg.INPUT.CROP.ENABLED, False),
+        ):
+            if is_train and cfg.INPUT.TOKEN_CACHE and value != plain:
+                raise ValueError(
+                    f"{key} is {value!r}; with INPUT.TOKEN_CACHE it must be {plain!r}, because the "
+                    "cached tokens are of the unchanged image."
+                )
         ret = super().from_config(cfg, is_train)
+        # Masks and keypoints, which Detectron2's mapper would also load, are not for us.
+        kept = {"is_train", "augmentations", "image_format", "precomputed_proposal_topk"}
         return {
-            "is_train": is_train,
-            "augmentations": ret["augmentations"],
-            "image_format": ret["image_format"],
-            "precomputed_proposal_topk": ret.get("precomputed_proposal_topk"),
-            "token_caches": token_caches,
+            **{key: ret[key] for key in kept & ret.keys()},
             "cached_image_size": cfg.INPUT.CACHED_IMAGE_SIZE,
             "max_unreadable_share": cfg.DATALOADER.MAX_UNREADABLE_SHARE if is_train else None,
         }
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | None:
-        """
-        Args:
-            dataset_dict: in Detectron2's format, with ``dataset_name`` if there are caches.
+        """Maps a record in Detectron2's format; it has ``dataset_name`` if there are caches.
 
         Returns:
             The record with ``image`` (3, H, W), uint8, or float32 if squashed; in training
@@ -129,8 +113,7 @@ class RegionMapper(DatasetMapper):
             None for an image that is skipped: Detectron2's ``MapDataset`` then takes another.
 
         Raises:
-            ImageReadError: the image cannot be read, and may not be skipped.
-            SizeMismatchError: its size is not that of the record, and it may not be skipped.
+            ImageReadError, SizeMismatchError: the image may not be skipped.
             RuntimeError: too many images were skipped.
             TokenCacheError: the cache does not fit the annotations.
         """
@@ -150,9 +133,8 @@ class RegionMapper(DatasetMapper):
         utils.check_image_size(x, image)
         if self.image_format == "BGR":
             image = image[:, :, ::-1]
-        cache = self.token_caches.get(x["dataset_name"]) if self.token_caches else None
-        if cache is not None and self.is_train:
-            return self._map_cached(x, image, cache)
+        if self.is_train and self.token_caches and x["dataset_name"] in self.token_caches:
+            return self._map_cached(x, image, self.token_caches[x["dataset_name"]])
         augmented = T.AugInput(image)
         transforms = self.augmentations(augmented)
         x["image"] = _to_tensor(augmented.image)
@@ -175,8 +157,7 @@ class RegionMapper(DatasetMapper):
         instances = x["instances"]
         x["mask_tokens"] = cache.read(x["image_id"], instances.gt_classes)
         x["image"] = _to_tensor(image)
-        if self.cached_image_size:
-            side = self.cached_image_size
+        if side := self.cached_image_size:
             x["image"] = squash(x["image"], side)
             instances.gt_boxes.scale(side / width, side / height)
             x["instances"] = Instances((side, side), **instances.get_fields())
@@ -184,30 +165,10 @@ class RegionMapper(DatasetMapper):
 
 
 def squash(image: Tensor, side: int) -> Tensor:
-    """Squashes an image to a square, exactly as the vision-language models do.
-
-    Args:
-        image: (3, H, W), 0..255.
-
-    Returns:
-        (3, side, side), float32, 0..255.
-    """
-    return F.interpolate(
-        image[None].float(), size=(side, side), mode="bilinear", align_corners=False
-    )[0]
+    """Squashes an image (3, H, W) to (3, side, side), float32, as the vision-language models do."""
+    size = (side, side)
+    return F.interpolate(image[None].float(), size, mode="bilinear", align_corners=False)[0]
 
 
 def _to_tensor(image: np.ndarray) -> Tensor:
     return torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
-
-
-def _refuse_augmentation(cfg: CfgNode) -> None:
-    for key, value, plain in (
-        ("INPUT.RANDOM_FLIP", cfg.INPUT.RANDOM_FLIP, "none"),
-        ("INPUT.CROP.ENABLED", cfg.INPUT.CROP.ENABLED, False),
-    ):
-        if value != plain:
-            raise ValueError(
-                f"{key} is {value!r}; with INPUT.TOKEN_CACHE it must be {plain!r}, because the "
-                "tokens on disk are of the image as it is."
-            )

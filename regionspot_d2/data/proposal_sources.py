@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 import numpy as np
-from detectron2.structures import Instances
+from detectron2.structures import BoxMode, Instances
 from detectron2.utils.file_io import PathManager
 
 from .proposals import Proposals, ProposalsByImage
@@ -34,12 +34,10 @@ def from_glip_json(json_file: str) -> ProposalsByImage:
         )
     found = {}
     for image_id, entry in content.items():
+        where = f"{json_file}: image '{image_id}'"
         if not isinstance(entry, dict) or not {"boxes", "scores"} <= entry.keys():
-            raise ValueError(
-                f"{json_file}: image '{image_id}' must have 'boxes' and 'scores', but has "
-                f"{_content(entry)}."
-            )
-        found[str(image_id)] = _parse(json_file, image_id, entry["boxes"], entry["scores"])
+            raise ValueError(f"{where} must have 'boxes' and 'scores', but has {_content(entry)}.")
+        found[str(image_id)] = _parse(where, entry["boxes"], entry["scores"])
     return found
 
 
@@ -47,8 +45,8 @@ def from_results_json(json_file: str) -> ProposalsByImage:
     """Reads the boxes of COCO or LVIS results, e.g. Detectron2's ``coco_instances_results.json``.
 
     Args:
-        json_file: a list of ``{"image_id", "bbox": [x, y, w, h], "score"}``; other keys are
-            ignored.
+        json_file: a list of ``{"image_id", "bbox": [x, y, w, h], "score"}``, in pixels of the
+            original image; other keys are ignored.
 
     Raises:
         ValueError: the file has another format; the message names the first offending entry.
@@ -70,19 +68,19 @@ def from_results_json(json_file: str) -> ProposalsByImage:
         boxes.append(entry["bbox"])
         scores.append(entry["score"])
     found = {}
-    for image_id, (boxes, scores) in grouped.items():
-        xywh, kept_scores = _parse(json_file, image_id, boxes, scores, dtype=np.float64)
-        xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
-        found[image_id] = Proposals.create(xyxy, kept_scores)
+    for image_id, lists in grouped.items():
+        # In float64, or x + w would be rounded twice.
+        xywh, values = _parse(f"{json_file}: image '{image_id}'", *lists, dtype=np.float64)
+        found[image_id] = Proposals.create(
+            BoxMode.convert(xywh, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS), values
+        )
     return found
 
 
 def from_instances(instances: Instances) -> Proposals:
-    """Takes the regions of one image from the output of a Detectron2 model.
+    """Takes the regions of one image from a detector's output, or a region proposal network's.
 
-    Args:
-        instances: ``pred_boxes`` and ``scores`` of a detector, or ``proposal_boxes`` and
-            ``objectness_logits`` of a region proposal network, whose logits become probabilities.
+    ``objectness_logits`` of a proposal network become probabilities.
     """
     if instances.has("pred_boxes"):
         boxes, scores = instances.pred_boxes, instances.scores
@@ -100,7 +98,7 @@ def _read_json(json_file: str) -> Any:
 
 
 def _content(entry: Any) -> str:
-    return f"the keys {sorted(entry)}" if isinstance(entry, dict) else repr(entry)[:40]
+    return f"the keys {sorted(entry)[:6]}" if isinstance(entry, dict) else repr(entry)[:40]
 
 
 def _describe(content: Any) -> str:
@@ -108,44 +106,32 @@ def _describe(content: Any) -> str:
         return "this is a list, as a results json is (--source results)"
     if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
         return "this is an annotation file (register it as a dataset and use --source gt)"
-    if (
-        isinstance(content, dict)
-        and content
-        and all(isinstance(entry, dict) and "boxes" in entry for entry in content.values())
-    ):
+    entries = list(content.values()) if isinstance(content, dict) else []
+    if entries and all(isinstance(entry, dict) and "boxes" in entry for entry in entries):
         return "this maps image ids to boxes, as GLIP's json does (--source glip)"
-    if isinstance(content, dict):
-        return f"this has the keys {sorted(content)[:6]}"
-    return f"this is {repr(content)[:40]}"
+    return f"this has {_content(content)}"
 
 
-def _parse(
-    json_file: str, image_id: str, boxes: Any, scores: Any, dtype: type = np.float32
-) -> Proposals:
+def _parse(where: str, boxes: Any, scores: Any, dtype: type = np.float32) -> Proposals:
+    """Arrays of one image's boxes (N, 4) and scores (N,); ValueError for the first bad region."""
     if not isinstance(boxes, list) or not isinstance(scores, list) or len(boxes) != len(scores):
+        counts = [len(each) if isinstance(each, list) else "no list of" for each in (boxes, scores)]
         raise ValueError(
-            f"{json_file}: image '{image_id}' must have as many scores as boxes, but has "
-            f"{len(boxes) if isinstance(boxes, list) else 'no list of'} boxes and "
-            f"{len(scores) if isinstance(scores, list) else 'no list of'} scores."
+            f"{where} must have as many scores as boxes, but has {counts[0]} boxes and {counts[1]} "
+            "scores."
         )
-    rows = _numbers(boxes, (len(boxes), 4), dtype)
-    if rows is None:
-        index = next(i for i, box in enumerate(boxes) if _numbers(box, (4,), dtype) is None)
-        raise ValueError(
-            f"{json_file}: image '{image_id}', region {index}: the box is {boxes[index]!r}, not "
-            "four numbers."
-        )
-    values = _numbers(scores, (len(scores),), np.float32)
-    if values is None:
-        index = next(i for i, score in enumerate(scores) if _numbers(score, (), np.float32) is None)
-        raise ValueError(
-            f"{json_file}: image '{image_id}', region {index}: the score is {scores[index]!r}, "
-            "not a number."
-        )
-    return Proposals(rows, values)
+    rows, values = _numbers(boxes, (len(boxes), 4), dtype), _numbers(scores, (len(scores),))
+    if rows is not None and values is not None:
+        return Proposals(rows, values)
+    for index, (box, score) in enumerate(zip(boxes, scores)):
+        if _numbers(box, (4,), dtype) is None:
+            raise ValueError(f"{where}, region {index}: the box is {box!r}, not four numbers.")
+        if _numbers(score, ()) is None:
+            raise ValueError(f"{where}, region {index}: the score is {score!r}, not a number.")
+    raise ValueError(f"{where} has boxes or scores that are not numbers.")
 
 
-def _numbers(values: Any, shape: tuple[int, ...], dtype: type) -> np.ndarray | None:
+def _numbers(values: Any, shape: tuple[int, ...], dtype: type = np.float32) -> np.ndarray | None:
     try:
         array: np.ndarray = np.asarray(values, dtype=dtype)
     except (TypeError, ValueError):

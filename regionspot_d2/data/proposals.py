@@ -53,47 +53,12 @@ def fit_to_dataset(proposals: ProposalsByImage, records: Records, source: str) -
         Boxes without area are dropped, as Detectron2 does when it loads them.
 
     Raises:
-        ValueError: a score or coordinate is not finite, no image belongs to the dataset, or most
-            boxes lie outside their images. The message names the first offender.
+        ValueError: a number is not finite, no image is in the dataset, or most boxes lie outside
+            their images. The message names the first offender.
     """
-    _check_ids(proposals, [str(record["image_id"]) for record in records], source)
-    kept = {}
-    total = bad = empty = 0
-    first = where = ""
-    for record in records:
-        image_id, image = str(record["image_id"]), f"image '{record['image_id']}'"
-        boxes, scores = proposals.get(image_id) or Proposals.create([], [])
-        _check_finite(boxes, "box", f"{source}: {image}")
-        _check_finite(scores, "score", f"{source}: {image}")
-        has_area, wrong = _judge(boxes, (record["width"], record["height"]))
-        if wrong.any() and not first:
-            index, size = int(np.argmax(wrong)), f"{record['width']} x {record['height']}"
-            first = f"{image} ({size}), region {index}: {boxes[index].tolist()}"
-        if not has_area.all() and not where:
-            where = f"{image}, region {int(np.argmin(has_area))}"
-        total, bad, empty = total + len(boxes), bad + wrong.sum(), empty + (~has_area).sum()
-        kept[image_id] = Proposals(boxes[has_area], scores[has_area])
-    if first:
-        message = (
-            f"{source}: {bad} of {total} boxes do not lie in their image, the first is {first}."
-        )
-        if bad > total / 2:
-            raise ValueError(
-                f"{message} Boxes must be XYXY (in a results json XYWH), in pixels of the original "
-                "image; are these of a resized image, or fractions of its size?"
-            )
-        logger.warning(message)
-    if where:
-        logger.warning(
-            f"{source}: {empty} of {total} boxes have no area and are dropped, first {where}."
-        )
-    return kept
-
-
-def _check_ids(proposals: ProposalsByImage, ids: Sequence[str], source: str) -> None:
+    ids = [str(record["image_id"]) for record in records]
     known = set(ids)
-    unknown = [image_id for image_id in proposals if image_id not in known]
-    if unknown:
+    if unknown := [image_id for image_id in proposals if image_id not in known]:
         message = (
             f"{source}: {len(unknown)} of {len(proposals)} image ids are not in the dataset, the "
             f"first is '{unknown[0]}' (the dataset's first is '{ids[0]}')"
@@ -101,24 +66,52 @@ def _check_ids(proposals: ProposalsByImage, ids: Sequence[str], source: str) -> 
         if len(unknown) == len(proposals):
             raise ValueError(f"{message}. Are these boxes of another dataset?")
         logger.warning(f"{message}; they are ignored.")
+    found = [proposals.get(image_id) or Proposals.create([], []) for image_id in ids]
+    counts = [len(scores) for _, scores in found]
+    first, image = np.cumsum([0, *counts]), np.repeat(np.arange(len(ids)), counts)
+    sizes = np.array([(r["width"], r["height"]) for r in records], dtype=np.float32)[image]
+    # All images at once, because a file may have millions of boxes.
+    boxes, scores = (np.concatenate(arrays) for arrays in zip(*found))
+
+    def region(row: int, detail: str = "") -> str:
+        return f"image '{ids[image[row]]}'{detail}, region {row - first[image[row]]}"
+
+    for what, values in (("box", boxes), ("score", scores)):
+        if not np.isfinite(values).all():
+            row = np.argwhere(~np.isfinite(values))[0][0]
+            value = values[row].tolist()
+            raise ValueError(f"{source}: {region(row)}: the {what} is {value}, not finite.")
+    has_area, outside = _judge(boxes, sizes)
+    if outside.any():
+        row = int(np.argmax(outside))
+        size = " ({:g} x {:g})".format(*sizes[row])
+        message = (
+            f"{source}: {outside.sum()} of {len(boxes)} boxes do not lie in their image, the first "
+            f"is {region(row, size)}: {boxes[row].tolist()}."
+        )
+        if outside.mean() > 0.5:
+            raise ValueError(
+                f"{message} Boxes must be XYXY (in a results json XYWH), in pixels of the original "
+                "image; are these of a resized image, or fractions of its size?"
+            )
+        logger.warning(message)
+    if not has_area.all():
+        logger.warning(
+            f"{source}: {(~has_area).sum()} of {len(boxes)} boxes have no area and are dropped, "
+            f"the first is {region(int(np.argmin(has_area)))}."
+        )
+    kept = zip(found, np.split(has_area, first[1:-1]))
+    return dict(zip(ids, (Proposals(each.boxes[keep], each.scores[keep]) for each, keep in kept)))
 
 
-def _check_finite(values: np.ndarray, what: str, where: str) -> None:
-    if not np.isfinite(values).all():
-        index, *_ = np.argwhere(~np.isfinite(values))[0]
-        value = values[index].tolist()
-        raise ValueError(f"{where}, region {index}: the {what} is {value}, not a finite number.")
-
-
-def _judge(boxes: np.ndarray, image_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Which boxes (N, 4) have an area, and which cannot be boxes of an image (width, height)."""
+def _judge(boxes: np.ndarray, image_sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which boxes (N, 4) have an area, and which do not fit images (N, 2) of width and height."""
     sizes = boxes[:, 2:] - boxes[:, :2]
-    limits = np.array(image_size, dtype=np.float32)
-    inside = np.clip(boxes[:, 2:], 0, limits) - np.clip(boxes[:, :2], 0, limits)
+    inside = np.clip(boxes[:, 2:], 0, image_sizes) - np.clip(boxes[:, :2], 0, image_sizes)
     has_area = (sizes > 0).all(axis=1)
     share = inside.prod(axis=1) / np.where(has_area, sizes.prod(axis=1), 1)
     # A box within the first pixel is rare; one in fractions of the image is a common mistake.
-    fractions = (boxes >= 0).all(axis=1) & (boxes <= 1).all(axis=1)
+    fractions = ((boxes >= 0) & (boxes <= 1)).all(axis=1)
     return has_area, (sizes < 0).any(axis=1) | (has_area & ((share < 0.5) | fractions))
 
 
@@ -135,14 +128,14 @@ def select(
     ``nms_threshold``, then all but the ``topk`` best.
     """
     boxes, scores = proposals
-    if min_score is not None:
-        boxes, scores = boxes[scores >= min_score], scores[scores >= min_score]
     order = np.argsort(-scores, kind="stable")
-    boxes, scores = boxes[order], scores[order]
+    if min_score is not None:
+        order = order[scores[order] >= min_score]
     if nms_threshold is not None:
-        kept = nms(torch.from_numpy(boxes), torch.from_numpy(scores), nms_threshold).sort().values
-        boxes, scores = boxes[kept.numpy()], scores[kept.numpy()]
-    return Proposals(boxes[:topk], scores[:topk])
+        # On sorted boxes, so that equal scores keep their order.
+        kept = nms(torch.from_numpy(boxes[order]), torch.from_numpy(scores[order]), nms_threshold)
+        order = order[kept.sort().values.numpy()]
+    return Proposals(boxes[order[:topk]], scores[order[:topk]])
 
 
 def box_recall(proposals: ProposalsByImage, records: Records) -> dict[str, float] | None:
@@ -152,9 +145,7 @@ def box_recall(proposals: ProposalsByImage, records: Records) -> dict[str, float
         ``objects`` (their number), ``recall_50`` (covered at IoU 0.5) and ``recall_50_95`` (the
         mean over IoU 0.5, 0.55, ..., 0.95), both in 0..1; None without annotated boxes.
     """
-    thresholds = torch.linspace(0.5, 0.95, 10)
-    covered = torch.zeros(len(thresholds))
-    objects = 0
+    thresholds, covered, objects = torch.linspace(0.5, 0.95, 10), torch.zeros(10), 0
     for record in records:
         truth = ground_truth_boxes(record)
         objects += len(truth)
@@ -191,16 +182,13 @@ def write_proposals(
 ) -> dict[str, Any]:
     """Writes what :func:`fit_to_dataset` made, or a selection of it, to a proposal file.
 
-    Returns:
-        ``info`` (plain values about the source) as it is in the file: with ``images``,
-        ``images_without_boxes``, ``boxes`` and ``recall`` (see :func:`box_recall`).
+    Returns ``info`` as in the file, with numbers of images and boxes and the :func:`box_recall`.
     """
-    chosen = [proposals[str(record["image_id"])] for record in records]
     complete = _describe(proposals, records, info)
     content = {
         "ids": [record["image_id"] for record in records],
-        "boxes": [boxes for boxes, _ in chosen],
-        "objectness_logits": [scores for _, scores in chosen],
+        "boxes": [proposals[str(record["image_id"])].boxes for record in records],
+        "objectness_logits": [proposals[str(record["image_id"])].scores for record in records],
         "bbox_mode": int(BoxMode.XYXY_ABS),
         "info": complete,
     }
@@ -228,21 +216,16 @@ def read_proposals(path: str) -> tuple[ProposalsByImage, dict[str, Any]]:
         The regions, and ``info``, which is empty in files that we did not write.
 
     Raises:
-        ValueError: the file is no proposal file, or holds more than arrays; nothing of it was run.
+        ValueError: it is not a proposal file, or holds more than arrays; none of it was run.
     """
     found, mode, info = _load(path)
-    regions = {}
-    for image_id, (boxes, scores) in found.items():
-        regions[image_id] = Proposals.create(BoxMode.convert(boxes, mode, BoxMode.XYXY_ABS), scores)
-    return regions, info
+    for key, (boxes, scores) in found.items():
+        found[key] = Proposals.create(BoxMode.convert(boxes, mode, BoxMode.XYXY_ABS), scores)
+    return found, info
 
 
 def attach_proposals(records: Records, path: str, dataset: str) -> list[DatasetDict]:
-    """Adds proposals to a dataset's records, as Detectron2's loader does, which runs any pickle.
-
-    Returns:
-        Copies of the records with ``proposal_boxes``, ``proposal_objectness_logits`` (best first)
-        and ``proposal_bbox_mode``.
+    """Copies records with proposals, best first, as Detectron2's loader, which runs any pickle.
 
     Raises:
         ValueError: as :func:`read_proposals`, or an image of the dataset is missing.
@@ -270,9 +253,9 @@ def _load(path: str) -> tuple[ProposalsByImage, BoxMode, dict[str, Any]]:
         regions = fit_to_dataset(from_ground_truth(records), records, name)
         info = _describe(regions, records, {"dataset": name, "source": "gt"})
         return regions, BoxMode.XYXY_ABS, info
-    content = load_pickle(path)
-    content = content if isinstance(content, dict) else {}
-    # Detectron 1 has other names for two of them.
+    loaded = load_pickle(path)
+    content = loaded if isinstance(loaded, dict) else {}
+    # Detectron 1 calls two of them "indexes" and "scores".
     ids, boxes = content.get("ids", content.get("indexes")), content.get("boxes")
     scores = content.get("objectness_logits", content.get("scores"))
     if ids is None or scores is None or boxes is None:

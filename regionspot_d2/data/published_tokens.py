@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .cache_manifest import CacheManifest, TokenCacheError
 from .images import ImageReadError
-from .token_cache import TokenCache, find_manifest
+from .token_cache import CacheManifest, TokenCache, TokenCacheError, find_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -25,11 +24,8 @@ class PublishedTokens:
     def read(self, image_id: int | str, classes: Tensor | None = None) -> Tensor:
         """The tokens of one image, (R, token_dim) in the dtype of the file.
 
-        Args:
-            classes: (R,) of the annotated regions, if they are to be compared.
-
         Raises:
-            ImageReadError: the file is missing or damaged, or not of these regions.
+            ImageReadError: the file is missing or damaged, or its regions are not of ``classes``.
             TokenCacheError: the file has a class that the dataset does not have.
         """
         path = self.folder / f"{image_id}.pth"
@@ -41,7 +37,7 @@ class PublishedTokens:
             raise ImageReadError(f"Image {image_id!r} has no tokens: no file '{path}'.") from error
         except Exception as error:  # a damaged file raises nearly anything
             raise ImageReadError(
-                f"'{path}' does not hold 'mask_tokens' and 'classes' of the same length ({error})."
+                f"'{path}' does not hold 'mask_tokens' and 'classes' of the same length: {error}"
             ) from error
         wrong = stored[(stored < 0) | (stored >= self.num_classes)]
         if len(wrong):

@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,7 @@ from torch.utils.data import DataLoader
 from ..files import module_fingerprint
 from ..modeling.interfaces import Localizer
 from ..modeling.prompts import BoxPrompts
-from .build import load_records
-from .cache_manifest import cache_manifest
+from .build import cache_manifest, load_records
 from .images import ImageReadError
 from .mapper import RegionMapper, UnreadableImages
 from .token_cache import TokenCache, TokenCacheWriter
@@ -47,28 +47,21 @@ def extract_tokens(
     images_per_shard: int | None = None,
     amp: bool = False,
 ) -> TokenCache:
-    """Extracts the mask tokens of a dataset's annotated regions.
+    """Extracts the mask tokens of a dataset's annotated regions, or continues a killed extraction.
 
-    In a distributed run every process calls it, and writes its part of the shards. A run that was
-    killed continues where it stopped.
+    In a distributed run every process calls it, and writes its part of the shards.
 
     Args:
-        cfg: ``MODEL.LOCALIZER`` is written down with the tokens; ``DATALOADER`` has the number of
-            workers and the share of images that may be unreadable.
-        localizer: called as ``localizer(images, boxes, with_masks=False)``, on its device.
-        root: for ``INPUT.TOKEN_CACHE``, on a disk that all machines share; gets a folder named
-            after the dataset.
+        root: for ``INPUT.TOKEN_CACHE``, on a disk that all machines share; the cache is its folder
+            with the name of the dataset.
         images_per_batch: for the localizer; another number may change the last digit of a token.
         images_per_shard: by default 1024, or fewer where there are few images to share out.
         amp: whether the localizer runs under autocast, in float16 on a GPU.
 
-    Returns:
-        The finished cache.
-
     Raises:
         ValueError: see :func:`~regionspot_d2.data.build.load_records`.
         TokenCacheError: the folder holds tokens of something else.
-        RuntimeError: too many images cannot be read.
+        RuntimeError: more images than ``DATALOADER.MAX_UNREADABLE_SHARE`` cannot be read.
     """
     records = load_records(dataset_name, with_annotations=True)
     device = next(localizer.parameters()).device
@@ -77,21 +70,16 @@ def extract_tokens(
         cache_manifest(cfg, dataset_name, module_fingerprint(localizer)),
         precision=str(autocast.fast_dtype if amp else torch.float32).removeprefix("torch."),
     )
-    folder, token_dim = Path(root) / dataset_name, int(localizer.token_dim)
-    writer = TokenCacheWriter(
-        folder,
-        manifest,
-        [record["image_id"] for record in records],
-        token_dim=token_dim,
-        images_per_shard=images_per_shard or min(1024, -(-len(records) // _SHARDS_AT_LEAST)),
-    )
+    folder, ids = Path(root) / dataset_name, [record["image_id"] for record in records]
+    size, dim = images_per_shard or min(1024, -(-len(ids) // _SHARDS_AT_LEAST)), localizer.token_dim
+    writer = TokenCacheWriter(folder, manifest, ids, token_dim=dim, images_per_shard=size)
     # All look before any writes, or they would not agree on who writes what.
     missing = writer.missing_shards()
     comm.synchronize()
     mine = missing[comm.get_rank() :: comm.get_world_size()]
     logger.info(
-        f"'{dataset_name}': {len(missing)} of {writer.num_shards} shards are missing; this process "
-        f"writes {len(mine)}."
+        f"'{dataset_name}': {len(missing)} of {writer.num_shards} shards are missing; "
+        f"this process writes {len(mine)}."
     )
     batches = [
         list(images[first : first + images_per_batch])
@@ -99,14 +87,18 @@ def extract_tokens(
         for first in range(0, len(images), images_per_batch)
     ]
     loader = DataLoader(
-        MapDataset(DatasetFromList(records, copy=False), _ExtractionMapper()),
+        # Training's mapper without augmentation: the regions are those that training will see.
+        MapDataset(
+            DatasetFromList(records, copy=False),
+            partial(_map, RegionMapper(True, augmentations=[])),
+        ),
         batch_sampler=batches,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=trivial_batch_collator,
     )
     unreadable = UnreadableImages(cfg.DATALOADER.MAX_UNREADABLE_SHARE)
     with autocast:
-        _write_shards(writer, mine, _run(localizer, token_dim, device, loader, unreadable))
+        _write_shards(writer, mine, _run(localizer, loader, unreadable))
     comm.synchronize()
     if comm.is_main_process():
         writer.finish()
@@ -119,14 +111,9 @@ def _write_shards(
 ) -> None:
     start, images = time.perf_counter(), 0
     for done, shard in enumerate(shards, start=1):
-        places = writer.shard_images(shard)
-        of_shard = []
-        for each in itertools.islice(tokens, len(places)):
-            of_shard.append(each)
-            text = f"Shard {shard}: {len(of_shard)} of {len(places)} images."
-            log_every_n_seconds(logging.INFO, text, 60, name=__name__)
-        writer.write_shard(shard, of_shard)
-        images += len(places)
+        size = len(writer.shard_images(shard))
+        writer.write_shard(shard, list(itertools.islice(tokens, size)))
+        images += size
         seconds = time.perf_counter() - start
         eta = datetime.timedelta(seconds=int(seconds / done * (len(shards) - done)))
         logger.info(
@@ -136,12 +123,9 @@ def _write_shards(
 
 
 def _run(
-    localizer: Localizer,
-    token_dim: int,
-    device: torch.device,
-    loader: DataLoader,
-    unreadable: UnreadableImages,
+    localizer: Localizer, loader: DataLoader, unreadable: UnreadableImages
 ) -> Iterator[Tensor | None]:
+    device = next(localizer.parameters()).device
     for batch in loader:
         # Encoding images is what takes time: those without regions are left out.
         asked = [x for x in batch if "error" not in x and len(x["instances"])]
@@ -156,17 +140,13 @@ def _run(
                 yield None
                 continue
             unreadable.add_good()
-            yield next(found) if len(x["instances"]) else torch.zeros(0, token_dim)
+            yield next(found) if len(x["instances"]) else torch.zeros(0, localizer.token_dim)
+        text = f"{unreadable.good + unreadable.bad} images done."
+        log_every_n_seconds(logging.INFO, text, 60, name=__name__)
 
 
-class _ExtractionMapper:
-    """Training's mapper without augmentation: the regions are those that training will see."""
-
-    def __init__(self) -> None:
-        self.mapper = RegionMapper(True, augmentations=[])
-
-    def __call__(self, record: dict[str, Any]) -> dict[str, Any] | None:
-        try:
-            return self.mapper(record)
-        except (ImageReadError, SizeMismatchError) as error:
-            return {"error": error}
+def _map(mapper: RegionMapper, record: dict[str, Any]) -> dict[str, Any] | None:
+    try:
+        return mapper(record)
+    except (ImageReadError, SizeMismatchError) as error:
+        return {"error": error}

@@ -18,9 +18,8 @@ from pathlib import Path
 
 import torch
 
-from regionspot_d2.data.cache_manifest import CacheManifest
 from regionspot_d2.data.published_tokens import PublishedTokens
-from regionspot_d2.data.token_cache import TokenCache, TokenCacheWriter
+from regionspot_d2.data.token_cache import CacheManifest, TokenCache, TokenCacheWriter
 
 _CLASS_NAMES = tuple(f"class {i}" for i in range(365))
 

@@ -38,7 +38,7 @@ from detectron2.utils import comm
 from measuring import Stopwatch, give_random_words, now, peak_bytes, reset_peak
 from PIL import Image
 
-from regionspot_d2.data.cache_manifest import cache_manifest
+from regionspot_d2.data.build import cache_manifest
 from regionspot_d2.data.token_cache import TokenCacheWriter
 from regionspot_d2.engine import RegionSpotTrainer, load_config
 from regionspot_d2.files import module_fingerprint
