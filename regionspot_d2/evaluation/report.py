@@ -1,4 +1,4 @@
-"""The results table: each number next to the protocol that produced it."""
+"""The results table: each number with the protocol that produced it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from detectron2.utils.file_io import PathManager
 from tabulate import tabulate
 
 from ..data.datasets import ODINW_13, ODINW_35
+from ..data.datasets.vocabularies import find_training_names
 from ..data.proposals import box_recall, read_proposals, select
-from .seen_names import find_training_names
 
-# The kind of AP by the evaluator's type and the suffix it gives to "bbox" and "segm".
+# The kind of AP by evaluator type and the suffix of the metrics, after "bbox" or "segm".
 _KINDS = {
     "lvis": {"": "LVIS standard, 300 per image", "_fixed": "LVIS Fixed, 10,000 per class"},
     "coco": {"": "COCO, 100 per image and class"},
@@ -35,35 +35,23 @@ _SOURCES = {
 
 
 def write_report(cfg: CfgNode, results: Mapping[str, Any]) -> str:
-    """Writes ``results_table.md`` and ``.json`` to ``OUTPUT_DIR``. Call it in the main process.
+    """Writes ``results_table.md`` and ``.json`` to ``OUTPUT_DIR``, and returns the Markdown text.
 
-    Args:
-        cfg: the config of the run.
-        results: what ``Trainer.test(cfg, model)`` returned.
-
-    Returns:
-        The Markdown text.
+    ``results`` are what ``Trainer.test(cfg, model)`` returned. Call it in the main process only.
     """
-    report = build_report(cfg, results)
-    text = to_markdown(report)
+    # JSON has no NaN: numbers that could not be computed become None.
+    report = json.loads(json.dumps(_collect(cfg, results)), parse_constant=lambda _: None)
+    text = _to_markdown(report)
     PathManager.mkdirs(cfg.OUTPUT_DIR)
-    for name, content in (("md", text), ("json", json.dumps(report, indent=1, allow_nan=False))):
+    for name, content in (("md", text), ("json", json.dumps(report, indent=1))):
         with PathManager.open(os.path.join(cfg.OUTPUT_DIR, f"results_table.{name}"), "w") as file:
             file.write(content + "\n")
     return text
 
 
-def build_report(cfg: CfgNode, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Collects results and the protocol behind them.
-
-    Args:
-        cfg: the config of the run.
-        results: by dataset, or, as ``DefaultTrainer.test`` returns it, of the only dataset.
-
-    Returns:
-        The dicts ``model`` and ``protocol``; ``detection``, ``region_classification`` and
-        ``odinw``, lists of rows. Numbers that could not be computed are None.
-    """
+def _collect(cfg: CfgNode, results: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of the JSON file: results, and the protocol behind them."""
+    # DefaultTrainer.test returns the results of a single dataset without its name.
     if not set(results) <= set(cfg.DATASETS.TEST):
         results = {cfg.DATASETS.TEST[0]: results}
     detection, classification = [], []
@@ -72,8 +60,7 @@ def build_report(cfg: CfgNode, results: Mapping[str, Any]) -> dict[str, Any]:
         if not metrics:
             continue
         metadata = MetadataCatalog.get(dataset)
-        common = {"dataset": dataset, "split": metadata.get("split")}
-        common.update(_describe_boxes(cfg, index))
+        common = {"dataset": dataset, "split": metadata.get("split"), **_describe_boxes(cfg, index)}
         for suffix, kind in _KINDS[metadata.evaluator_type].items():
             values = {
                 name: metrics[task + suffix]
@@ -85,28 +72,24 @@ def build_report(cfg: CfgNode, results: Mapping[str, Any]) -> dict[str, Any]:
         if "region_classification" in metrics:
             accuracies = metrics["region_classification"]
             classification.append({**common, **accuracies, "regions": int(accuracies["regions"])})
-    report = {
+    return {
         "model": _describe_model(cfg),
         "protocol": _describe_protocol(cfg),
         "detection": detection,
         "region_classification": classification,
         "odinw": [{"name": k, **v} for k, v in summarize_odinw(results).items()],
     }
-    # JSON has no NaN.
-    return json.loads(json.dumps(report), parse_constant=lambda _: None)
 
 
 def summarize_odinw(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Averages box AP over the datasets of ODinW; a dataset without any prediction counts as 0.
+    """Averages box AP over the datasets of ODinW in ``results``; NaN, no predictions, counts as 0.
 
     Mean and median differ widely: GroundingDINO-T has 22.3 and 11.9 on the 35 datasets.
 
-    Args:
-        results: by dataset what its evaluator returned; other datasets than ODinW's are ignored.
-
     Returns:
-        ``mean``, ``median`` and ``sets`` (their number) under "ODinW-13" and "ODinW-35" if
-        all their datasets are there with GLIP's splits; otherwise under "ODinW", over those there.
+        ``mean``, ``median`` and ``sets`` (the number of datasets) under "ODinW-13" and "ODinW-35",
+        for each whose datasets are all there with GLIP's splits; else under "ODinW", if there are
+        any.
     """
     there = {name for name in results if name.startswith("odinw_")}
     complete = {name: sets for name, sets in _ODINW.items() if there.issuperset(sets)}
@@ -120,20 +103,19 @@ def summarize_odinw(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[
     return summary
 
 
-def to_markdown(report: Mapping[str, Any]) -> str:
-    """Formats what :func:`build_report` collected, without columns that have no number."""
-    tables = []
-    if report["detection"]:
-        tables.append(_table([_detection_cells(row) for row in report["detection"]]))
-    if report["region_classification"]:
-        rows = [_classification_cells(row) for row in report["region_classification"]]
-        tables.append("Names of given regions, in percent\n\n" + _table(rows))
+def _to_markdown(report: Mapping[str, Any]) -> str:
+    tables = {
+        "": [_detection_cells(row) for row in report["detection"]],
+        "Names of given regions, in percent\n\n": [
+            _classification_cells(row) for row in report["region_classification"]
+        ],
+    }
+    parts = [title + _table(rows) for title, rows in tables.items() if rows]
     if report["odinw"]:
-        tables.append(_table([_odinw_cells(row) for row in report["odinw"]]))
-    notes = [
-        f"- {key}: {value}" for part in ("model", "protocol") for key, value in report[part].items()
-    ]
-    return "\n\n".join(["# Results", *tables, "\n".join(notes)])
+        parts.append(_table([_odinw_cells(row) for row in report["odinw"]]))
+    notes = {**report["model"], **report["protocol"]}
+    parts.append("\n".join(f"- {key}: {value}" for key, value in notes.items()))
+    return "\n\n".join(["# Results", *parts])
 
 
 def _describe_boxes(cfg: CfgNode, index: int) -> dict[str, Any]:
