@@ -35,28 +35,24 @@ def build_evaluator(
     Raises:
         ValueError: the type is neither "coco" nor "lvis".
     """
-    folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
-    backend = cfg.TEST.EVALUATION_BACKEND
     evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if evaluator_type not in ("coco", "lvis"):
         raise ValueError(
             f"Dataset '{dataset_name}' has the evaluator_type {evaluator_type!r} in its metadata; "
             "regionspot_d2 evaluates 'coco' and 'lvis'."
         )
+    options = {
+        "output_dir": output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name),
+        "backend": cfg.TEST.EVALUATION_BACKEND,
+    }
     groups = class_groups(dataset_name, find_training_names(cfg.DATASETS.TRAIN))
     evaluator: DatasetEvaluator
     if evaluator_type == "coco":
-        evaluator = COCOAPEvaluator(dataset_name, output_dir=folder, backend=backend)
+        evaluator = COCOAPEvaluator(dataset_name, **options)
     else:
-        evaluator = LVISAPEvaluator(
-            dataset_name,
-            output_dir=folder,
-            fixed_ap=cfg.TEST.FIXED_AP,
-            groups=groups,
-            backend=backend,
-        )
+        fixed_ap = cfg.TEST.FIXED_AP
+        evaluator = LVISAPEvaluator(dataset_name, fixed_ap=fixed_ap, groups=groups, **options)
     if not cfg.TEST.REGION_CLASSIFICATION:
         return evaluator
-    return DatasetEvaluators(
-        [evaluator, RegionClassificationEvaluator(dataset_name, groups=groups)]
-    )
+    naming = RegionClassificationEvaluator(dataset_name, groups=groups)
+    return DatasetEvaluators([evaluator, naming])

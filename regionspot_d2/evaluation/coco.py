@@ -18,11 +18,10 @@ from detectron2.evaluation import COCOEvaluator, coco_evaluation
 BACKENDS = ("hotcoco", "reference")
 
 
-def check_backend(backend: str) -> str:
-    """Returns ``backend``; raises a ValueError unless it is one of :data:`BACKENDS`."""
+def _uses_hotcoco(backend: str) -> bool:
     if backend not in BACKENDS:
         raise ValueError(f"TEST.EVALUATION_BACKEND is '{backend}'; it must be one of {BACKENDS}.")
-    return backend
+    return backend == "hotcoco"
 
 
 @contextlib.contextmanager
@@ -32,16 +31,15 @@ def lvis_library(backend: str) -> Iterator[ModuleType]:
     Raises:
         ImportError: the backend is "reference" and the package lvis is not installed.
     """
-    if check_backend(backend) == "hotcoco":
+    if _uses_hotcoco(backend):
         yield hotcoco
         return
     try:
         library = importlib.import_module("lvis")
     except ImportError as error:
         raise ImportError(
-            "TEST.EVALUATION_BACKEND: reference computes LVIS AP with the package lvis, which is "
-            "not installed: pip install --no-deps lvis==0.5.3. The default, hotcoco, gives the "
-            "same numbers."
+            "TEST.EVALUATION_BACKEND: reference needs the package lvis, which is not installed: "
+            "pip install --no-deps lvis==0.5.3. The default, hotcoco, gives the same numbers."
         ) from error
     # lvis 0.5.3, its last release, still uses np.float, which NumPy 1.24 removed.
     removed = "float" not in vars(np)
@@ -57,7 +55,7 @@ def lvis_library(backend: str) -> Iterator[ModuleType]:
 @contextlib.contextmanager
 def coco_library(backend: str) -> Iterator[None]:
     """Inside it, Detectron2's ``COCOEvaluator`` computes AP with the chosen library."""
-    if check_backend(backend) == "reference":
+    if not _uses_hotcoco(backend):
         yield
         return
     # COCOEvaluator takes these classes from its module's names and has no parameter for them.
@@ -86,7 +84,7 @@ class COCOAPEvaluator(COCOEvaluator):
         *,
         backend: str = "hotcoco",
     ) -> None:
-        self._backend = check_backend(backend)
+        self._backend = backend
         with coco_library(backend):
             super().__init__(dataset_name, tasks, distributed, output_dir, use_fast_impl=False)
         annotations = self._coco_api.loadAnns(self._coco_api.getAnnIds()[:1])

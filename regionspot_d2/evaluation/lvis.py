@@ -22,7 +22,7 @@ from detectron2.utils.logger import create_small_table
 
 from ..data.datasets.annotations import contiguous_ids
 from ..data.datasets.vocabularies import class_groups
-from .coco import check_backend, lvis_library
+from .coco import lvis_library
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +36,11 @@ _IOU_50, _IOU_75 = 0, 5
 class LVISAPEvaluator(DatasetEvaluator):
     """LVIS AP with a choice of library, Fixed AP, and AP of groups of classes.
 
-    A drop-in replacement for Detectron2's ``LVISEvaluator``. Standard AP counts the 300 best results
-    of an image, whatever their classes, so one class can push out another. Fixed AP (Dave et al.,
-    arXiv 2102.01066) counts the 10,000 best results of each class over the whole dataset, without
-    a limit per image. Both are the federated AP of LVIS on the results that count.
-
-    A model that returns few results per image (``TEST.DETECTIONS_PER_IMAGE``) has dropped some that
-    Fixed AP would count.
+    A drop-in replacement for Detectron2's ``LVISEvaluator``. Standard AP counts the 300 best
+    results of an image, whatever their classes, so one class can push out another. Fixed AP (Dave
+    et al., arXiv 2102.01066) counts the 10,000 best results of each class over the whole dataset,
+    without a limit per image; it misses results that the model dropped
+    (``TEST.DETECTIONS_PER_IMAGE``). Both are the federated AP of LVIS on the results that count.
     """
 
     def __init__(
@@ -58,10 +56,9 @@ class LVISAPEvaluator(DatasetEvaluator):
         groups: Mapping[str, Collection[int]] | None = None,
         backend: str = "hotcoco",
     ) -> None:
-        """
+        """Reads the annotations.
+
         Args:
-            dataset_name, tasks, distributed, output_dir: as in Detectron2's ``LVISEvaluator``.
-            max_dets_per_image, max_dets_per_class: limits of standard AP and of Fixed AP.
             groups: contiguous class ids by the suffix of their AP ("r" for APr); by default those
                 of rare, common and frequent classes.
             backend: "hotcoco", or "reference" for the package lvis.
@@ -70,12 +67,12 @@ class LVISAPEvaluator(DatasetEvaluator):
             ValueError: the backend is hotcoco and an annotation is flagged ``iscrowd`` or
                 ``ignore``, which hotcoco and lvis treat differently.
         """
-        self._backend = check_backend(backend)
-        json_file = PathManager.get_local_path(MetadataCatalog.get(dataset_name).json_file)
-        if backend == "hotcoco":
-            _refuse_flags(json_file)
         with lvis_library(backend) as library:
+            json_file = PathManager.get_local_path(MetadataCatalog.get(dataset_name).json_file)
+            if backend == "hotcoco":
+                _refuse_flags(json_file)
             self._truth = library.LVIS(json_file)
+        self._backend = backend
         first = self._truth.load_anns(self._truth.get_ann_ids()[:1])
         self._has_annotations = bool(first)
         self._has_masks = any(annotation.get("segmentation") for annotation in first)
@@ -94,20 +91,19 @@ class LVISAPEvaluator(DatasetEvaluator):
         self._results = ResultBuffer(num_classes, self._per_image, self._per_class)
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
-        """Collects the results of some images that can still count.
+        """Collects ``instances`` of ``outputs`` that can count, in the frame of the original image.
 
-        ``inputs`` have ``image_id``; ``outputs`` have ``instances`` with ``pred_boxes``, ``scores``,
-        ``pred_classes`` and optionally ``pred_masks``, in the frame of the original image.
+        They have ``pred_boxes``, ``scores``, ``pred_classes`` and optionally ``pred_masks``.
         """
         for x, output in zip(inputs, outputs):
             self._results.add(x["image_id"], output["instances"].to("cpu"))
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
-        """Computes AP over the images of all processes.
+        """Computes AP over the images of all processes; None in all processes but the first.
 
         Returns:
             Metrics in percent by task: "bbox" and "segm", with Fixed AP also "bbox_fixed" and
-            "segm_fixed"; empty without annotations. None in all processes but the first.
+            "segm_fixed"; empty without annotations.
         """
         results = self._results.counted(self._results.results)
         if self._distributed:
@@ -135,7 +131,7 @@ class LVISAPEvaluator(DatasetEvaluator):
 
     def _evaluate_results(self, results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         with_masks = self._has_masks and any("segmentation" in result for result in results)
-        tasks = self._tasks or (("bbox", "segm") if with_masks else ("bbox",))
+        tasks = self._tasks or ["bbox", "segm"][: 1 + with_masks]
         kinds = {"": (results, self._per_image)}
         if self._per_class:
             ranks = rank_within(*_columns(results, "category_id", "score"))
@@ -178,10 +174,9 @@ class LVISAPEvaluator(DatasetEvaluator):
 
 
 class ResultBuffer:
-    """Collects results that can count: per image, or per class over all images.
+    """Collects what can be among the best results of its image or, over all images, of its class.
 
-    ``results`` are in COCO format, with contiguous category ids below ``num_classes``. The best
-    ``per_image`` of an image count, and the best ``per_class`` of a class, which may be 0.
+    ``results`` are in COCO format, with contiguous category ids; ``per_class`` may be 0.
     """
 
     def __init__(self, num_classes: int, per_image: int, per_class: int) -> None:
@@ -220,10 +215,7 @@ class ResultBuffer:
 
 
 def _refuse_flags(json_file: str) -> None:
-    """Raises a ValueError if a file has flagged annotations, on which hotcoco and lvis differ.
-
-    hotcoco honors ``iscrowd`` but not ``ignore``; lvis does the opposite.
-    """
+    # hotcoco honors iscrowd but not ignore; lvis does the opposite.
     with open(json_file, "rb") as file:
         # Official files have neither key, and searching is much faster than parsing.
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
@@ -244,7 +236,7 @@ def _columns(results: list[dict[str, Any]], *keys: str) -> tuple[np.ndarray, ...
 
 
 def rank_within(keys: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Ranks (N,) of scores (N,) among those of the same key, from 0, the best; ties stay in order."""
+    """Ranks (N,) of scores (N,) with the same key, 0 for the best; ties stay in their order."""
     # Sorted by key, then score, a rank is the distance from the first place of its key.
     order = np.lexsort((-scores, keys))
     _, starts, sizes = np.unique(keys[order], return_index=True, return_counts=True)

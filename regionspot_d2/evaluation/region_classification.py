@@ -40,13 +40,12 @@ class RegionClassificationEvaluator(DatasetEvaluator):
     loading may have sorted, clipped or cut them.
 
     A model returns only its best pairs (``TEST.DETECTIONS_PER_IMAGE`` and
-    ``MODEL.ROI_HEADS.SCORE_THRESH_TEST``; -1 and 0 keep all). The worst pairs of an image go first,
-    so the pairs left of a region are its best. A region with fewer than 1 or 5 pairs is "undecided"
-    and counts as wrong; ``decided1`` and ``decided5`` are the percentages of decided regions.
+    ``MODEL.ROI_HEADS.SCORE_THRESH_TEST``; -1 and 0 keep all), so the pairs left of a region are its
+    best. A region with too few of them is undecided and counts as wrong.
 
     Results, in percent, under ``region_classification``: ``top1``, ``top5`` (per region),
-    ``mAcc1``, ``mAcc5`` (mean over classes), each also with the suffix of a group (``top1r``); and
-    ``regions``, their number.
+    ``mAcc1``, ``mAcc5`` (mean over classes), each also with the suffix of a group (``top1r``);
+    ``decided1``, ``decided5``; and ``regions``, the number of regions.
     """
 
     def __init__(
@@ -56,12 +55,10 @@ class RegionClassificationEvaluator(DatasetEvaluator):
         *,
         groups: Mapping[str, Collection[int]] | None = None,
     ) -> None:
-        """
-        Args:
-            dataset_name: a dataset with annotations; crowds do not count.
-            distributed: whether to collect the results of all processes.
-            groups: contiguous class ids by suffix; by default those of rare, common and frequent
-                classes if the dataset has frequencies.
+        """Reads the annotations, without crowds.
+
+        ``groups`` are contiguous class ids by suffix; by default those of rare, common and frequent
+        classes if the dataset has frequencies.
         """
         self._distributed = distributed
         self._groups = class_groups(dataset_name) if groups is None else groups
@@ -86,10 +83,9 @@ class RegionClassificationEvaluator(DatasetEvaluator):
             instances = output["instances"].to("cpu")
             if "proposals" not in x or not instances.has("region_index"):
                 raise ValueError(
-                    "Region classification needs ground-truth regions (MODEL.LOAD_PROPOSALS: True "
-                    "and DATASETS.PROPOSAL_FILES_TEST from tools/prepare_proposals.py) and a model "
-                    "whose results have a region_index (RegionSpot). "
-                    "TEST.REGION_CLASSIFICATION: False turns it off."
+                    "TEST.REGION_CLASSIFICATION needs ground-truth regions (MODEL.LOAD_PROPOSALS: "
+                    "True and DATASETS.PROPOSAL_FILES_TEST, made by tools/prepare_proposals.py) "
+                    "and a model whose results have a region_index, as RegionSpot's do."
                 )
             boxes = Boxes(x["proposals"].proposal_boxes.tensor.detach().cpu().clone())
             boxes.scale(x["width"] / x["image"].shape[-1], x["height"] / x["image"].shape[-2])
@@ -143,8 +139,7 @@ def _ground_truth(record: dict[str, Any]) -> tuple[torch.Tensor, np.ndarray]:
     annotations = [a for a in record.get("annotations", []) if not a.get("iscrowd", 0)]
     boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
     inside = Boxes(torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4))
-    # Detectron2 clips proposals too.
-    inside.clip((record["height"], record["width"]))
+    inside.clip((record["height"], record["width"]))  # as Detectron2 clips proposals
     classes = np.array([a["category_id"] for a in annotations], dtype=np.int64)
     return inside.tensor, classes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -23,7 +24,8 @@ _KINDS = {
     "coco": {"": "COCO, 100 per image and class"},
 }
 _ODINW = {"ODinW-13": ODINW_13, "ODinW-35": ODINW_35}
-_METRICS = ("AP", "AP50", "AP75", "APr", "APc", "APf", "APseen", "APunseen")
+_GROUPS = ("", "r", "c", "f", "seen", "unseen")
+_METRICS = ("AP", "AP50", "AP75", *(f"AP{group}" for group in _GROUPS[1:]))
 _SOURCES = {
     "gt": "ground truth",
     "glip": "GLIP",
@@ -62,18 +64,22 @@ def _collect(cfg: CfgNode, results: Mapping[str, Any]) -> dict[str, Any]:
         metadata = MetadataCatalog.get(dataset)
         common = {"dataset": dataset, "split": metadata.get("split"), **_describe_boxes(cfg, index)}
         for suffix, kind in _KINDS[metadata.evaluator_type].items():
-            values = {
-                name: metrics[task + suffix]
-                for name, task in (("box", "bbox"), ("mask", "segm"))
-                if task + suffix in metrics
-            }
-            if values:
-                detection.append({**common, "ap_kind": kind, **values})
+            found = {"box": metrics.get("bbox" + suffix), "mask": metrics.get("segm" + suffix)}
+            if found := {name: values for name, values in found.items() if values is not None}:
+                detection.append({**common, "ap_kind": kind, **found})
         if "region_classification" in metrics:
             accuracies = metrics["region_classification"]
             classification.append({**common, **accuracies, "regions": int(accuracies["regions"])})
+    localizer, vision_language = cfg.MODEL.LOCALIZER, cfg.MODEL.VISION_LANGUAGE
+    model = {
+        "architecture": cfg.MODEL.META_ARCHITECTURE,
+        "localizer": f"{localizer.NAME} {localizer.ARCH}",
+        "vision-language": f"{vision_language.NAME} {vision_language.ARCH}",
+        "region head": cfg.MODEL.REGION_HEAD.NAME,
+        "weights": cfg.MODEL.WEIGHTS or "none",
+    }
     return {
-        "model": _describe_model(cfg),
+        "model": model,
         "protocol": _describe_protocol(cfg),
         "detection": detection,
         "region_classification": classification,
@@ -82,14 +88,13 @@ def _collect(cfg: CfgNode, results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def summarize_odinw(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Averages box AP over the datasets of ODinW in ``results``; NaN, no predictions, counts as 0.
+    """Averages box AP over the datasets of ODinW, where no predictions (NaN) count as 0.
 
     Mean and median differ widely: GroundingDINO-T has 22.3 and 11.9 on the 35 datasets.
 
     Returns:
-        ``mean``, ``median`` and ``sets`` (the number of datasets) under "ODinW-13" and "ODinW-35",
-        for each whose datasets are all there with GLIP's splits; else under "ODinW", if there are
-        any.
+        ``mean``, ``median`` and ``sets`` (how many) under "ODinW-13" and "ODinW-35" if ``results``
+        have all their datasets, on GLIP's splits; else under "ODinW", over those that are there.
     """
     there = {name for name in results if name.startswith("odinw_")}
     complete = {name: sets for name, sets in _ODINW.items() if there.issuperset(sets)}
@@ -98,24 +103,23 @@ def summarize_odinw(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[
     summary = {}
     for name, sets in complete.items():
         ap = np.nan_to_num([results[dataset]["bbox"]["AP"] for dataset in sets])
-        mean, median = float(ap.mean()), float(np.median(ap))
-        summary[name] = {"mean": mean, "median": median, "sets": len(sets)}
+        averages = {"mean": float(ap.mean()), "median": float(np.median(ap))}
+        summary[name] = {**averages, "sets": len(sets)}
     return summary
 
 
 def _to_markdown(report: Mapping[str, Any]) -> str:
-    tables = {
-        "": [_detection_cells(row) for row in report["detection"]],
-        "Names of given regions, in percent\n\n": [
-            _classification_cells(row) for row in report["region_classification"]
-        ],
-    }
-    parts = [title + _table(rows) for title, rows in tables.items() if rows]
+    parts = ["# Results"]
+    if report["detection"]:
+        parts.append(_table([_detection_cells(row) for row in report["detection"]]))
+    if report["region_classification"]:
+        rows = [_classification_cells(row) for row in report["region_classification"]]
+        parts.append("Names of given regions, in percent\n\n" + _table(rows))
     if report["odinw"]:
         parts.append(_table([_odinw_cells(row) for row in report["odinw"]]))
     notes = {**report["model"], **report["protocol"]}
     parts.append("\n".join(f"- {key}: {value}" for key, value in notes.items()))
-    return "\n\n".join(["# Results", *parts])
+    return "\n\n".join(parts)
 
 
 def _describe_boxes(cfg: CfgNode, index: int) -> dict[str, Any]:
@@ -127,8 +131,8 @@ def _describe_boxes(cfg: CfgNode, index: int) -> dict[str, Any]:
     proposals, info = read_proposals(path)
     topk = cfg.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST
     images, recall = info.get("images"), info.get("recall")
-    made_for_another = info.get("dataset") != dataset
-    if made_for_another or any(len(found.boxes) > topk for found in proposals.values()):
+    # The file's own numbers are those of all its boxes, for the dataset that it was made for.
+    if info.get("dataset") != dataset or any(len(p.boxes) > topk for p in proposals.values()):
         records = DatasetCatalog.get(dataset)
         images = len(records)
         recall = box_recall({k: select(v, topk=topk) for k, v in proposals.items()}, records)
@@ -139,17 +143,6 @@ def _describe_boxes(cfg: CfgNode, index: int) -> dict[str, Any]:
         "boxes": f"{name} ({origin})" if origin else name,
         "proposal_file": path,
         **({k: 100 * recall[k] for k in ("recall_50", "recall_50_95")} if recall else {}),
-    }
-
-
-def _describe_model(cfg: CfgNode) -> dict[str, str]:
-    localizer, vision_language = cfg.MODEL.LOCALIZER, cfg.MODEL.VISION_LANGUAGE
-    return {
-        "architecture": cfg.MODEL.META_ARCHITECTURE,
-        "localizer": f"{localizer.NAME} {localizer.ARCH}",
-        "vision-language": f"{vision_language.NAME} {vision_language.ARCH}",
-        "region head": cfg.MODEL.REGION_HEAD.NAME,
-        "weights": cfg.MODEL.WEIGHTS or "none",
     }
 
 
@@ -179,25 +172,21 @@ def _describe_protocol(cfg: CfgNode) -> dict[str, str]:
 
 
 def _common_cells(row: Mapping[str, Any]) -> dict[str, Any]:
-    cells = {key: row[key] for key in ("dataset", "split", "images", "boxes")}
     recall = {"recall@.5": row.get("recall_50"), "recall@.5:.95": row.get("recall_50_95")}
-    return {**cells, **recall}
+    return {**{key: row[key] for key in ("dataset", "split", "images", "boxes")}, **recall}
 
 
 def _detection_cells(row: Mapping[str, Any]) -> dict[str, Any]:
-    cells = {**_common_cells(row), "AP kind": row["ap_kind"]}
-    for task in ("box", "mask"):
-        for metric in _METRICS:
-            cells[f"{task} {metric}"] = row.get(task, {}).get(metric)
-    return cells
+    columns = itertools.product(("box", "mask"), _METRICS)
+    ap = {f"{task} {metric}": row.get(task, {}).get(metric) for task, metric in columns}
+    return {**_common_cells(row), "AP kind": row["ap_kind"], **ap}
 
 
 def _classification_cells(row: Mapping[str, Any]) -> dict[str, Any]:
-    cells = {**_common_cells(row), "regions": row["regions"], "decided": row["decided5"]}
-    for group in ("", "r", "c", "f", "seen", "unseen"):
-        for metric in ("top1", "top5", "mAcc1", "mAcc5"):
-            cells[f"{metric} {group}".strip()] = row.get(metric + group)
-    return cells
+    columns = itertools.product(_GROUPS, ("top1", "top5", "mAcc1", "mAcc5"))
+    accuracies = {f"{metric} {group}".strip(): row.get(metric + group) for group, metric in columns}
+    counts = {"regions": row["regions"], "decided": row["decided5"]}
+    return {**_common_cells(row), **counts, **accuracies}
 
 
 def _odinw_cells(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -76,11 +76,10 @@ def source_file(json_file: str) -> str:
 
 
 def _metadata(path: str) -> Metadata:
-    dataset = path.removeprefix(_PREFIX)
-    metadata = MetadataCatalog.get(dataset) if dataset in MetadataCatalog else None
-    if metadata is None or metadata.get("corrections") is None:
-        raise FileNotFoundError(f"{path}: no dataset '{dataset}' has corrected annotations.")
-    return metadata
+    name = path.removeprefix(_PREFIX)
+    if name not in MetadataCatalog or MetadataCatalog.get(name).get("corrections") is None:
+        raise FileNotFoundError(f"{path}: no dataset '{name}' has corrected annotations.")
+    return MetadataCatalog.get(name)
 
 
 def _corrected_copy(path: str) -> str:
@@ -182,14 +181,11 @@ def register_coco_format(entries: Sequence[Sequence[str]]) -> None:
 def coco_dataset(
     photos: Iterable[tuple[str, tuple[int, int], Iterable[tuple[Sequence[float], str]]]],
 ) -> dict[str, Any]:
-    """Makes the content of a COCO-format JSON file from named boxes.
+    """Makes the content of a COCO-format JSON file from named boxes, with ids from 1.
 
     Args:
         photos: the file name, (width, height) and regions of each photo; a region is a box (XYXY,
             pixels of the photo) and a name.
-
-    Returns:
-        Images, annotations and categories, with ids from 1 in order of appearance.
     """
     names: dict[str, int] = {}
     images: list[dict[str, Any]] = []
@@ -249,12 +245,11 @@ def contiguous_ids(dataset_name: str) -> dict[int, int]:
 def read_categories(json_file: str) -> list[dict[str, Any]]:
     """Reads the categories of a COCO-format file of any size without parsing its annotations.
 
-    Returns:
-        The categories, each with at least ``id`` and ``name``, in the order of their ids, as
-        ``load_coco_json`` has them: the two must agree on the contiguous ids.
+    Each has at least ``id`` and ``name``. They are in the order of ``load_coco_json``, by id: the
+    two must agree on the contiguous ids.
 
     Raises:
-        ValueError: the file has none.
+        ValueError: the file has no categories.
     """
     with (
         open(PathManager.get_local_path(json_file), "rb") as file,

@@ -16,7 +16,7 @@ from detectron2.utils.file_io import PathManager
 
 
 def register_all_lvis(root: str) -> None:
-    """Registers ``lvis_v1_minival`` and ``lvis_v1_train_base`` below ``root``, all datasets' folder.
+    """Registers ``lvis_v1_minival`` and ``lvis_v1_train_base`` below the folder of all datasets.
 
     Detectron2's ``lvis_v1_train`` and ``lvis_v1_val`` get our loader too.
     """
@@ -29,9 +29,7 @@ def register_all_lvis(root: str) -> None:
     images = os.path.join(root, "coco/")
     minival_json = os.path.join(root, "lvis/lvis_v1_minival.json")
     _register("lvis_v1_minival", minival_json, images, split="minival", **meta)
-
-    categories = sorted(LVIS_CATEGORIES, key=lambda category: category["id"])
-    base = [category for category in categories if category["frequency"] != "r"]
+    base = sorted((c for c in LVIS_CATEGORIES if c["frequency"] != "r"), key=lambda c: c["id"])
     _register(
         "lvis_v1_train_base",
         os.path.join(root, "lvis/lvis_v1_train.json"),
@@ -58,10 +56,9 @@ def load_lvis(
     hotcoco, lacks the index that the loader reads.
 
     Args:
-        json_file: annotations in LVIS format.
         image_root: the folder of ``train2017`` and ``val2017``, with a trailing slash.
-        contiguous: class ids by LVIS category id; annotations of other categories are dropped. By
-            default the class id is the category id minus 1.
+        contiguous: class ids by LVIS category id, by default the category id minus 1; annotations
+            of other categories are dropped.
 
     Raises:
         ValueError: annotations share an id, or have no valid polygons.
@@ -107,10 +104,7 @@ def _check_polygons(annotation: Mapping[str, Any], json_file: str) -> None:
 
 
 def minival(annotations: dict[str, Any]) -> dict[str, Any]:
-    """The content of ``lvis_v1_val.json`` for the images of COCO val2017 only.
-
-    Unlike the other images of LVIS val, these are not in COCO's training set.
-    """
+    """The content of ``lvis_v1_val.json`` for those images that are not in COCO's training set."""
     images = [image for image in annotations["images"] if "/val2017/" in image["coco_url"]]
     ids = {image["id"] for image in images}
     objects = [entry for entry in annotations["annotations"] if entry["image_id"] in ids]

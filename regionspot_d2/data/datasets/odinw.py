@@ -101,7 +101,7 @@ def rename_classes(names: dict[int, str], content: dict[str, Any]) -> bool:
 
 
 def register_all_odinw(root: str) -> None:
-    """Registers ``odinw_<dataset>_<split>`` below ``root``, the folder of all datasets."""
+    """Registers ``odinw_<dataset>_<split>`` below the folder of all datasets."""
     for name, folder in _FOLDERS.items():
         splits = {"train": "train", "val": "valid", "test": "test", "minival": "mini_val"}
         if name not in _WITH_MINIVAL:
@@ -117,6 +117,5 @@ def register_all_odinw(root: str) -> None:
                 json_file = f"{split}_{json_file}"
             else:
                 images = os.path.join(images, split_folder)
-            json_file = os.path.join(images, json_file)
-            corrections = (drop_background, renamed)
-            register_corrected_coco(f"odinw_{name}_{split}", json_file, images, split, corrections)
+            path, corrections = os.path.join(images, json_file), (drop_background, renamed)
+            register_corrected_coco(f"odinw_{name}_{split}", path, images, split, corrections)

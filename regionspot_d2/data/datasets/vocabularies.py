@@ -1,4 +1,4 @@
-"""Class names of four well-known datasets, and which classes of a dataset training data named.
+"""Class names of four well-known datasets, and which classes a model saw in training.
 
 ``vocabularies.json`` has Objects365's names as its versions 1 and 2 spell them, corrections of
 version 2's misspellings, and OpenImages' names: the 601 of V6 and the 500 of its challenge.
@@ -46,9 +46,7 @@ def known_vocabulary(name: str) -> list[str]:
 
     Objects365 comes without its misspellings, OpenImages with the 500 classes of its challenge.
     Each name appears once: two classes of OpenImages are called "Bench" and two "Mouse".
-
-    Raises:
-        ValueError: there is no such vocabulary.
+    Raises a ValueError for other vocabularies.
     """
     return list(dict.fromkeys(names[0] for names in class_synonyms(name)))
 
@@ -70,19 +68,16 @@ def class_synonyms(name: str) -> list[list[str]]:
 
 
 def shipped_names(dataset: str) -> list[str] | None:
-    """The class names of a training set without its annotation file; None if not in this package."""
+    """The class names of a training set as shipped in this package; None if they are not."""
     found = (key for prefix, key in _TRAINING_SETS.items() if dataset.startswith(prefix))
     key = next(found, None)
     return list(_lists()[key]) if key else None
 
 
 class TrainingNames(NamedTuple):
-    """The vocabularies of a model's training data.
+    """The :func:`spellings` of the class names in training data, and the datasets they come from.
 
-    Attributes:
-        names: all class names, as :func:`spellings` returns them.
-        known: the datasets that these names come from.
-        unknown: the datasets without known names; classes that only they name count as unseen.
+    Classes that only the ``unknown`` datasets name count as unseen.
     """
 
     names: frozenset[str]
@@ -121,26 +116,22 @@ def find_training_names(datasets: Sequence[str]) -> TrainingNames | None:
         else:
             known[dataset] = {spelling for name in names for spelling in spellings(name)}
     if unknown:
-        # Once, not for each of many test sets.
-        log_first_n(
-            logging.WARNING,
+        message = (
             f"The class names of {', '.join(unknown)} are unknown (no annotation file): classes "
-            "that only these datasets name count as unseen.",
-            key="message",
-            name=__name__,
+            "that only these datasets name count as unseen."
         )
+        # Once, not for each of many test sets.
+        log_first_n(logging.WARNING, message, key="message", name=__name__)
     return TrainingNames(frozenset().union(*known.values()), tuple(known), tuple(unknown))
 
 
 def class_groups(
     dataset: str, training_names: TrainingNames | None = None
 ) -> dict[str, frozenset[int]]:
-    """Groups of classes that are evaluated separately.
+    """Contiguous class ids by group of classes that is evaluated separately.
 
-    Returns:
-        Contiguous class ids by group: ``r``, ``c`` and ``f`` (rare, common, frequent) if the
-        annotation file has frequencies, as LVIS does; ``seen`` and ``unseen`` if there are
-        ``training_names``.
+    The groups are ``r``, ``c`` and ``f`` (rare, common, frequent) if the annotation file has
+    frequencies, as LVIS does; ``seen`` and ``unseen`` if there are ``training_names``.
     """
     contiguous = contiguous_ids(dataset)
     groups = defaultdict(set)
