@@ -41,10 +41,9 @@ def build_evaluator(
             f"Dataset '{dataset_name}' has the evaluator_type {evaluator_type!r} in its metadata; "
             "regionspot_d2 evaluates 'coco' and 'lvis'."
         )
-    options = {
-        "output_dir": output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name),
-        "backend": cfg.TEST.EVALUATION_BACKEND,
-    }
+    if output_folder is None:
+        output_folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
+    options = {"output_dir": output_folder, "backend": cfg.TEST.EVALUATION_BACKEND}
     groups = class_groups(dataset_name, find_training_names(cfg.DATASETS.TRAIN))
     evaluator: DatasetEvaluator
     if evaluator_type == "coco":

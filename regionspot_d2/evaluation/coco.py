@@ -26,11 +26,7 @@ def _uses_hotcoco(backend: str) -> bool:
 
 @contextlib.contextmanager
 def lvis_library(backend: str) -> Iterator[ModuleType]:
-    """Yields the module whose ``LVIS``, ``LVISResults`` and ``LVISEval`` compute LVIS AP.
-
-    Raises:
-        ImportError: the backend is "reference" and the package lvis is not installed.
-    """
+    """Yields the module whose ``LVIS``, ``LVISResults`` and ``LVISEval`` compute LVIS AP."""
     if _uses_hotcoco(backend):
         yield hotcoco
         return

@@ -64,8 +64,9 @@ class LVISAPEvaluator(DatasetEvaluator):
             backend: "hotcoco", or "reference" for the package lvis.
 
         Raises:
-            ValueError: the backend is hotcoco and an annotation is flagged ``iscrowd`` or
-                ``ignore``, which hotcoco and lvis treat differently.
+            ImportError: the backend is "reference" and the package lvis is not installed.
+            ValueError: the backend is hotcoco and an annotation has a flag that it treats
+                differently from lvis, ``iscrowd`` or ``ignore``.
         """
         with lvis_library(backend) as library:
             json_file = PathManager.get_local_path(MetadataCatalog.get(dataset_name).json_file)

@@ -34,10 +34,9 @@ _NOT_LISTED = np.iinfo(np.int64).max
 class RegionClassificationEvaluator(DatasetEvaluator):
     """Top-1 and top-5 accuracy on ground-truth regions, per region and as the mean over classes.
 
-    It reads the usual output of a model that was given ground-truth boxes as ``proposals``: each
-    result is a (region, name) pair, and its ``region_index`` is the place of the region in the
-    proposals. The score ranks the names of a region. Boxes match regions to annotations, since
-    loading may have sorted, clipped or cut them.
+    It reads the usual output of a model that was given ground-truth boxes as ``proposals``: pairs
+    of a region and a name, where ``region_index`` is the region's place in the proposals. Regions
+    are matched to annotations by box, since loading may have sorted, clipped or cut them.
 
     A model returns only its best pairs (``TEST.DETECTIONS_PER_IMAGE`` and
     ``MODEL.ROI_HEADS.SCORE_THRESH_TEST``; -1 and 0 keep all), so the pairs left of a region are its
@@ -55,11 +54,7 @@ class RegionClassificationEvaluator(DatasetEvaluator):
         *,
         groups: Mapping[str, Collection[int]] | None = None,
     ) -> None:
-        """Reads the annotations, without crowds.
-
-        ``groups`` are contiguous class ids by suffix; by default those of rare, common and frequent
-        classes if the dataset has frequencies.
-        """
+        """Reads the annotations, without crowds; for ``groups``, see :class:`LVISAPEvaluator`."""
         self._distributed = distributed
         self._groups = class_groups(dataset_name) if groups is None else groups
         self._num_classes = len(class_names(dataset_name))
@@ -73,11 +68,8 @@ class RegionClassificationEvaluator(DatasetEvaluator):
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         """Ranks the true class of each ground-truth region of some images.
 
-        ``inputs`` have ``image_id``, ``image``, ``height``, ``width`` and ``proposals``;
-        ``outputs`` have ``instances`` with ``scores``, ``pred_classes`` and ``region_index``.
-
-        Raises:
-            ValueError: ``proposals`` or ``region_index`` are missing.
+        ``inputs`` have ``proposals``; ``instances`` of ``outputs`` have ``scores``,
+        ``pred_classes`` and ``region_index``. Raises a ValueError if there are none.
         """
         for x, output in zip(inputs, outputs):
             instances = output["instances"].to("cpu")

@@ -96,10 +96,10 @@ def summarize_odinw(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[
         ``mean``, ``median`` and ``sets`` (how many) under "ODinW-13" and "ODinW-35" if ``results``
         have all their datasets, on GLIP's splits; else under "ODinW", over those that are there.
     """
-    there = {name for name in results if name.startswith("odinw_")}
-    complete = {name: sets for name, sets in _ODINW.items() if there.issuperset(sets)}
+    there = tuple(name for name in results if name.startswith("odinw_"))
+    complete = {name: sets for name, sets in _ODINW.items() if set(sets) <= set(there)}
     if there and not complete:
-        complete = {"ODinW": tuple(there)}
+        complete = {"ODinW": there}
     summary = {}
     for name, sets in complete.items():
         ap = np.nan_to_num([results[dataset]["bbox"]["AP"] for dataset in sets])
@@ -157,17 +157,13 @@ def _describe_protocol(cfg: CfgNode) -> dict[str, str]:
         "AP computed by": cfg.TEST.EVALUATION_BACKEND,
     }
     if cfg.TEST.FIXED_AP and limit >= 0:
-        protocol["Fixed AP"] = (
-            f"the model kept {limit} results per image; without a limit "
-            "(TEST.DETECTIONS_PER_IMAGE: -1) it may be higher"
-        )
-    training_names = find_training_names(cfg.DATASETS.TRAIN)
-    if training_names is not None:
-        protocol["seen"] = "classes with a name or synonym in " + (
-            ", ".join(training_names.known) or "no known vocabulary"
-        )
-        if training_names.unknown:
-            protocol["seen"] += f"; not known: the names of {', '.join(training_names.unknown)}"
+        kept = f"the model kept {limit} results per image; without a limit"
+        protocol["Fixed AP"] = f"{kept} (TEST.DETECTIONS_PER_IMAGE: -1) it may be higher"
+    if training := find_training_names(cfg.DATASETS.TRAIN):
+        known = ", ".join(training.known) or "no known vocabulary"
+        protocol["seen"] = f"classes with a name or synonym in {known}"
+        if training.unknown:
+            protocol["seen"] += f"; not known: the names of {', '.join(training.unknown)}"
     return protocol
 
 

@@ -31,8 +31,7 @@ _PREFIX = "annotations://"
 
 # Increase it whenever a correction changes, so that older copies are no longer used.
 _VERSION = 1
-
-#: Changes a parsed annotation file in place and returns whether it did.
+# Changes a parsed annotation file in place and returns whether it did.
 Correction = Callable[[dict[str, Any]], bool]
 
 
@@ -220,26 +219,21 @@ def class_names(dataset_name: str) -> list[str]:
     metadata = MetadataCatalog.get(dataset_name)
     if metadata.get("thing_classes") is None:
         if metadata.get("json_file") is not None:
-            categories = read_categories(metadata.json_file)
-            metadata.thing_classes = [category["name"] for category in categories]
+            metadata.thing_classes = [c["name"] for c in read_categories(metadata.json_file)]
         elif dataset_name in DatasetCatalog:
-            DatasetCatalog.get(dataset_name)
-    names = metadata.get("thing_classes")
-    if not names:
-        raise ValueError(
-            f"Dataset '{dataset_name}' has no class names: its metadata has neither "
-            "'thing_classes' nor a 'json_file'."
-        )
-    return list(names)
+            DatasetCatalog.get(dataset_name)  # its loader may set them
+    if not metadata.get("thing_classes"):
+        missing = "its metadata has neither 'thing_classes' nor a 'json_file'"
+        raise ValueError(f"Dataset '{dataset_name}' has no class names: {missing}.")
+    return list(metadata.thing_classes)
 
 
 def contiguous_ids(dataset_name: str) -> dict[int, int]:
     """The contiguous class ids of a dataset, by the category ids of its annotation file."""
     metadata = MetadataCatalog.get(dataset_name)
-    ids = metadata.get("thing_dataset_id_to_contiguous_id")
-    if ids is None:
-        ids = {c["id"]: index for index, c in enumerate(read_categories(metadata.json_file))}
-    return ids
+    if (ids := metadata.get("thing_dataset_id_to_contiguous_id")) is not None:
+        return ids
+    return {c["id"]: index for index, c in enumerate(read_categories(metadata.json_file))}
 
 
 def read_categories(json_file: str) -> list[dict[str, Any]]:

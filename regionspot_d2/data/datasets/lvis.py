@@ -25,7 +25,7 @@ def register_all_lvis(root: str) -> None:
         known = MetadataCatalog.get(f"lvis_v1_{split}")
         DatasetCatalog.remove(known.name)
         _register(known.name, known.json_file, known.image_root, split=split, **meta)
-    # The slash matters: load_lvis appends "train2017" or "val2017" directly, as Detectron2 does.
+    # With a slash: load_lvis appends "train2017" or "val2017" directly, as Detectron2 does.
     images = os.path.join(root, "coco/")
     minival_json = os.path.join(root, "lvis/lvis_v1_minival.json")
     _register("lvis_v1_minival", minival_json, images, split="minival", **meta)

@@ -105,16 +105,15 @@ def find_training_names(datasets: Sequence[str]) -> TrainingNames | None:
     """
     if not datasets:
         return None
-    known, unknown = {}, []
-    for dataset in dict.fromkeys(datasets):
+    known: dict[str, set[str]] = {}
+    for dataset in datasets:
         try:
-            names = class_names(dataset)
+            names: list[str] | None = class_names(dataset)
         except (FileNotFoundError, KeyError):
             names = shipped_names(dataset)
-        if names is None:
-            unknown.append(dataset)
-        else:
+        if names is not None:
             known[dataset] = {spelling for name in names for spelling in spellings(name)}
+    unknown = tuple(dataset for dataset in datasets if dataset not in known)
     if unknown:
         message = (
             f"The class names of {', '.join(unknown)} are unknown (no annotation file): classes "
@@ -122,7 +121,7 @@ def find_training_names(datasets: Sequence[str]) -> TrainingNames | None:
         )
         # Once, not for each of many test sets.
         log_first_n(logging.WARNING, message, key="message", name=__name__)
-    return TrainingNames(frozenset().union(*known.values()), tuple(known), tuple(unknown))
+    return TrainingNames(frozenset().union(*known.values()), tuple(known), unknown)
 
 
 def class_groups(
