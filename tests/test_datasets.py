@@ -21,12 +21,12 @@ from regionspot_d2.data import ODINW_13, ODINW_35, class_names, register_coco_fo
 from regionspot_d2.data.datasets import (
     lvis,
     minival,
-    read_categories,
     register_all_lvis,
     register_all_objects365,
     register_all_odinw,
     source_file,
 )
+from regionspot_d2.data.datasets.annotations import read_categories
 
 from .datasets_on_disk import SIZES, TINYCOCO, annotation, write_coco, write_images
 from .tools import ROOT, load_tool

@@ -13,9 +13,9 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.lvis_v1_categories import LVIS_CATEGORIES
 
+from regionspot_d2.data.datasets.vocabularies import class_groups, find_training_names, spellings
 from regionspot_d2.evaluation import LVISAPEvaluator, lvis
 from regionspot_d2.evaluation.coco import lvis_library
-from regionspot_d2.evaluation.seen_names import class_groups, find_training_names, spellings
 
 from . import synthetic_lvis as data
 

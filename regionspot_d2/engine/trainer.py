@@ -35,8 +35,7 @@ from ..checkpoint import RegionSpotCheckpointer
 from ..data.build import build_test_loader, build_train_loader, open_token_caches, start_at
 from ..data.published_tokens import has_tokens
 from ..data.token_extraction import extract_tokens
-from ..evaluation.build import build_evaluator
-from ..evaluation.report import write_report
+from ..evaluation import build_evaluator, write_report
 from ..files import write_atomically
 from .config import ConfigError
 from .hooks import BestCheckpoint, ModelEMA, SeedByIteration, Throughput

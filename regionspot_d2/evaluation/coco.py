@@ -1,6 +1,6 @@
-"""The libraries that compute AP, and the evaluator of COCO-format datasets.
+"""The choice of the library that computes AP, and the evaluator of COCO-format datasets.
 
-hotcoco gives the same digits as the reference libraries, pycocotools and lvis, many times faster.
+hotcoco gives the same AP as the reference libraries, pycocotools and lvis, many times faster.
 """
 
 from __future__ import annotations
@@ -18,36 +18,30 @@ from detectron2.evaluation import COCOEvaluator, coco_evaluation
 BACKENDS = ("hotcoco", "reference")
 
 
-def check_backend(backend: str) -> str:
-    """Returns ``backend``; raises a ValueError unless it is one of :data:`BACKENDS`."""
+def _uses_hotcoco(backend: str) -> bool:
     if backend not in BACKENDS:
         raise ValueError(f"TEST.EVALUATION_BACKEND is '{backend}'; it must be one of {BACKENDS}.")
-    return backend
+    return backend == "hotcoco"
 
 
 @contextlib.contextmanager
 def lvis_library(backend: str) -> Iterator[ModuleType]:
-    """Yields the module whose ``LVIS``, ``LVISResults`` and ``LVISEval`` compute LVIS AP.
-
-    Raises:
-        ImportError: the backend is "reference" and the package lvis is not installed.
-    """
-    if check_backend(backend) == "hotcoco":
+    """Yields the module whose ``LVIS``, ``LVISResults`` and ``LVISEval`` compute LVIS AP."""
+    if _uses_hotcoco(backend):
         yield hotcoco
         return
     try:
         library = importlib.import_module("lvis")
     except ImportError as error:
         raise ImportError(
-            "TEST.EVALUATION_BACKEND: reference computes LVIS AP with the package lvis, which is "
-            "not installed: pip install --no-deps lvis==0.5.3. The default, hotcoco, gives the "
-            "same numbers."
+            "TEST.EVALUATION_BACKEND: reference needs the package lvis, which is not installed: "
+            "pip install --no-deps lvis==0.5.3. The default, hotcoco, gives the same numbers."
         ) from error
-    # lvis 0.5.3, the last release, still uses a name that NumPy 1.24 removed.
+    # lvis 0.5.3, its last release, still uses np.float, which NumPy 1.24 removed.
     removed = "float" not in vars(np)
+    if removed:
+        np.float = float  # type: ignore[attr-defined]
     try:
-        if removed:
-            np.float = float  # type: ignore[attr-defined]
         yield library
     finally:
         if removed:
@@ -56,11 +50,11 @@ def lvis_library(backend: str) -> Iterator[ModuleType]:
 
 @contextlib.contextmanager
 def coco_library(backend: str) -> Iterator[None]:
-    """While open, Detectron2's ``COCOEvaluator`` computes with hotcoco, or with pycocotools."""
-    if check_backend(backend) == "reference":
+    """Inside it, Detectron2's ``COCOEvaluator`` computes AP with the chosen library."""
+    if not _uses_hotcoco(backend):
         yield
         return
-    # COCOEvaluator bound these names when its module was imported.
+    # COCOEvaluator takes these classes from its module's names and has no parameter for them.
     replaced = {"COCO": hotcoco.COCO, "COCOeval": hotcoco.COCOeval}
     originals = {name: vars(coco_evaluation)[name] for name in replaced}
     vars(coco_evaluation).update(replaced)
@@ -71,9 +65,10 @@ def coco_library(backend: str) -> Iterator[None]:
 
 
 class COCOAPEvaluator(COCOEvaluator):
-    """Detectron2's COCO evaluator with a choice of library, for ODinW and custom data too.
+    """Detectron2's COCO evaluator with a choice of library, also for ODinW and your own data.
 
-    Boxes are always evaluated, masks where both predictions and annotations have them.
+    Boxes are always evaluated, masks only if both predictions and annotations have them. The
+    ``backend`` is "hotcoco", or "reference" for pycocotools; the other arguments are Detectron2's.
     """
 
     def __init__(
@@ -85,12 +80,7 @@ class COCOAPEvaluator(COCOEvaluator):
         *,
         backend: str = "hotcoco",
     ) -> None:
-        """
-        Args:
-            dataset_name, tasks, distributed, output_dir: as for Detectron2's ``COCOEvaluator``.
-            backend: "hotcoco", or "reference" for pycocotools.
-        """
-        self._backend = check_backend(backend)
+        self._backend = backend
         with coco_library(backend):
             super().__init__(dataset_name, tasks, distributed, output_dir, use_fast_impl=False)
         annotations = self._coco_api.loadAnns(self._coco_api.getAnnIds()[:1])

@@ -1,4 +1,4 @@
-"""LVIS: standard and Fixed AP of boxes and masks, by class frequency and by seen names."""
+"""LVIS: standard and Fixed AP of boxes and masks, also for rare, seen and other classes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 
-from .coco import check_backend, lvis_library
-from .seen_names import class_groups
+from ..data.datasets.annotations import contiguous_ids
+from ..data.datasets.vocabularies import class_groups
+from .coco import lvis_library
 
 logger = logging.getLogger(__name__)
 
-#: After this many more results, those that can no longer count are dropped.
+#: After this many new results, those that can no longer count are dropped.
 PRUNE_EVERY = 2_000_000
 
 _AREAS = {"s": 1, "m": 2, "l": 3}
@@ -35,13 +36,11 @@ _IOU_50, _IOU_75 = 0, 5
 class LVISAPEvaluator(DatasetEvaluator):
     """LVIS AP with a choice of library, Fixed AP, and AP of groups of classes.
 
-    A drop-in replacement for Detectron2's ``LVISEvaluator``. Standard AP takes the 300 best results
-    of an image, whatever their classes, so results of one class push out those of another. Fixed AP
-    (Dave et al., arXiv 2102.01066) has no limit per image and takes the 10,000 best results of each
-    class over the whole dataset. Both are then the usual federated AP of LVIS.
-
-    A model that keeps few results per image (``TEST.DETECTIONS_PER_IMAGE``) has dropped some that
-    Fixed AP counts.
+    A drop-in replacement for Detectron2's ``LVISEvaluator``. Standard AP counts the 300 best
+    results of an image, whatever their classes, so one class can push out another. Fixed AP (Dave
+    et al., arXiv 2102.01066) counts the 10,000 best results of each class over the whole dataset,
+    without a limit per image; it misses results that the model dropped
+    (``TEST.DETECTIONS_PER_IMAGE``). Both are the federated AP of LVIS on the results that count.
     """
 
     def __init__(
@@ -57,71 +56,57 @@ class LVISAPEvaluator(DatasetEvaluator):
         groups: Mapping[str, Collection[int]] | None = None,
         backend: str = "hotcoco",
     ) -> None:
-        """
+        """Reads the annotations.
+
         Args:
-            dataset_name: a dataset with a ``json_file`` in LVIS format.
-            tasks, distributed, output_dir: as for Detectron2's ``LVISEvaluator``.
-            max_dets_per_image: results per image in standard AP.
-            fixed_ap: whether to compute Fixed AP too.
-            max_dets_per_class: results per class in Fixed AP.
-            groups: contiguous class ids by the suffix their AP gets ("r" for APr); None for rare,
-                common and frequent.
+            groups: contiguous class ids by the suffix of their AP ("r" for APr); by default those
+                of rare, common and frequent classes.
             backend: "hotcoco", or "reference" for the package lvis.
 
         Raises:
-            ValueError: the backend is hotcoco and an annotation is flagged ``iscrowd`` or
-                ``ignore``, which hotcoco and lvis treat differently.
+            ImportError: the backend is "reference" and the package lvis is not installed.
+            ValueError: the backend is hotcoco and an annotation has a flag that it treats
+                differently from lvis, ``iscrowd`` or ``ignore``.
         """
-        self._backend = check_backend(backend)
-        metadata = MetadataCatalog.get(dataset_name)
-        json_file = PathManager.get_local_path(metadata.json_file)
-        if backend == "hotcoco":
-            _refuse_flags(json_file)
         with lvis_library(backend) as library:
+            json_file = PathManager.get_local_path(MetadataCatalog.get(dataset_name).json_file)
+            if backend == "hotcoco":
+                _refuse_flags(json_file)
             self._truth = library.LVIS(json_file)
+        self._backend = backend
         first = self._truth.load_anns(self._truth.get_ann_ids()[:1])
         self._has_annotations = bool(first)
         self._has_masks = any(annotation.get("segmentation") for annotation in first)
-        contiguous = metadata.get("thing_dataset_id_to_contiguous_id")
-        if contiguous is None:
-            category_ids = sorted(self._truth.get_cat_ids())
-            contiguous = {category_id: i for i, category_id in enumerate(category_ids)}
-        self._contiguous_ids = contiguous
-        self._category_ids = {i: category_id for category_id, i in contiguous.items()}
+        self._contiguous_ids = contiguous_ids(dataset_name)
+        self._category_ids = {i: category for category, i in self._contiguous_ids.items()}
         self._tasks = tasks
         self._distributed = distributed
         self._output_dir = output_dir
-        self._max_dets_per_image = max_dets_per_image
-        self._max_dets_per_class = max_dets_per_class
-        self._fixed_ap = fixed_ap
+        self._per_image = max_dets_per_image
+        self._per_class = max_dets_per_class if fixed_ap else 0
         self._groups = class_groups(dataset_name) if groups is None else groups
         self.reset()
 
     def reset(self) -> None:
-        per_class = self._max_dets_per_class if self._fixed_ap else 0
-        self._results = ResultBuffer(
-            max(self._category_ids) + 1, self._max_dets_per_image, per_class
-        )
+        num_classes = max(self._category_ids) + 1
+        self._results = ResultBuffer(num_classes, self._per_image, self._per_class)
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
-        """Collects the results of some images, without those that no AP counts.
+        """Collects ``instances`` of ``outputs`` that can count, in the frame of the original image.
 
-        Args:
-            inputs: dicts with ``image_id``.
-            outputs: dicts with ``instances``: ``pred_boxes``, ``scores``, ``pred_classes`` and
-                optionally ``pred_masks``, in the frame of the original image.
+        They have ``pred_boxes``, ``scores``, ``pred_classes`` and optionally ``pred_masks``.
         """
         for x, output in zip(inputs, outputs):
             self._results.add(x["image_id"], output["instances"].to("cpu"))
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
-        """Computes AP over the images of all processes.
+        """Computes AP over the images of all processes; None in all processes but the first.
 
         Returns:
             Metrics in percent by task: "bbox" and "segm", with Fixed AP also "bbox_fixed" and
-            "segm_fixed"; nothing without annotations. None in all processes but the first.
+            "segm_fixed"; empty without annotations.
         """
-        results = self._results.counted()
+        results = self._results.counted(self._results.results)
         if self._distributed:
             comm.synchronize()
             of_processes = comm.gather(results, dst=0)
@@ -130,54 +115,46 @@ class LVISAPEvaluator(DatasetEvaluator):
             results = self._results.counted(list(itertools.chain(*of_processes)))
         for result in results:
             result["category_id"] = self._category_ids[result["category_id"]]
-        self._save(results)
+        if self._output_dir:
+            # Not as instances_predictions.pth too, as in Detectron2: that takes longer than AP.
+            PathManager.mkdirs(self._output_dir)
+            path = os.path.join(self._output_dir, "lvis_instances_results.json")
+            with PathManager.open(path, "w") as file:
+                file.write(json.dumps(results))
+            logger.info(f"Saved the results to {path}")
         if not self._has_annotations:
-            logger.info("Annotations are not available for evaluation.")
+            logger.info("There are no annotations to evaluate with.")
             return {}
         metrics = self._evaluate_results(results)
         for task, values in metrics.items():
             logger.info(f"Evaluation results for {task}:\n{create_small_table(values)}")
         return metrics
 
-    def _save(self, results: list[dict[str, Any]]) -> None:
-        # Detectron2's evaluator also writes instances_predictions.pth, the same once more, which
-        # takes longer than the evaluation.
-        if not self._output_dir:
-            return
-        PathManager.mkdirs(self._output_dir)
-        path = os.path.join(self._output_dir, "lvis_instances_results.json")
-        logger.info(f"Saving results to {path}")
-        with PathManager.open(path, "w") as file:
-            file.write(json.dumps(results))
-
     def _evaluate_results(self, results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-        """Metrics by task, from results in LVIS format."""
         with_masks = self._has_masks and any("segmentation" in result for result in results)
-        tasks = self._tasks or (("bbox", "segm") if with_masks else ("bbox",))
-        best_of_class = results
-        if self._fixed_ap:
+        tasks = self._tasks or ["bbox", "segm"][: 1 + with_masks]
+        kinds = {"": (results, self._per_image)}
+        if self._per_class:
             ranks = rank_within(*_columns(results, "category_id", "score"))
-            best_of_class = list(itertools.compress(results, ranks < self._max_dets_per_class))
-        metrics = {}
-        for task in tasks:
-            metrics[task] = self._average_precision(results, task, self._max_dets_per_image)
-            if self._fixed_ap:
-                metrics[f"{task}_fixed"] = self._average_precision(best_of_class, task, -1)
-        return metrics
+            kinds["_fixed"] = (list(itertools.compress(results, ranks < self._per_class)), -1)
+        return {
+            task + kind: self._average_precision(counted, task, limit)
+            for task in tasks
+            for kind, (counted, limit) in kinds.items()
+        }
 
     def _average_precision(
         self, results: list[dict[str, Any]], task: str, max_dets_per_image: int
     ) -> dict[str, float]:
-        """AP of results in LVIS format, in percent; -1 results per image is no limit."""
+        """AP of results in LVIS format, in percent; a limit of -1 is none."""
         if not results:
             logger.warning("There are no predictions.")
-            suffixes = ["", "50", "75", *_AREAS, *self._groups]
-            return {f"AP{suffix}": float("nan") for suffix in suffixes}
+            return {f"AP{s}": float("nan") for s in ("", "50", "75", *_AREAS, *self._groups)}
         if task == "segm":
-            # The libraries take areas from the boxes where there are any.
+            # With a box in the result, the libraries would use its area, not the mask's.
             results = [{k: v for k, v in result.items() if k != "bbox"} for result in results]
         elif self._backend == "reference":
-            # lvis writes into what it is given.
+            # lvis changes the dicts that it is given.
             results = [dict(result) for result in results]
         with lvis_library(self._backend) as library:
             found = library.LVISResults(self._truth, results, max_dets=max_dets_per_image)
@@ -189,35 +166,25 @@ class LVISAPEvaluator(DatasetEvaluator):
         precision = precision.reshape(*precision.shape[:4])
         ids = [self._contiguous_ids.get(category_id) for category_id in evaluation.params.cat_ids]
         all_areas = precision[..., 0]
-        metrics = {
-            "AP": _mean(all_areas),
-            "AP50": _mean(all_areas[_IOU_50]),
-            "AP75": _mean(all_areas[_IOU_75]),
-        }
-        metrics.update((f"AP{area}", _mean(precision[..., i])) for area, i in _AREAS.items())
+        parts = {"": all_areas, "50": all_areas[_IOU_50], "75": all_areas[_IOU_75]}
+        parts.update((area, precision[..., i]) for area, i in _AREAS.items())
         for group, members in self._groups.items():
-            metrics[f"AP{group}"] = _mean(all_areas[..., [i in members for i in ids]])
-        return metrics
+            parts[group] = all_areas[..., [i in members for i in ids]]
+        # -1 marks classes without objects.
+        return {f"AP{suffix}": mean_percent(part[part > -1]) for suffix, part in parts.items()}
 
 
 class ResultBuffer:
-    """Collects results and drops those that can count neither per image nor per class.
+    """Collects what can be among the best results of its image or, over all images, of its class.
 
-    Attributes:
-        results: in COCO format, with contiguous category ids.
+    ``results`` are in COCO format, with contiguous category ids; ``per_class`` may be 0.
     """
 
     def __init__(self, num_classes: int, per_image: int, per_class: int) -> None:
-        """
-        Args:
-            num_classes: one more than the largest contiguous class id.
-            per_image: the best results of an image count.
-            per_class: the best results of a class count too, over all images; 0 for none.
-        """
         self.results: list[dict[str, Any]] = []
         self._per_image = per_image
         self._per_class = per_class
-        # Results of a class that score no more than this cannot be among its best.
+        # Results of a class with at most this score cannot be among its best.
         self._floors = torch.full((num_classes,), -torch.inf)
         self._prune_at = PRUNE_EVERY
 
@@ -233,15 +200,14 @@ class ResultBuffer:
             self._prune()
 
     def _prune(self) -> None:
-        self.results = self.counted()
+        self.results = self.counted(self.results)
         classes, scores = _columns(self.results, "category_id", "score")
         last = rank_within(classes, scores) == self._per_class - 1
         self._floors[classes[last]] = torch.from_numpy(scores[last]).to(self._floors)
         self._prune_at = len(self.results) + PRUNE_EVERY
 
-    def counted(self, results: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
-        """Those of ``results`` (by default its own) that count, whatever was dropped before."""
-        results = self.results if results is None else results
+    def counted(self, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The ``results`` that count among themselves."""
         images, classes, scores = _columns(results, "image_id", "category_id", "score")
         counts = rank_within(images, scores) < self._per_image
         if self._per_class:
@@ -250,12 +216,9 @@ class ResultBuffer:
 
 
 def _refuse_flags(json_file: str) -> None:
-    """Raises a ValueError if hotcoco and lvis would differ on a file: it has flagged annotations.
-
-    hotcoco honors ``iscrowd`` and not ``ignore``; for lvis it is the other way round.
-    """
+    # hotcoco honors iscrowd but not ignore; lvis does the opposite.
     with open(json_file, "rb") as file:
-        # Official files have neither key, and searching is far quicker than parsing.
+        # Official files have neither key, and searching is much faster than parsing.
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
             if text.find(b'"iscrowd"') < 0 and text.find(b'"ignore"') < 0:
                 return
@@ -264,8 +227,8 @@ def _refuse_flags(json_file: str) -> None:
     if flagged:
         raise ValueError(
             f"{json_file}: {len(flagged)} annotations, the first with id {flagged[0]}, are flagged "
-            "'iscrowd' or 'ignore', which hotcoco treats differently from the reference library "
-            "lvis. Set TEST.EVALUATION_BACKEND: reference, or remove the flags."
+            "'iscrowd' or 'ignore', which hotcoco and lvis treat differently. Remove the flags, or "
+            "set TEST.EVALUATION_BACKEND: reference."
         )
 
 
@@ -274,19 +237,15 @@ def _columns(results: list[dict[str, Any]], *keys: str) -> tuple[np.ndarray, ...
 
 
 def rank_within(keys: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """The place of each score among those of the same key, best first; ties stay in their order."""
-    if not len(keys):
-        return np.zeros(0, dtype=np.int64)
+    """Ranks (N,) of scores (N,) with the same key, 0 for the best; ties stay in their order."""
+    # Sorted by key, then score, a rank is the distance from the first place of its key.
     order = np.lexsort((-scores, keys))
-    ordered = keys[order]
-    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-    sizes = np.diff(np.r_[starts, len(keys)])
+    _, starts, sizes = np.unique(keys[order], return_index=True, return_counts=True)
     ranks = np.empty(len(keys), dtype=np.int64)
     ranks[order] = np.arange(len(keys)) - np.repeat(starts, sizes)
     return ranks
 
 
-def _mean(precision: np.ndarray) -> float:
-    """Mean in percent of the valid entries (-1 marks the others); NaN if there are none."""
-    valid = precision[precision > -1]
-    return float(valid.mean() * 100) if valid.size else float("nan")
+def mean_percent(values: np.ndarray) -> float:
+    """The mean of values in [0, 1], in percent; NaN for none."""
+    return float(values.mean() * 100) if values.size else float("nan")

@@ -1,14 +1,13 @@
 """Accuracy of the names of ground-truth regions.
 
-AP on ground-truth boxes depends on how many names each box may carry (plain CLIP crops have 25 or
-40 AP on LVIS by that choice alone). The accuracies here do not.
+Unlike AP on ground-truth boxes, it does not depend on how many names a box may have, a choice that
+moves plain CLIP crops from 25 to 40 AP on LVIS.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -21,12 +20,12 @@ from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 
 from ..data.datasets import class_names
-from .lvis import rank_within
-from .seen_names import class_groups
+from ..data.datasets.vocabularies import class_groups
+from .lvis import mean_percent, rank_within
 
 logger = logging.getLogger(__name__)
 
-# In pixels of the original image, between a box and its copy scaled to the model's input and back.
+# Pixels of the original image between a box and the same box scaled to the model's input and back.
 _TOLERANCE = 0.05
 
 _NOT_LISTED = np.iinfo(np.int64).max
@@ -35,20 +34,17 @@ _NOT_LISTED = np.iinfo(np.int64).max
 class RegionClassificationEvaluator(DatasetEvaluator):
     """Top-1 and top-5 accuracy on ground-truth regions, per region and as the mean over classes.
 
-    It reads the usual output of a model that was given ground-truth boxes as ``proposals``: each
-    result is a (region, name) pair, and its ``region_index`` is the place of its region in the
-    proposals. A region's names are ranked by score. Regions are matched to annotations by their
-    boxes, since loading may have sorted, clipped or cut them.
+    It reads the usual output of a model that was given ground-truth boxes as ``proposals``: pairs
+    of a region and a name, where ``region_index`` is the region's place in the proposals. Regions
+    are matched to annotations by box, since loading may have sorted, clipped or cut them.
 
-    A model returns only its best pairs (``TEST.DETECTIONS_PER_IMAGE``,
-    ``MODEL.ROI_HEADS.SCORE_THRESH_TEST``). The worst pairs of an image go first, so a region with
-    one pair left has its best name, and one with five its best five. A region with too few pairs
-    is "undecided" and counts as wrong; ``decided1`` and ``decided5`` are the percentages of decided
-    regions, and a warning tells if they are below 100. Limits of -1 and 0 keep every pair.
+    A model returns only its best pairs (``TEST.DETECTIONS_PER_IMAGE`` and
+    ``MODEL.ROI_HEADS.SCORE_THRESH_TEST``; -1 and 0 keep all), so the pairs left of a region are its
+    best. A region with too few of them is undecided and counts as wrong.
 
     Results, in percent, under ``region_classification``: ``top1``, ``top5`` (per region),
-    ``mAcc1``, ``mAcc5`` (mean over classes), each also with the suffix of a group (``top1r``); and
-    ``regions``, their number.
+    ``mAcc1``, ``mAcc5`` (mean over classes), each also with the suffix of a group (``top1r``);
+    ``decided1``, ``decided5``; and ``regions``, the number of regions.
     """
 
     def __init__(
@@ -58,19 +54,12 @@ class RegionClassificationEvaluator(DatasetEvaluator):
         *,
         groups: Mapping[str, Collection[int]] | None = None,
     ) -> None:
-        """
-        Args:
-            dataset_name: a registered dataset with annotations. Crowds are left out.
-            distributed: whether the results of all processes are collected.
-            groups: contiguous class ids by suffix; None for rare, common and frequent where the
-                dataset has frequencies.
-        """
+        """Reads the annotations, without crowds; for ``groups``, see :class:`LVISAPEvaluator`."""
         self._distributed = distributed
         self._groups = class_groups(dataset_name) if groups is None else groups
         self._num_classes = len(class_names(dataset_name))
-        self._truth = {
-            record["image_id"]: _ground_truth(record) for record in DatasetCatalog.get(dataset_name)
-        }
+        records = DatasetCatalog.get(dataset_name)
+        self._truth = {record["image_id"]: _ground_truth(record) for record in records}
 
     def reset(self) -> None:
         # Rows of one region each: its class, the rank of that class, how many names were ranked.
@@ -79,27 +68,23 @@ class RegionClassificationEvaluator(DatasetEvaluator):
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         """Ranks the true class of each ground-truth region of some images.
 
-        Args:
-            inputs: dicts with ``image_id``, ``image``, ``height``, ``width`` and ``proposals``.
-            outputs: dicts with ``instances``: ``scores``, ``pred_classes``, ``region_index``.
-
-        Raises:
-            ValueError: ``proposals`` or ``region_index`` are missing.
+        ``inputs`` have ``proposals``; ``instances`` of ``outputs`` have ``scores``,
+        ``pred_classes`` and ``region_index``. Raises a ValueError if there are none.
         """
         for x, output in zip(inputs, outputs):
             instances = output["instances"].to("cpu")
             if "proposals" not in x or not instances.has("region_index"):
                 raise ValueError(
-                    "Region classification needs regions from a proposal file "
-                    "(MODEL.LOAD_PROPOSALS: True and DATASETS.PROPOSAL_FILES_TEST, made from "
-                    "ground truth by tools/prepare_proposals.py) and a model that says which "
-                    "region a result is of (RegionSpot). TEST.REGION_CLASSIFICATION: False turns "
-                    "it off."
+                    "TEST.REGION_CLASSIFICATION needs ground-truth regions (MODEL.LOAD_PROPOSALS: "
+                    "True and DATASETS.PROPOSAL_FILES_TEST, made by tools/prepare_proposals.py) "
+                    "and a model whose results have a region_index, as RegionSpot's do."
                 )
             boxes = Boxes(x["proposals"].proposal_boxes.tensor.detach().cpu().clone())
             boxes.scale(x["width"] / x["image"].shape[-1], x["height"] / x["image"].shape[-2])
             true_boxes, true_classes = self._truth[x["image_id"]]
-            ranks, counts = _rank_names(instances, len(boxes), self._num_classes)
+            regions, classes = instances.region_index.numpy(), instances.pred_classes.numpy()
+            ranks = np.full((len(boxes), self._num_classes), _NOT_LISTED)
+            ranks[regions, classes] = rank_within(regions, instances.scores.numpy())
             rows = np.full((len(true_classes), 3), [0, _NOT_LISTED, 0])
             rows[:, 0] = true_classes
             if len(boxes) and len(rows):
@@ -107,7 +92,7 @@ class RegionClassificationEvaluator(DatasetEvaluator):
                 found = (distance <= _TOLERANCE).numpy()
                 region = nearest.numpy()[found]
                 rows[found, 1] = ranks[region, true_classes[found]]
-                rows[found, 2] = counts[region]
+                rows[found, 2] = np.bincount(regions, minlength=len(boxes))[region]
             self._regions.append(rows)
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
@@ -126,20 +111,19 @@ class RegionClassificationEvaluator(DatasetEvaluator):
         for k in (1, 5):
             correct = ranks < k
             decided = correct | (listed >= min(k, self._num_classes))
-            metrics[f"decided{k}"] = _percent(decided)
+            metrics[f"decided{k}"] = mean_percent(decided)
             for group, selection in selections.items():
-                metrics[f"top{k}{group}"] = _percent(correct[selection])
+                metrics[f"top{k}{group}"] = mean_percent(correct[selection])
                 metrics[f"mAcc{k}{group}"] = _class_mean(correct[selection], classes[selection])
         if min(metrics["decided1"], metrics["decided5"]) < 100:
             logger.warning(
-                "Some ground-truth regions were not asked for, or too few of their names were "
-                f"kept: the first name is known for {metrics['decided1']:.2f} %, the first five "
-                f"for {metrics['decided5']:.2f} %; the others count as wrong. Raise "
-                "TEST.DETECTIONS_PER_IMAGE (-1: no limit), lower "
+                f"The best name is known for {metrics['decided1']:.2f} % of the ground-truth "
+                f"regions, the best five for {metrics['decided5']:.2f} %; the others count as "
+                "wrong. Raise TEST.DETECTIONS_PER_IMAGE (-1: no limit), lower "
                 "MODEL.ROI_HEADS.SCORE_THRESH_TEST, and check that the boxes are ground truth."
             )
         logger.info(f"Evaluation of region classification:\n{create_small_table(metrics)}")
-        return OrderedDict(region_classification=metrics)
+        return {"region_classification": metrics}
 
 
 def _ground_truth(record: dict[str, Any]) -> tuple[torch.Tensor, np.ndarray]:
@@ -147,28 +131,13 @@ def _ground_truth(record: dict[str, Any]) -> tuple[torch.Tensor, np.ndarray]:
     annotations = [a for a in record.get("annotations", []) if not a.get("iscrowd", 0)]
     boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
     inside = Boxes(torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4))
-    # As Detectron2 clips proposals.
-    inside.clip((record["height"], record["width"]))
+    inside.clip((record["height"], record["width"]))  # as Detectron2 clips proposals
     classes = np.array([a["category_id"] for a in annotations], dtype=np.int64)
     return inside.tensor, classes
-
-
-def _rank_names(
-    instances: Instances, num_regions: int, num_classes: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ranks (R, C) of each region's names, 0 for the best, and how many it has (R,)."""
-    regions, classes = instances.region_index.numpy(), instances.pred_classes.numpy()
-    ranks = np.full((num_regions, num_classes), _NOT_LISTED)
-    ranks[regions, classes] = rank_within(regions, instances.scores.numpy())
-    return ranks, np.bincount(regions, minlength=num_regions)
-
-
-def _percent(values: np.ndarray) -> float:
-    return float(values.mean() * 100) if values.size else float("nan")
 
 
 def _class_mean(correct: np.ndarray, classes: np.ndarray) -> float:
     """Accuracy of each class that has regions, averaged over those classes."""
     counts = np.bincount(classes)
     hits = np.bincount(classes, weights=correct)
-    return _percent(hits[counts > 0] / counts[counts > 0])
+    return mean_percent(hits[counts > 0] / counts[counts > 0])

@@ -1,7 +1,8 @@
-"""The results table: each number next to the protocol that produced it."""
+"""The results table: each number with the protocol that produced it."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -14,16 +15,17 @@ from detectron2.utils.file_io import PathManager
 from tabulate import tabulate
 
 from ..data.datasets import ODINW_13, ODINW_35
+from ..data.datasets.vocabularies import find_training_names
 from ..data.proposals import box_recall, read_proposals, select
-from .seen_names import find_training_names
 
-# The kind of AP by the evaluator's type and the suffix it gives to "bbox" and "segm".
+# The kind of AP by evaluator type and the suffix of the metrics, after "bbox" or "segm".
 _KINDS = {
     "lvis": {"": "LVIS standard, 300 per image", "_fixed": "LVIS Fixed, 10,000 per class"},
     "coco": {"": "COCO, 100 per image and class"},
 }
 _ODINW = {"ODinW-13": ODINW_13, "ODinW-35": ODINW_35}
-_METRICS = ("AP", "AP50", "AP75", "APr", "APc", "APf", "APseen", "APunseen")
+_GROUPS = ("", "r", "c", "f", "seen", "unseen")
+_METRICS = ("AP", "AP50", "AP75", *(f"AP{group}" for group in _GROUPS[1:]))
 _SOURCES = {
     "gt": "ground truth",
     "glip": "GLIP",
@@ -35,35 +37,23 @@ _SOURCES = {
 
 
 def write_report(cfg: CfgNode, results: Mapping[str, Any]) -> str:
-    """Writes ``results_table.md`` and ``.json`` to ``OUTPUT_DIR``. Call it in the main process.
+    """Writes ``results_table.md`` and ``.json`` to ``OUTPUT_DIR``, and returns the Markdown text.
 
-    Args:
-        cfg: the config of the run.
-        results: what ``Trainer.test(cfg, model)`` returned.
-
-    Returns:
-        The Markdown text.
+    ``results`` are what ``Trainer.test(cfg, model)`` returned. Call it in the main process only.
     """
-    report = build_report(cfg, results)
-    text = to_markdown(report)
+    # JSON has no NaN: numbers that could not be computed become None.
+    report = json.loads(json.dumps(_collect(cfg, results)), parse_constant=lambda _: None)
+    text = _to_markdown(report)
     PathManager.mkdirs(cfg.OUTPUT_DIR)
-    for name, content in (("md", text), ("json", json.dumps(report, indent=1, allow_nan=False))):
+    for name, content in (("md", text), ("json", json.dumps(report, indent=1))):
         with PathManager.open(os.path.join(cfg.OUTPUT_DIR, f"results_table.{name}"), "w") as file:
             file.write(content + "\n")
     return text
 
 
-def build_report(cfg: CfgNode, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Collects results and the protocol behind them.
-
-    Args:
-        cfg: the config of the run.
-        results: by dataset, or, as ``DefaultTrainer.test`` returns it, of the only dataset.
-
-    Returns:
-        The dicts ``model`` and ``protocol``; ``detection``, ``region_classification`` and
-        ``odinw``, lists of rows. Numbers that could not be computed are None.
-    """
+def _collect(cfg: CfgNode, results: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of the JSON file: results, and the protocol behind them."""
+    # DefaultTrainer.test returns the results of a single dataset without its name.
     if not set(results) <= set(cfg.DATASETS.TEST):
         results = {cfg.DATASETS.TEST[0]: results}
     detection, classification = [], []
@@ -72,68 +62,64 @@ def build_report(cfg: CfgNode, results: Mapping[str, Any]) -> dict[str, Any]:
         if not metrics:
             continue
         metadata = MetadataCatalog.get(dataset)
-        common = {"dataset": dataset, "split": metadata.get("split")}
-        common.update(_describe_boxes(cfg, index))
+        common = {"dataset": dataset, "split": metadata.get("split"), **_describe_boxes(cfg, index)}
         for suffix, kind in _KINDS[metadata.evaluator_type].items():
-            values = {
-                name: metrics[task + suffix]
-                for name, task in (("box", "bbox"), ("mask", "segm"))
-                if task + suffix in metrics
-            }
-            if values:
-                detection.append({**common, "ap_kind": kind, **values})
+            found = {"box": metrics.get("bbox" + suffix), "mask": metrics.get("segm" + suffix)}
+            if found := {name: values for name, values in found.items() if values is not None}:
+                detection.append({**common, "ap_kind": kind, **found})
         if "region_classification" in metrics:
             accuracies = metrics["region_classification"]
             classification.append({**common, **accuracies, "regions": int(accuracies["regions"])})
-    report = {
-        "model": _describe_model(cfg),
+    localizer, vision_language = cfg.MODEL.LOCALIZER, cfg.MODEL.VISION_LANGUAGE
+    model = {
+        "architecture": cfg.MODEL.META_ARCHITECTURE,
+        "localizer": f"{localizer.NAME} {localizer.ARCH}",
+        "vision-language": f"{vision_language.NAME} {vision_language.ARCH}",
+        "region head": cfg.MODEL.REGION_HEAD.NAME,
+        "weights": cfg.MODEL.WEIGHTS or "none",
+    }
+    return {
+        "model": model,
         "protocol": _describe_protocol(cfg),
         "detection": detection,
         "region_classification": classification,
         "odinw": [{"name": k, **v} for k, v in summarize_odinw(results).items()],
     }
-    # JSON has no NaN.
-    return json.loads(json.dumps(report), parse_constant=lambda _: None)
 
 
 def summarize_odinw(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Averages box AP over the datasets of ODinW; a dataset without any prediction counts as 0.
+    """Averages box AP over the datasets of ODinW, where no predictions (NaN) count as 0.
 
     Mean and median differ widely: GroundingDINO-T has 22.3 and 11.9 on the 35 datasets.
 
-    Args:
-        results: by dataset what its evaluator returned; other datasets than ODinW's are ignored.
-
     Returns:
-        ``mean``, ``median`` and ``sets`` (their number) under "ODinW-13" and "ODinW-35" if
-        all their datasets are there with GLIP's splits; otherwise under "ODinW", over those there.
+        ``mean``, ``median`` and ``sets`` (how many) under "ODinW-13" and "ODinW-35" if ``results``
+        have all their datasets, on GLIP's splits; else under "ODinW", over those that are there.
     """
-    there = {name for name in results if name.startswith("odinw_")}
-    complete = {name: sets for name, sets in _ODINW.items() if there.issuperset(sets)}
+    there = tuple(name for name in results if name.startswith("odinw_"))
+    complete = {name: sets for name, sets in _ODINW.items() if set(sets) <= set(there)}
     if there and not complete:
-        complete = {"ODinW": tuple(there)}
+        complete = {"ODinW": there}
     summary = {}
     for name, sets in complete.items():
         ap = np.nan_to_num([results[dataset]["bbox"]["AP"] for dataset in sets])
-        mean, median = float(ap.mean()), float(np.median(ap))
-        summary[name] = {"mean": mean, "median": median, "sets": len(sets)}
+        averages = {"mean": float(ap.mean()), "median": float(np.median(ap))}
+        summary[name] = {**averages, "sets": len(sets)}
     return summary
 
 
-def to_markdown(report: Mapping[str, Any]) -> str:
-    """Formats what :func:`build_report` collected, without columns that have no number."""
-    tables = []
+def _to_markdown(report: Mapping[str, Any]) -> str:
+    parts = ["# Results"]
     if report["detection"]:
-        tables.append(_table([_detection_cells(row) for row in report["detection"]]))
+        parts.append(_table([_detection_cells(row) for row in report["detection"]]))
     if report["region_classification"]:
         rows = [_classification_cells(row) for row in report["region_classification"]]
-        tables.append("Names of given regions, in percent\n\n" + _table(rows))
+        parts.append("Names of given regions, in percent\n\n" + _table(rows))
     if report["odinw"]:
-        tables.append(_table([_odinw_cells(row) for row in report["odinw"]]))
-    notes = [
-        f"- {key}: {value}" for part in ("model", "protocol") for key, value in report[part].items()
-    ]
-    return "\n\n".join(["# Results", *tables, "\n".join(notes)])
+        parts.append(_table([_odinw_cells(row) for row in report["odinw"]]))
+    notes = {**report["model"], **report["protocol"]}
+    parts.append("\n".join(f"- {key}: {value}" for key, value in notes.items()))
+    return "\n\n".join(parts)
 
 
 def _describe_boxes(cfg: CfgNode, index: int) -> dict[str, Any]:
@@ -145,8 +131,8 @@ def _describe_boxes(cfg: CfgNode, index: int) -> dict[str, Any]:
     proposals, info = read_proposals(path)
     topk = cfg.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST
     images, recall = info.get("images"), info.get("recall")
-    made_for_another = info.get("dataset") != dataset
-    if made_for_another or any(len(found.boxes) > topk for found in proposals.values()):
+    # The file's own numbers are those of all its boxes, for the dataset that it was made for.
+    if info.get("dataset") != dataset or any(len(p.boxes) > topk for p in proposals.values()):
         records = DatasetCatalog.get(dataset)
         images = len(records)
         recall = box_recall({k: select(v, topk=topk) for k, v in proposals.items()}, records)
@@ -157,17 +143,6 @@ def _describe_boxes(cfg: CfgNode, index: int) -> dict[str, Any]:
         "boxes": f"{name} ({origin})" if origin else name,
         "proposal_file": path,
         **({k: 100 * recall[k] for k in ("recall_50", "recall_50_95")} if recall else {}),
-    }
-
-
-def _describe_model(cfg: CfgNode) -> dict[str, str]:
-    localizer, vision_language = cfg.MODEL.LOCALIZER, cfg.MODEL.VISION_LANGUAGE
-    return {
-        "architecture": cfg.MODEL.META_ARCHITECTURE,
-        "localizer": f"{localizer.NAME} {localizer.ARCH}",
-        "vision-language": f"{vision_language.NAME} {vision_language.ARCH}",
-        "region head": cfg.MODEL.REGION_HEAD.NAME,
-        "weights": cfg.MODEL.WEIGHTS or "none",
     }
 
 
@@ -182,40 +157,32 @@ def _describe_protocol(cfg: CfgNode) -> dict[str, str]:
         "AP computed by": cfg.TEST.EVALUATION_BACKEND,
     }
     if cfg.TEST.FIXED_AP and limit >= 0:
-        protocol["Fixed AP"] = (
-            f"the model kept {limit} results per image; without a limit "
-            "(TEST.DETECTIONS_PER_IMAGE: -1) it may be higher"
-        )
-    training_names = find_training_names(cfg.DATASETS.TRAIN)
-    if training_names is not None:
-        protocol["seen"] = "classes with a name or synonym in " + (
-            ", ".join(training_names.known) or "no known vocabulary"
-        )
-        if training_names.unknown:
-            protocol["seen"] += f"; not known: the names of {', '.join(training_names.unknown)}"
+        kept = f"the model kept {limit} results per image; without a limit"
+        protocol["Fixed AP"] = f"{kept} (TEST.DETECTIONS_PER_IMAGE: -1) it may be higher"
+    if training := find_training_names(cfg.DATASETS.TRAIN):
+        known = ", ".join(training.known) or "no known vocabulary"
+        protocol["seen"] = f"classes with a name or synonym in {known}"
+        if training.unknown:
+            protocol["seen"] += f"; not known: the names of {', '.join(training.unknown)}"
     return protocol
 
 
 def _common_cells(row: Mapping[str, Any]) -> dict[str, Any]:
-    cells = {key: row[key] for key in ("dataset", "split", "images", "boxes")}
     recall = {"recall@.5": row.get("recall_50"), "recall@.5:.95": row.get("recall_50_95")}
-    return {**cells, **recall}
+    return {**{key: row[key] for key in ("dataset", "split", "images", "boxes")}, **recall}
 
 
 def _detection_cells(row: Mapping[str, Any]) -> dict[str, Any]:
-    cells = {**_common_cells(row), "AP kind": row["ap_kind"]}
-    for task in ("box", "mask"):
-        for metric in _METRICS:
-            cells[f"{task} {metric}"] = row.get(task, {}).get(metric)
-    return cells
+    columns = itertools.product(("box", "mask"), _METRICS)
+    ap = {f"{task} {metric}": row.get(task, {}).get(metric) for task, metric in columns}
+    return {**_common_cells(row), "AP kind": row["ap_kind"], **ap}
 
 
 def _classification_cells(row: Mapping[str, Any]) -> dict[str, Any]:
-    cells = {**_common_cells(row), "regions": row["regions"], "decided": row["decided5"]}
-    for group in ("", "r", "c", "f", "seen", "unseen"):
-        for metric in ("top1", "top5", "mAcc1", "mAcc5"):
-            cells[f"{metric} {group}".strip()] = row.get(metric + group)
-    return cells
+    columns = itertools.product(_GROUPS, ("top1", "top5", "mAcc1", "mAcc5"))
+    accuracies = {f"{metric} {group}".strip(): row.get(metric + group) for group, metric in columns}
+    counts = {"regions": row["regions"], "decided": row["decided5"]}
+    return {**_common_cells(row), **counts, **accuracies}
 
 
 def _odinw_cells(row: Mapping[str, Any]) -> dict[str, Any]:

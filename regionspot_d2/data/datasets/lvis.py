@@ -1,4 +1,4 @@
-"""LVIS v1: train, val, the minival of the open-vocabulary field, and the base classes."""
+"""LVIS v1: train, val, minival (its images in COCO val2017), and train without rare classes."""
 
 from __future__ import annotations
 
@@ -18,20 +18,18 @@ from detectron2.utils.file_io import PathManager
 def register_all_lvis(root: str) -> None:
     """Registers ``lvis_v1_minival`` and ``lvis_v1_train_base`` below the folder of all datasets.
 
-    Detectron2's ``lvis_v1_train`` and ``lvis_v1_val`` get our loader, too.
+    Detectron2's ``lvis_v1_train`` and ``lvis_v1_val`` get our loader too.
     """
     meta = get_lvis_instances_meta("lvis_v1")
     for split in ("train", "val"):
         known = MetadataCatalog.get(f"lvis_v1_{split}")
         DatasetCatalog.remove(known.name)
         _register(known.name, known.json_file, known.image_root, split=split, **meta)
-    # load_lvis appends "train2017" or "val2017" to the image root as it is, as Detectron2 does.
+    # With a slash: load_lvis appends "train2017" or "val2017" directly, as Detectron2 does.
     images = os.path.join(root, "coco/")
     minival_json = os.path.join(root, "lvis/lvis_v1_minival.json")
     _register("lvis_v1_minival", minival_json, images, split="minival", **meta)
-
-    categories = sorted(LVIS_CATEGORIES, key=lambda category: category["id"])
-    base = [category for category in categories if category["frequency"] != "r"]
+    base = sorted((c for c in LVIS_CATEGORIES if c["frequency"] != "r"), key=lambda c: c["id"])
     _register(
         "lvis_v1_train_base",
         os.path.join(root, "lvis/lvis_v1_train.json"),
@@ -52,19 +50,15 @@ def _register(name: str, json_file: str, image_root: str, **metadata: Any) -> No
 def load_lvis(
     json_file: str, image_root: str, contiguous: Mapping[int, int] | None = None
 ) -> list[dict[str, Any]]:
-    """Loads LVIS annotations into the records that Detectron2's ``load_lvis_json`` makes.
+    """Loads LVIS annotations into the same dataset dicts as Detectron2's ``load_lvis_json``.
 
-    That loader imports the package ``lvis``, which fails on current NumPy, and which hotcoco
-    replaces by a module without the index that the loader reads.
+    That loader imports the package ``lvis``, which fails on current NumPy and whose replacement,
+    hotcoco, lacks the index that the loader reads.
 
     Args:
-        json_file: annotations in LVIS format.
         image_root: the folder of ``train2017`` and ``val2017``, with a trailing slash.
-        contiguous: class ids by LVIS category id; annotations of other categories are dropped. By
-            default the class id is the category id minus 1.
-
-    Returns:
-        Detectron2's dataset dicts, one per image, in the order of the image ids.
+        contiguous: class ids by LVIS category id, by default the category id minus 1; annotations
+            of other categories are dropped.
 
     Raises:
         ValueError: annotations share an id, or have no valid polygons.
@@ -78,16 +72,11 @@ def load_lvis(
     for annotation in annotations:
         _check_polygons(annotation, json_file)
         category_id = annotation["category_id"]
-        if contiguous is not None and category_id not in contiguous:
-            continue
-        objects[annotation["image_id"]].append(
-            {
-                "bbox": annotation["bbox"],
-                "bbox_mode": BoxMode.XYWH_ABS,
-                "category_id": contiguous[category_id] if contiguous else category_id - 1,
-                "segmentation": annotation["segmentation"],
-            }
-        )
+        class_id = category_id - 1 if contiguous is None else contiguous.get(category_id)
+        if class_id is not None:
+            kept = {key: annotation[key] for key in ("bbox", "segmentation")}
+            kept.update(bbox_mode=BoxMode.XYWH_ABS, category_id=class_id)
+            objects[annotation["image_id"]].append(kept)
     return [
         {
             # LVIS v1 names an image only by its URL, whose last folder is COCO's split.
@@ -115,10 +104,7 @@ def _check_polygons(annotation: Mapping[str, Any], json_file: str) -> None:
 
 
 def minival(annotations: dict[str, Any]) -> dict[str, Any]:
-    """Reduces the content of ``lvis_v1_val.json`` to the images of COCO val2017.
-
-    No COCO detector was trained on these. Masks and all other entries stay.
-    """
+    """The content of ``lvis_v1_val.json`` for those images that are not in COCO's training set."""
     images = [image for image in annotations["images"] if "/val2017/" in image["coco_url"]]
     ids = {image["id"] for image in images}
     objects = [entry for entry in annotations["annotations"] if entry["image_id"] in ids]

@@ -1,14 +1,15 @@
-"""ODinW, "object detection in the wild": its 13 and 35 sets, laid out as in GLIP's archives."""
+"""ODinW, "object detection in the wild": its 13 and 35 datasets, laid out as in GLIP's archives."""
 
 from __future__ import annotations
 
 import os
 from functools import partial
+from itertools import product
 from typing import Any
 
 from .annotations import register_corrected_coco
 
-# The folder of each set below odinw/.
+# The folder of each dataset below odinw/.
 _FOLDERS = {
     "AerialMaritimeDrone_large": "AerialMaritimeDrone/large",
     "AerialMaritimeDrone_tiled": "AerialMaritimeDrone/tiled",
@@ -49,12 +50,11 @@ _FOLDERS = {
     "WildfireSmoke": "WildfireSmoke",
 }
 
-# Sets with a small split "minival", on which GLIP evaluates; on the others it evaluates on "val".
-_WITH_MINIVAL = set("""
+# GLIP evaluates on the small split "minival" of these, on "val" of the others.
+_WITH_MINIVAL = """
     brackishUnderwater DroneControl EgoHands_generic EgoHands_specific openPoetryVision
-    OxfordPets_by_breed OxfordPets_by_species PKLot UnoCards VehiclesOpenImages
-    websiteScreenshots
-    """.split())
+    OxfordPets_by_breed OxfordPets_by_species PKLot UnoCards VehiclesOpenImages websiteScreenshots
+""".split()
 
 _SETS_13 = """
     AerialMaritimeDrone_large Aquarium CottontailRabbits EgoHands_generic NorthAmericaMushrooms
@@ -65,17 +65,9 @@ _SETS_13 = """
 # The usual names of classes whose names in the JSON file say little, by category id: GLIP's
 # OVERRIDE_CATEGORY for the mushrooms and the chess pieces (category 1 is blank there and keeps its
 # name here), MMDetection's for the rabbits.
+_PIECES = product(("black", "white"), ("bishop", "king", "knight", "pawn", "queen", "rook"))
 _RENAMED_CLASSES = {
-    "ChessPieces": dict(
-        enumerate(
-            (
-                f"{color} {piece}"
-                for color in ("black", "white")
-                for piece in ("bishop", "king", "knight", "pawn", "queen", "rook")
-            ),
-            start=2,
-        )
-    ),
+    "ChessPieces": {i: " ".join(words) for i, words in enumerate(_PIECES, start=2)},
     "CottontailRabbits": {1: "rabbit"},
     "NorthAmericaMushrooms": {1: "flat mushroom", 2: "yellow mushroom"},
 }
@@ -91,7 +83,7 @@ ODINW_35 = tuple(map(_evaluated, _FOLDERS))
 
 
 def drop_background(content: dict[str, Any]) -> bool:
-    """Removes category 0 if no annotation has it: the exporter's name of the set, not a class."""
+    """Removes category 0 unless annotations use it: it is the exporter's name of the dataset."""
     categories = content["categories"]
     kept = [category for category in categories if category["id"] != 0]
     used = any(annotation["category_id"] == 0 for annotation in content.get("annotations", []))
@@ -102,33 +94,28 @@ def drop_background(content: dict[str, Any]) -> bool:
 
 
 def rename_classes(names: dict[int, str], content: dict[str, Any]) -> bool:
-    """Renames categories, by category id, in a parsed annotation file."""
+    """Renames the categories whose ids are in ``names``."""
     for category in content["categories"]:
         category["name"] = names.get(category["id"], category["name"])
     return bool(names)
 
 
 def register_all_odinw(root: str) -> None:
-    """Registers ``odinw_<set>_<split>`` of the 35 sets below the folder of all datasets."""
+    """Registers ``odinw_<dataset>_<split>`` below the folder of all datasets."""
     for name, folder in _FOLDERS.items():
-        splits = {"train": "train", "val": "valid", "test": "test"}
-        if name in _WITH_MINIVAL:
-            splits["minival"] = "mini_val"
+        splits = {"train": "train", "val": "valid", "test": "test", "minival": "mini_val"}
+        if name not in _WITH_MINIVAL:
+            del splits["minival"]
         if name == "PascalVOC":
             del splits["test"]
         renamed = partial(rename_classes, _RENAMED_CLASSES.get(name, {}))
         for split, split_folder in splits.items():
             images = os.path.join(root, "odinw", folder)
             json_file = "annotations_without_background.json"
-            # The archives have two layouts.
+            # In an "export" folder all splits share the images; elsewhere each has a folder.
             if folder.endswith("/export"):
                 json_file = f"{split}_{json_file}"
             else:
                 images = os.path.join(images, split_folder)
-            register_corrected_coco(
-                f"odinw_{name}_{split}",
-                os.path.join(images, json_file),
-                images,
-                split,
-                corrections=[drop_background, renamed],
-            )
+            path, corrections = os.path.join(images, json_file), (drop_background, renamed)
+            register_corrected_coco(f"odinw_{name}_{split}", path, images, split, corrections)
