@@ -7,35 +7,37 @@ from detectron2.config import CfgNode as CN
 
 
 def add_regionspot_config(cfg: CN) -> None:
-    """Adds the keys of RegionSpot to ``cfg``, with the values of the paper as defaults.
-
-    Args:
-        cfg: a Detectron2 config, changed in place.
-    """
+    """Adds RegionSpot's keys to ``cfg``, with the values of the paper as defaults."""
     # Detectron2's default is "cuda" everywhere.
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
+    _add_model(cfg)
+    _add_data(cfg)
+    _add_training(cfg)
+    _add_evaluation(cfg)
 
+
+def _add_model(cfg: CN) -> None:
     # The frozen model that turns regions into mask tokens: a name in LOCALIZER_REGISTRY.
     cfg.MODEL.LOCALIZER = CN()
     cfg.MODEL.LOCALIZER.NAME = "SamLocalizer"
     # Size of the localizer; for SAM: vit_b, vit_l or vit_h.
     cfg.MODEL.LOCALIZER.ARCH = "vit_b"
-    # A file or an URL; empty means random weights, for tests only.
+    # A file or a URL; empty means random weights, for tests only.
     cfg.MODEL.LOCALIZER.WEIGHTS = (
         "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_b_01ec64.pth"
     )
-    # What stands for a region: "mask" (SAM's first mask token), "prompt" (the prompt's own embedding) or "both".
+    # What represents a region: "mask" (SAM's first mask token), "prompt" (its embedding) or "both".
     cfg.MODEL.LOCALIZER.TOKENS = "mask"
-    # Prompts decoded at a time; bounds the memory, not the result.
+    # Prompts decoded at a time; limits the memory and leaves the result as it is.
     cfg.MODEL.LOCALIZER.CHUNK_SIZE = 16
 
-    # The frozen model of images and words: a name in VISION_LANGUAGE_REGISTRY.
+    # The frozen model of images and text: a name in VISION_LANGUAGE_REGISTRY.
     cfg.MODEL.VISION_LANGUAGE = CN()
     cfg.MODEL.VISION_LANGUAGE.NAME = "OpenClip"
     # Architecture, as open_clip (or, for OpenAIClip, the clip package) names it.
     cfg.MODEL.VISION_LANGUAGE.ARCH = "ViT-L-14-quickgelu"
-    # A file or an URL; empty means random weights, for tests only.
+    # A file or a URL; empty means random weights, for tests only.
     cfg.MODEL.VISION_LANGUAGE.WEIGHTS = (
         "https://openaipublic.azureedge.net/clip/models/"
         "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt"
@@ -44,57 +46,60 @@ def add_regionspot_config(cfg: CN) -> None:
     # The part that names regions: a name in REGION_HEAD_REGISTRY.
     cfg.MODEL.REGION_HEAD = CN()
     cfg.MODEL.REGION_HEAD.NAME = "RegionSpotHead"
-    # Layers of the transformer decoder, its attention heads, the width of its feed-forward part, its dropout.
+    # The transformer decoder: layers, attention heads, width of the feed-forward part, dropout.
     cfg.MODEL.REGION_HEAD.DEPTH = 3
     cfg.MODEL.REGION_HEAD.NUM_HEADS = 8
     cfg.MODEL.REGION_HEAD.FFN_DIM = 2048
     cfg.MODEL.REGION_HEAD.DROPOUT = 0.1
-    # False takes the image tokens away, for the ablation: the layers then have self-attention alone.
+    # For the ablation: False hides the image tokens, which leaves the layers only self-attention.
     cfg.MODEL.REGION_HEAD.IMAGE_TOKENS = True
-    # KernelRegionHead: the training regions that it compares others with.
+    # KernelRegionHead: the number of training regions that it compares others with.
     cfg.MODEL.REGION_HEAD.NUM_CENTERS = 0
     cfg.register_renamed_key("MODEL.REGION_HEAD.NUM_CENTRES", "MODEL.REGION_HEAD.NUM_CENTERS")
     # Sigmoid focal loss over the vocabulary.
     cfg.MODEL.REGION_HEAD.FOCAL_ALPHA = 0.25
     cfg.MODEL.REGION_HEAD.FOCAL_GAMMA = 2.0
 
-    # With ROI_HEADS.NAME RegionSpotROIHeads: the ROI heads whose detections are named, such as StandardROIHeads; empty
-    # names the proposals.
+    # With ROI_HEADS.NAME RegionSpotROIHeads: the ROI heads whose detections are named, such as
+    # StandardROIHeads; empty names the proposals.
     cfg.MODEL.ROI_HEADS.HOST = ""
 
-    # Published order of scoring: keep this many (region, name) pairs by softmax alone before the box score is
-    # multiplied in; the authors used 900. 0 multiplies first.
-    cfg.TEST.KEEP_BEFORE_PROPOSAL_SCORE = 0
 
-    # The code that computes AP: "hotcoco", or "reference" for pycocotools and lvis (same numbers, many times slower).
+def _add_data(cfg: CN) -> None:
+    # Your own data: [[name, COCO-format json, image folder], ...], registered before use.
+    cfg.DATASETS.COCO_FORMAT = []
+    # How often each of DATASETS.TRAIN is drawn from, e.g. [1, 1, 1]; empty goes by their sizes.
+    cfg.DATASETS.TRAIN_RATIOS = []
+    # Datasets whose rare classes the sampler RepeatFactorTrainingSampler repeats; empty means all.
+    cfg.DATALOADER.REPEAT_DATASETS = []
+    # Share of the images that training and extraction may skip because they cannot be read.
+    cfg.DATALOADER.MAX_UNREADABLE_SHARE = 0.01
+    # Folder of mask tokens by tools/extract_tokens.py; empty runs the localizer in training.
+    cfg.INPUT.TOKEN_CACHE = ""
+    # With TOKEN_CACHE: the side in pixels that the loader's workers resize images to, the same as
+    # the vision-language model's; 0 leaves resizing to the model.
+    cfg.INPUT.CACHED_IMAGE_SIZE = 0
+
+
+def _add_training(cfg: CN) -> None:
+    # Precision of SOLVER.AMP: float16 (with a gradient scaler) or bfloat16.
+    cfg.SOLVER.AMP.DTYPE = "float16"
+    # Moving average of the trained weights, which evaluations then use.
+    cfg.MODEL.EMA = CN({"ENABLED": False, "DECAY": 0.9998})
+    # With TEST.EVAL_PERIOD: the result that decides when model_best.pth is saved; with several
+    # test sets "<dataset>/bbox/AP".
+    cfg.TEST.BEST_METRIC = "bbox/AP"
+
+
+def _add_evaluation(cfg: CN) -> None:
+    # Images of a batch at inference, in each process.
+    cfg.TEST.IMS_PER_BATCH = 4
+    # The published order of scoring: keep this many (region, name) pairs by softmax before the box
+    # score is multiplied in (the authors used 900). 0 multiplies first.
+    cfg.TEST.KEEP_BEFORE_PROPOSAL_SCORE = 0
+    # What computes AP: "hotcoco", or "reference" for pycocotools and lvis (same numbers, slower).
     cfg.TEST.EVALUATION_BACKEND = "hotcoco"
     # LVIS: Fixed AP (10,000 results per class, no limit per image) beside the standard AP.
     cfg.TEST.FIXED_AP = False
     # Accuracy of the names of ground-truth regions, for proposal files made from ground truth.
     cfg.TEST.REGION_CLASSIFICATION = False
-
-    # Own data: [[name, COCO-format json, image folder], ...], registered before any dataset is asked for.
-    cfg.DATASETS.COCO_FORMAT = []
-
-    # How much each of DATASETS.TRAIN is seen, e.g. [1, 1, 1]; empty goes by their sizes.
-    cfg.DATASETS.TRAIN_RATIOS = []
-    # Datasets whose rare classes DATALOADER.SAMPLER_TRAIN: RepeatFactorTrainingSampler repeats; empty means all.
-    cfg.DATALOADER.REPEAT_DATASETS = []
-    # Share of the images that training and extraction may skip because they cannot be read.
-    cfg.DATALOADER.MAX_UNREADABLE_SHARE = 0.01
-    # Folder of mask tokens that tools/extract_tokens.py wrote; empty runs the localizer in training.
-    cfg.INPUT.TOKEN_CACHE = ""
-    # With TOKEN_CACHE: side of the vision-language model's images, so that the loader's workers resize to it; 0 leaves
-    # that to the model.
-    cfg.INPUT.CACHED_IMAGE_SIZE = 0
-    # Images of a batch at inference, in each process.
-    cfg.TEST.IMS_PER_BATCH = 4
-
-    # Precision of SOLVER.AMP: float16 (with a gradient scaler) or bfloat16.
-    cfg.SOLVER.AMP.DTYPE = "float16"
-    # Moving average of the trained weights, which is then what evaluations use.
-    cfg.MODEL.EMA = CN()
-    cfg.MODEL.EMA.ENABLED = False
-    cfg.MODEL.EMA.DECAY = 0.9998
-    # With TEST.EVAL_PERIOD: the result that decides over model_best.pth; with several test sets "<dataset>/bbox/AP".
-    cfg.TEST.BEST_METRIC = "bbox/AP"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 
 import open_clip
 import pytest
@@ -16,11 +14,9 @@ from regionspot_d2.modeling.clip import OpenClip
 from regionspot_d2.modeling.vocabulary import TextEmbedder
 
 from . import tiny
+from .tools import load_tool
 
-ROOT = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location("convert", ROOT / "tools" / "convert_checkpoint.py")
-convert_checkpoint = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(convert_checkpoint)
+convert_checkpoint = load_tool("convert_checkpoint")
 convert, read_state_dict = convert_checkpoint.convert, convert_checkpoint.read_state_dict
 
 

@@ -24,11 +24,11 @@ from regionspot_d2.modeling import REGION_HEAD_REGISTRY, PooledRegionHead
 from regionspot_d2.modeling.automatic_masks import automatic_boxes
 from regionspot_d2.modeling.sam import SamLocalizer
 
-from .test_regionspot import tiny_model, vocabularies  # noqa: F401 (fixture)
-from .test_roi_heads import zoo_cfg
+from .detectors import FASTER_RCNN, zoo_cfg
+from .tiny import tiny_model
+from .tools import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-FASTER_RCNN = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+pytestmark = pytest.mark.usefixtures("vocabularies")
 HEAD_WITH_ATTENTION = ["--opts", "MODEL.REGION_HEAD.NAME", "RegionSpotHead"]
 
 
@@ -287,10 +287,10 @@ def test_a_detector_finds_the_regions(demo, photos, tmp_path, detector):
 def test_detectors_that_cannot_be_built(
     demo, photos, tmp_path, monkeypatch, detector, detectors, message
 ):
-    def unreachable(*args):
+    def unreachable(*args, **options):
         raise OSError("no network")
 
-    monkeypatch.setattr("regionspot_d2.files._download", unreachable)
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
     places = {"config": detector[0], "photo": photos / "a.png"}
     arguments = ["--input", photos, "--output", tmp_path / "out", "--vocabulary", "cat,dog"]
     with pytest.raises(SystemExit, match=message):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,16 +14,7 @@ from PIL import Image
 from regionspot_d2.evaluation import COCOAPEvaluator, LVISAPEvaluator
 
 from . import synthetic_lvis as data
-
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
-
-
-def load_tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
+from .tools import load_tool
 
 benchmark_lvis_evaluation = load_tool("benchmarks/evaluation")
 visualize_results = load_tool("visualize_results")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from pathlib import Path
 
@@ -12,13 +11,12 @@ import torch
 
 from regionspot_d2.modeling import RegionSpotHead
 
+from .tools import load_tool
+
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-ROOT = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location("export_onnx", ROOT / "tools" / "export_onnx.py")
-export_onnx = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(export_onnx)
+export_onnx = load_tool("export_onnx")
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ from PIL import Image
 
 from regionspot_d2 import RegionSpotPredictor
 
-from .test_regionspot import tiny_model, vocabularies  # noqa: F401 (fixture)
-from .tiny import classify, golden
+from .tiny import classify, golden, tiny_model
+
+pytestmark = pytest.mark.usefixtures("vocabularies")
 
 WORDS = ["cat", "dog", "bird", "bus"]
 

@@ -43,9 +43,9 @@ from regionspot_d2.modeling.interfaces import LOCALIZER_REGISTRY
 
 from . import tiny
 from .datasets_on_disk import TINYCOCO, write_coco
+from .detectors import MASK_RCNN
 from .tools import load_tool
 
-MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
 TRUTH = {
     "1": [[4.25, 6.5, 24.25, 37.25], [30.0, 10.0, 63.5, 30.0]],
     "2": [[0.0, 0.0, 50.0, 70.0]],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 
 import pytest
 import torch
@@ -17,42 +16,9 @@ from fvcore.nn import sigmoid_focal_loss
 from regionspot_d2.modeling import BoxPrompts
 
 from . import tiny
+from .tiny import WORDS, tiny_model
 
-WORDS = {"regionspot_pets": ["cat", "dog", "bird"], "regionspot_food": ["bread", "cup"]}
-
-
-@pytest.fixture(autouse=True)
-def vocabularies(tiny_models, empty_cache):
-    for name, words in WORDS.items():
-        MetadataCatalog.get(name).thing_classes = words
-    yield
-    for name in WORDS:
-        MetadataCatalog.remove(name)
-
-
-@functools.cache
-def built_model():
-    """A model through the config, with golden weights."""
-    cfg = tiny.tiny_cfg()
-    cfg.DATASETS.TEST = ("regionspot_pets",)
-    cfg.MODEL.MASK_ON = True
-    cfg.TEST.DETECTIONS_PER_IMAGE = -1
-    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
-    model = build_model(cfg)
-    tiny.fill_golden(model.region_head)
-    tiny.fill_golden(model.vision_language.model)
-    return model.eval()
-
-
-def tiny_model(**attributes):
-    built = built_model()
-    # The tokenizer is big, and nobody changes it.
-    tokenizer = built.vision_language.tokenizer
-    model = copy.deepcopy(built, {id(tokenizer): tokenizer})
-    for name, value in attributes.items():
-        assert hasattr(model, name)
-        setattr(model, name, value)
-    return model
+pytestmark = pytest.mark.usefixtures("vocabularies")
 
 
 def random_input(seed: int, size: tuple[int, int], regions: int, name: str = "regionspot_pets"):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -21,31 +20,10 @@ from regionspot_d2.checkpoint import RegionSpotCheckpointer
 from regionspot_d2.modeling import RegionSpot
 
 from . import tiny
-from .test_regionspot import WORDS, tiny_model, vocabularies  # noqa: F401 (fixture)
+from .detectors import CASCADE, MASK_RCNN, RETINANET, zoo_cfg
+from .tiny import WORDS, tiny_model
 
-MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
-CASCADE = "Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml"
-RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
-
-
-def zoo_cfg(name: str) -> CfgNode:
-    """A config of Detectron2's zoo, made narrow and random."""
-    cfg = model_zoo.get_config(name, trained=False)
-    cfg.MODEL.WEIGHTS = ""
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.RESNETS.DEPTH = 18
-    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
-    cfg.MODEL.FPN.OUT_CHANNELS = 16
-    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 16
-    cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 16
-    cfg.MODEL.ROI_MASK_HEAD.NUM_CONV = 1
-    cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 20
-    cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = 20
-    cfg.MODEL.RETINANET.NUM_CONVS = 1
-    # Random detectors are sure of nothing.
-    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.0
-    cfg.TEST.DETECTIONS_PER_IMAGE = 6
-    return cfg
+pytestmark = pytest.mark.usefixtures("vocabularies")
 
 
 def fcos() -> torch.nn.Module:
@@ -164,8 +142,12 @@ def test_roi_heads_name_what_the_detector_finds(host, masks):
 def test_roi_heads_see_the_image_as_it_was():
     model = build_plugged().eval()
     batch = inputs()
-    images = model.preprocess_image(batch)
-    [pixels] = model.roi_heads._pixels(images)
+    seen: list[torch.Tensor] = []
+    encoder = model.roi_heads.regionspot.vision_language
+    encoder.register_forward_pre_hook(lambda _, arguments: seen.extend(arguments[0]))
+    with torch.no_grad():
+        model(batch)
+    [pixels] = seen
     torch.testing.assert_close(pixels, batch[0]["image"].flip(0).float(), atol=1e-3, rtol=0)
 
 

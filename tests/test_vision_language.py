@@ -140,10 +140,18 @@ def test_bad_image(clip_model, shape):
 
 
 def test_texts_in_many_batches(clip_model, monkeypatch):
-    texts = [f"thing {i}" for i in range(20)]
-    wanted = clip_model.encode_text(texts)
-    monkeypatch.setattr(clip_module, "_TEXTS_AT_A_TIME", 6)
+    texts = [f"thing {i}" for i in range(300)]
+    wanted = torch.cat([clip_model.encode_text(texts[i : i + 50]) for i in range(0, 300, 50)])
+    tower, batches = type(clip_model.model), []
+    encode = tower.encode_text
+
+    def noted(self: nn.Module, tokens: Tensor, **options: bool) -> Tensor:
+        batches.append(len(tokens))
+        return encode(self, tokens, **options)
+
+    monkeypatch.setattr(tower, "encode_text", noted)
     close(clip_model.encode_text(texts), wanted, 1e-5)
+    assert len(batches) > 1 and sum(batches) == 300
 
 
 def test_longest_text_and_one_longer(clip_model):
@@ -462,7 +470,21 @@ def test_published_sizes(name, arch, width, text_dim, tokens, monkeypatch):
         ("tiny", "", False, 0.48145466),
     ],
 )
-def test_what_open_clip_knows_of_weights(tiny_models, arch, source, quick_gelu, mean):
-    found = clip_module._published(arch, source)
-    assert found["mean"][0] == mean
-    assert found.get("quick_gelu", False) == quick_gelu
+def test_what_open_clip_knows_of_weights(
+    tiny_models, monkeypatch, tmp_path, arch, source, quick_gelu, mean
+):
+    (tmp_path / "weights").touch()
+    tokenizer = open_clip.get_tokenizer("ViT-B-16")
+    asked: dict[str, object] = {}
+
+    def create_model(name: str, **options: object) -> nn.Module:
+        asked.update(options, name=name)
+        return tiny_open_clip()
+
+    monkeypatch.setattr(open_clip, "create_model", create_model)
+    monkeypatch.setattr(open_clip, "get_tokenizer", lambda name: tokenizer)
+    local = tmp_path / "weights" if source else None
+    monkeypatch.setattr(clip_module, "local_weights", lambda value, key: local)
+    model = from_config(config(ARCH=arch, WEIGHTS=source))
+    assert model.pixel_mean[0].item() == pytest.approx(mean)
+    assert (asked["name"], asked["force_quick_gelu"]) == (arch, quick_gelu)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils.file_io import PathManager
 
 from ..config import add_regionspot_config
@@ -29,20 +30,15 @@ def load_config(
     training: bool = True,
     testing: bool | None = None,
 ) -> CfgNode:
-    """Reads a config, registers its own datasets, and checks that their files are there.
-
-    ``$DETECTRON2_DATASETS`` in the paths of datasets, token caches and proposal files stands for
-    the folder of all datasets.
+    """Reads a config, registers its own datasets, checks that files are there, and freezes it.
 
     Args:
-        config_file: a yaml file, or "" for the defaults.
-        opts: alternating keys and values, as they follow the options of a command.
+        config_file: a yaml file, or "" for the defaults. ``$DETECTRON2_DATASETS`` in its paths
+            stands for the folder of all datasets.
+        opts: alternating keys and values, as on a command line.
         training: whether ``DATASETS.TRAIN`` is needed.
         testing: True if ``DATASETS.TEST`` is needed; None if it may be empty, but must exist if
             given; False if it is not checked.
-
-    Returns:
-        The config, frozen.
 
     Raises:
         ConfigError: a key, a value or a file is wrong or missing.
@@ -56,17 +52,17 @@ def load_config(
         cfg.merge_from_list(list(opts))
     with explained(cfg, ""):
         register_coco_format(cfg.DATASETS.COCO_FORMAT)
+    files = map(expand_data_root, cfg.DATASETS.PROPOSAL_FILES_TEST)
+    cfg.DATASETS.PROPOSAL_FILES_TEST = tuple(files)
     cfg.INPUT.TOKEN_CACHE = expand_data_root(cfg.INPUT.TOKEN_CACHE)
-    cfg.DATASETS.PROPOSAL_FILES_TEST = tuple(
-        map(expand_data_root, cfg.DATASETS.PROPOSAL_FILES_TEST)
-    )
     if testing is not False:
         check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
-        _check_proposals(cfg)
+        if cfg.MODEL.LOAD_PROPOSALS:
+            _check_proposals(cfg.DATASETS.TEST, cfg.DATASETS.PROPOSAL_FILES_TEST)
     if testing and not cfg.DATASETS.TEST:
         raise ConfigError(
-            "DATASETS.TEST is empty: there is nothing to evaluate. Use one of the configs named "
-            "eval_*, or add DATASETS.TEST \"('name',)\"."
+            "DATASETS.TEST is empty: there is nothing to evaluate. Use a config named eval_*, or "
+            "add DATASETS.TEST \"('name',)\"."
         )
     if training:
         if not cfg.DATASETS.TRAIN:
@@ -77,25 +73,15 @@ def load_config(
 
 
 def check_datasets(key: str, names: Iterable[str]) -> None:
-    """Checks that datasets are registered and that their annotation files exist.
-
-    Args:
-        key: the config key or option that names them, for the message.
-        names: the names of the datasets.
-
-    Raises:
-        ConfigError: a dataset is not registered, or its annotations are missing.
-    """
+    """Raises a ConfigError about ``key`` if a dataset is not registered or has no annotations."""
     for name in names:
         if name not in DatasetCatalog:
             raise ConfigError(
                 f"{key}: there is no dataset '{name}'.{_similar(name, DatasetCatalog.list())} "
-                "Your own data is registered by DATASETS.COCO_FORMAT "
-                '"[[name, json, image folder], ...]".'
+                'Register your own by DATASETS.COCO_FORMAT "[[name, json, image folder], ...]".'
             )
         json_file = MetadataCatalog.get(name).get("json_file")
-        path = source_file(json_file) if json_file else ""
-        if path and not PathManager.isfile(path):
+        if json_file and not PathManager.isfile(path := source_file(json_file)):
             raise ConfigError(
                 f"{key}: the annotations of '{name}' are not there: no file '{path}'. The folder "
                 f"of all datasets, DETECTRON2_DATASETS, is '{data_root()}'; datasets/README.md "
@@ -103,54 +89,38 @@ def check_datasets(key: str, names: Iterable[str]) -> None:
             )
 
 
-def _check_proposals(cfg: CfgNode) -> None:
-    if not cfg.MODEL.LOAD_PROPOSALS:
-        return
-    names, files = cfg.DATASETS.TEST, cfg.DATASETS.PROPOSAL_FILES_TEST
+def _check_proposals(names: Sequence[str], files: Sequence[str]) -> None:
     if len(names) != len(files):
         raise ConfigError(
             f"DATASETS.PROPOSAL_FILES_TEST has {len(files)} files for the {len(names)} datasets "
-            "of DATASETS.TEST; one for each is expected, in the same order."
+            "of DATASETS.TEST; it must list one for each, in the same order."
         )
     for name, file in zip(names, files):
         if not proposals_exist(file):
             raise ConfigError(
-                f"DATASETS.PROPOSAL_FILES_TEST: the boxes for '{name}' are not there: no file "
-                f"'{file}'. tools/prepare_proposals.py --dataset {name} --output {file} writes "
-                "it, from any source of boxes."
+                f"DATASETS.PROPOSAL_FILES_TEST: the boxes for '{name}' are missing: no file "
+                f"'{file}'. Run tools/prepare_proposals.py --dataset {name} --output {file}."
             )
 
 
 @contextlib.contextmanager
 def explained(cfg: CfgNode, where: str) -> Iterator[None]:
-    """Turns whatever Detectron2, yacs and yaml raise for a wrong config into one kind of error.
+    """Turns what Detectron2, yacs and yaml raise for a wrong config into a :class:`ConfigError`.
 
-    Args:
-        cfg: the config being filled; its keys are suggested for a misspelled one.
-        where: what is being read, a file or "the options"; the message starts with it.
-
-    Raises:
-        ConfigError: in place of the original error.
+    Its message starts with ``where``, a file or "the options", and suggests keys of ``cfg``.
     """
     try:
         yield
     except (AssertionError, AttributeError, KeyError, OSError, ValueError, yaml.YAMLError) as error:
         reason = str(error)
-        unknown = re.search(r"Non-existent (?:config )?key: ([\w.]+)", reason)
-        if unknown:
-            reason = f"there is no config key {unknown[1]}.{_similar(unknown[1], _keys(cfg))}"
+        if unknown := re.search(r"Non-existent (?:config )?key: ([\w.]+)", reason):
+            keys = [key.replace("/", ".") for key in flatten_results_dict(cfg)]
+            reason = f"there is no config key {unknown[1]}.{_similar(unknown[1], keys)}"
         elif isinstance(error, OSError) and error.filename:
             reason = f"{error.strerror}: {error.filename}"
-        elif isinstance(error, AttributeError):
+        elif isinstance(error, AttributeError):  # yacs expects the yaml to hold a dict
             reason = "this is not a config file, which maps keys to values"
         raise ConfigError(f"{where}: {reason}" if where else reason) from error
-
-
-def _keys(cfg: CfgNode, prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for key, value in cfg.items():
-        keys += _keys(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else [prefix + key]
-    return keys
 
 
 def _similar(name: str, names: Iterable[str]) -> str:

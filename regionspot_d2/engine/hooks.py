@@ -1,4 +1,4 @@
-"""What happens around the steps of training: seeds, the moving average, the best checkpoint."""
+"""What a training run keeps beside its model: the moving average and the best checkpoint."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from detectron2.engine import HookBase
 from detectron2.evaluation.testing import flatten_results_dict
-from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -20,59 +18,26 @@ from ..checkpoint import RegionSpotCheckpointer
 
 logger = logging.getLogger(__name__)
 
-_BEST = "model_best"
-
-
-class SeedByIteration(HookBase):
-    """Makes the random numbers of a step, such as those of dropout, a function of its number.
-
-    A resumed run then draws what an uninterrupted one draws, without saving any random state.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-
-    def before_step(self) -> None:
-        step = self.trainer.iter * comm.get_world_size() + comm.get_rank()
-        torch.manual_seed(self._seed + step)
-
-
-class Throughput(HookBase):
-    """Logs images per second over all processes. It comes after ``IterationTimer``."""
-
-    def __init__(self, images_per_step: int) -> None:
-        self._images = images_per_step
-
-    def after_step(self) -> None:
-        storage = self.trainer.storage
-        # IterationTimer skips the first steps, which warm up.
-        if "time" in storage.histories():
-            seconds = storage.history("time").latest()
-            # Detectron2's console writer prints the scalars marked [metric].
-            storage.put_scalar("[metric]images/s", self._images / seconds)
-
 
 class ModelEMA:
-    """An exponential moving average of the parameters that take gradients."""
+    """An exponential moving average of the parameters that take gradients.
+
+    Each update keeps the share ``decay`` of the average. It can follow a model as two callbacks.
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        """
-        Args:
-            model: the model, not wrapped for distributed training.
-            decay: the share of the average that each update keeps, in 0..1.
-        """
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._names = list(trained)
-        # AveragedModel copies the module it gets: it must not get the large frozen encoders.
+        # AveragedModel copies the module it gets, so it must not get the large frozen encoders.
         self._trained = nn.ParameterList(trained.values())
         self._average = AveragedModel(self._trained, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
-    def start(self) -> None:
+    def start(self, *_: object) -> None:
         """Copies the parameters, unless the average came from a checkpoint."""
         if self._average.n_averaged == 0:
             self.update()
 
-    def update(self) -> None:
+    def update(self, *_: object) -> None:
         """Moves the average towards the parameters."""
         self._average.update_parameters(self._trained)
 
@@ -86,6 +51,7 @@ class ModelEMA:
             self._swap()
 
     def _swap(self) -> None:
+        # Swapping the tensors inside the parameters needs no third copy of the weights.
         for own, average in zip(self._trained, self._average.parameters()):
             own.data, average.data = average.data, own.data
 
@@ -99,44 +65,34 @@ class ModelEMA:
 
 
 class BestCheckpoint:
-    """Keeps the model with the best evaluation as ``model_best.pth``, across interruptions too.
+    """Keeps the model with the best evaluation as ``model_best.pth``.
 
     Unlike Detectron2's ``BestCheckpointer`` it remembers the best value when a run is resumed, and
-    does not make the best checkpoint the one that a run resumes from.
+    a run never resumes from the best checkpoint. ``metric`` is a name in the results for which more
+    is better: "bbox/AP", or with several test datasets "<dataset>/bbox/AP".
     """
 
     def __init__(self, checkpointer: RegionSpotCheckpointer, metric: str) -> None:
-        """
-        Args:
-            checkpointer: saves the trained model.
-            metric: a name in the results for which more is better: "bbox/AP"; with several test
-                datasets "<dataset>/bbox/AP".
-        """
         self._checkpointer = checkpointer
+        self._path = os.path.join(checkpointer.save_dir, "model_best.pth")
         self._metric = metric
         self._best = -math.inf
 
     def resume(self) -> None:
-        """Goes on from the best value of an earlier part of the run."""
-        path = os.path.join(self._checkpointer.save_dir, f"{_BEST}.pth")
-        if os.path.exists(path):
-            self._best = torch.load(path, map_location="cpu").get(self._metric, -math.inf)
+        """Continues from the best value of an earlier part of the run."""
+        if os.path.exists(self._path):
+            self._best = torch.load(self._path, map_location="cpu").get(self._metric, -math.inf)
 
     def update(self, results: Mapping[str, Any], iteration: int) -> None:
-        """Saves the model if it is the best so far.
-
-        Args:
-            results: of the model as it is now, nested as evaluators give them.
-            iteration: is saved with the model.
-        """
+        """Saves the model, with the iteration, if the results of it are the best so far."""
         values = flatten_results_dict(results)
         if self._metric not in values:
             logger.warning(
-                f"TEST.BEST_METRIC is '{self._metric}', which the evaluation did not give; it gave "
+                f"TEST.BEST_METRIC is '{self._metric}', but the evaluation gave "
                 f"{', '.join(sorted(values)) or 'nothing'}. No best checkpoint is kept."
             )
         # A NaN compares as not greater, so it is never the best.
         elif values[self._metric] > self._best:
-            self._best = values[self._metric]
-            self._checkpointer.save_model(_BEST, iteration=iteration, **{self._metric: self._best})
-            logger.info(f"{self._metric} {self._best:.2f} is the best so far: saved {_BEST}.pth.")
+            best = self._best = values[self._metric]
+            self._checkpointer.save_model("model_best", iteration=iteration, **{self._metric: best})
+            logger.info(f"{self._metric} {best:.2f} is the best so far: saved {self._path}.")
