@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.structures import Boxes, BoxMode
 from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 
