@@ -16,21 +16,18 @@ from torch import Tensor, nn
 
 from .prompts import Prompts
 
+# Built as ``get(name)(cfg)``, region heads as ``get(name)(cfg, localizer, vision_language)``.
 LOCALIZER_REGISTRY = Registry("LOCALIZER")
-LOCALIZER_REGISTRY.__doc__ = "Localizers, built as ``LOCALIZER_REGISTRY.get(name)(cfg)``."
-
 VISION_LANGUAGE_REGISTRY = Registry("VISION_LANGUAGE")
-VISION_LANGUAGE_REGISTRY.__doc__ = """
-Vision-language models, built as ``VISION_LANGUAGE_REGISTRY.get(name)(cfg)``.
-"""
-
 REGION_HEAD_REGISTRY = Registry("REGION_HEAD")
-REGION_HEAD_REGISTRY.__doc__ = """
-Region heads, built as ``REGION_HEAD_REGISTRY.get(name)(cfg, localizer, vision_language)``.
-"""
 
 # What a localizer knows of an image. Only the localizer that made it may look inside.
 Embedding: TypeAlias = Any
+
+
+def _required() -> Any:
+    """An attribute that a class must define, or it cannot be built."""
+    return property(abstractmethod(lambda self: None))
 
 
 class FrozenModule(nn.Module):
@@ -74,26 +71,16 @@ class Localizer(FrozenModule, ABC):
     """Images and prompts in, one mask token per region out, and masks where they are wanted.
 
     Attributes:
+        token_dim: width T of a mask token.
         masks_are_fine: whether its masks tell more than the box they came from.
     """
 
+    token_dim: int = _required()
     masks_are_fine: bool = True
-
-    @property
-    @abstractmethod
-    def token_dim(self) -> int:
-        """Width T of a mask token."""
 
     @abstractmethod
     def encode_images(self, images: list[Tensor]) -> list[Embedding]:
-        """Encodes images once, for any number of prompts.
-
-        Args:
-            images: RGB, 0..255, each (3, H, W) of its own size.
-
-        Returns:
-            One embedding per image.
-        """
+        """Encodes images, RGB, 0..255, each (3, H, W) of its own size, for any prompts."""
 
     @abstractmethod
     def decode(
@@ -169,57 +156,33 @@ class Localizer(FrozenModule, ABC):
 
 
 class VisionLanguageModel(FrozenModule, ABC):
-    """Turns images into grids of tokens and texts into vectors of one space."""
+    """Turns images into grids of tokens and texts into vectors of one space.
 
-    @property
-    @abstractmethod
-    def image_dim(self) -> int:
-        """Width W of an image token."""
+    Attributes:
+        image_dim: width W of an image token.
+        text_dim: width D of a text embedding.
+        image_size: height and width that images are squashed to.
+        grid_size: rows and columns of the image tokens; the grid covers the whole image.
+        num_prefix_tokens: tokens before the grid, 1 for a class token; L of them with the grid.
+        templates: prompt templates that suit the text side, with one ``{}`` for the class name.
+        logit_scale: a scalar tensor; cosines are multiplied by its exponential.
+        fingerprint: changes with the text side; a key for embeddings that are kept on disk.
+    """
 
-    @property
-    @abstractmethod
-    def text_dim(self) -> int:
-        """Width D of a text embedding."""
-
-    @property
-    @abstractmethod
-    def image_size(self) -> tuple[int, int]:
-        """Height and width that images are squashed to."""
-
-    @property
-    @abstractmethod
-    def grid_size(self) -> tuple[int, int]:
-        """Rows and columns of the image tokens; the grid covers the whole image."""
-
-    @property
-    @abstractmethod
-    def num_prefix_tokens(self) -> int:
-        """Tokens before the grid, 1 for a class token. L = num_prefix_tokens + rows * columns."""
-
-    @property
-    @abstractmethod
-    def templates(self) -> tuple[str, ...]:
-        """Prompt templates that suit the text side, each with one ``{}`` for the class name."""
-
-    @property
-    @abstractmethod
-    def logit_scale(self) -> Tensor:
-        """A scalar tensor; cosines are multiplied by its exponential."""
-
-    @property
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """Changes when the text side changes; a key for embeddings that are kept on disk."""
+    image_dim: int = _required()
+    text_dim: int = _required()
+    image_size: tuple[int, int] = _required()
+    grid_size: tuple[int, int] = _required()
+    num_prefix_tokens: int = _required()
+    templates: tuple[str, ...] = _required()
+    logit_scale: Tensor = _required()
+    fingerprint: str = _required()
 
     @abstractmethod
     def forward(self, images: list[Tensor]) -> Tensor:
-        """Turns images into tokens.
+        """Turns images, RGB, 0..255, each (3, H, W) of its own size, into tokens (B, L, W).
 
-        Args:
-            images: RGB, 0..255, each (3, H, W) of its own size, any dtype.
-
-        Returns:
-            (B, L, W): the prefix tokens, then the grid, row by row.
+        Prefix tokens come first, then the grid, row by row.
         """
 
     @abstractmethod
@@ -239,22 +202,16 @@ class RegionHead(nn.Module, ABC):
     """Mask tokens, image tokens and boxes in, a vector in text space per region out.
 
     Attributes:
+        reads_mask_tokens: False lets the localizer run only where masks are wanted.
+        reads_boxes: whether :meth:`forward` looks at ``boxes``.
         has_attention: whether :meth:`attention` tells where the head looks.
         renamed_parameters: parameter names in older files, and what they are called today.
     """
 
+    reads_mask_tokens: bool = _required()
+    reads_boxes: bool = _required()
     has_attention: bool = False
     renamed_parameters: ClassVar[Mapping[str, str]] = {}
-
-    @property
-    @abstractmethod
-    def reads_mask_tokens(self) -> bool:
-        """False lets the localizer run only where masks are wanted."""
-
-    @property
-    @abstractmethod
-    def reads_boxes(self) -> bool:
-        """Whether :meth:`forward` looks at ``boxes``."""
 
     @abstractmethod
     def forward(
