@@ -87,8 +87,7 @@ class RegionSpotROIHeads(nn.Module):
     ) -> tuple[list[Instances], dict[str, Tensor]]:
         """
         Args:
-            images: of the detector, normalized and padded.
-            features: of its backbone, for the host.
+            images, features: of the detector, normalized and padded; of its backbone.
             proposals: ``proposal_boxes`` and ``objectness_logits`` of each image.
             targets: in training ``gt_boxes`` and ``gt_classes``, places in the vocabulary.
 
@@ -230,14 +229,11 @@ class OpenVocabularyDetector(nn.Module):
 
     @torch.no_grad()
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """
-        Args:
-            batched_inputs: the detector's own, with ``image`` (3, H, W) and optionally ``height``,
-                ``width``.
+        """Runs the detector on its own inputs.
 
         Returns:
-            The detector's own outputs, best first, with ``pred_classes`` and ``scores`` replaced
-            and all other fields, such as its masks, kept.
+            Its own outputs, best first, with ``pred_classes`` and ``scores`` replaced and all other
+            fields, such as its masks, kept.
         """
         outputs = self.detector(batched_inputs)
         images, prompts = [], []

@@ -136,8 +136,7 @@ def name_regions(
 
     Args:
         logits: (R, C).
-        boxes: R boxes, XYXY, pixels of the image.
-        image_size: (H, W) of the image.
+        boxes: R boxes, XYXY, pixels of the image, which is of ``image_size`` (H, W).
         region_scores: (R,), how sure the source of the regions was of each; by default 1.
         topk: names per region; None takes the best pairs of the image.
         score_thresh: pairs that do not score more are dropped.

@@ -17,10 +17,15 @@ class Prompts(ABC):
     """R regions of one image, in pixels of that image.
 
     Attributes:
+        parts: the same regions in groups of one kind, in order.
         boxes_need_masks: whether :meth:`boxes` reads the masks that a localizer found.
     """
 
     boxes_need_masks: bool = False
+
+    @property
+    def parts(self) -> Sequence[Prompts]:
+        return (self,)
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -37,11 +42,6 @@ class Prompts(ABC):
             masks: (R, h, w) bool, what the localizer found, at any size that covers the image;
                 read only where ``boxes_need_masks``.
         """
-
-    @property
-    def parts(self) -> tuple[Prompts, ...]:
-        """The same regions in groups of one kind, in order."""
-        return (self,)
 
 
 @dataclass(frozen=True)
@@ -121,30 +121,25 @@ class MaskPrompts(Prompts):
         return BitMasks(self.masks).get_bounding_boxes().to(self.masks.device)
 
 
-@dataclass(frozen=True)
 class MixedPrompts(Prompts):
     """Regions of several kinds that are asked for together, numbered part after part."""
 
-    _parts: tuple[Prompts, ...]
+    parts: Sequence[Prompts] = ()
+
+    def __init__(self, parts: Sequence[Prompts]) -> None:
+        self.parts = parts
+        self.boxes_need_masks = any(part.boxes_need_masks for part in parts)
 
     def __len__(self) -> int:
-        return sum(map(len, self._parts))
+        return sum(map(len, self.parts))
 
     def to(self, device: torch.device | str) -> MixedPrompts:
-        return MixedPrompts(tuple(part.to(device) for part in self._parts))
-
-    @property
-    def parts(self) -> tuple[Prompts, ...]:
-        return self._parts
-
-    @property
-    def boxes_need_masks(self) -> bool:  # type: ignore[override]
-        return any(part.boxes_need_masks for part in self._parts)
+        return MixedPrompts([part.to(device) for part in self.parts])
 
     def boxes(self, image_size: tuple[int, int], masks: Tensor | None = None) -> Boxes:
-        counts = [len(part) for part in self._parts]
+        counts = [len(part) for part in self.parts]
         of_parts = [None] * len(counts) if masks is None else masks.split(counts)
-        return Boxes.cat([part.boxes(image_size, m) for part, m in zip(self._parts, of_parts)])
+        return Boxes.cat([part.boxes(image_size, m) for part, m in zip(self.parts, of_parts)])
 
 
 def as_prompts(
@@ -176,15 +171,11 @@ def as_prompts(
         parts.append(as_points(points, point_labels, image_size, sum(map(len, parts))))
     if masks is not None:
         parts.append(as_masks(masks, image_size, sum(map(len, parts))))
-    return parts[0] if len(parts) == 1 else MixedPrompts(tuple(parts))
+    return MixedPrompts(parts)
 
 
 def as_boxes(boxes: Any, image_size: tuple[int, int]) -> Boxes:
     """Checks R boxes, XYXY in pixels of the image; what hangs over its edge is cut off.
-
-    Args:
-        boxes: ``Boxes``, a tensor, an array or lists.
-        image_size: (H, W) of the image.
 
     Raises:
         ValueError: a box is not four finite numbers, has its corners swapped, has no area, or lies
@@ -226,13 +217,9 @@ def as_points(
 
     Args:
         points: R regions, each (P, 2) XY in pixels of the image, P may differ; or (R, 2).
-        labels: like ``points``, 1 for a point on the region and 0 for one on the background; by
-            default all 1.
+        labels: like ``points``, 1 on the region, 0 beside it; by default all 1.
         image_size: (H, W) of the image.
         first_region: number of the first region, for the messages.
-
-    Returns:
-        The points, padded to the longest row.
 
     Raises:
         ValueError: a region has no point, or one outside the image.
