@@ -82,8 +82,7 @@ class ClipModel(VisionLanguageModel):
 
     @property
     def logit_scale(self) -> Tensor:
-        # Some models of open_clip keep it with shape (1,).
-        return self.model.logit_scale.reshape(())
+        return self.model.logit_scale.reshape(())  # some models of open_clip have it as (1,)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -151,9 +150,9 @@ class OpenClip(ClipModel):
     """Models of open_clip that have a grid of image tokens: ViTs, CLIP's ResNets, timm's.
 
     ``MODEL.VISION_LANGUAGE.ARCH`` is open_clip's name of the architecture, or OpenAI's
-    ("ViT-L/14@336px"). OpenAI's weights need the activation QuickGELU. Their own files (TorchScript
-    archives) get it whatever the name says, and so do URLs that open_clip lists with it. For other
-    files of such weights, name the architecture that ends in "-quickgelu".
+    ("ViT-L/14@336px"). OpenAI's weights need QuickGELU. Their TorchScript archives, and URLs that
+    open_clip lists with it, get it whatever the name says; for other files of such weights, name
+    the architecture that ends in "-quickgelu".
     """
 
     _view_tower = staticmethod(open_clip_tower)
@@ -161,15 +160,14 @@ class OpenClip(ClipModel):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        source = cfg.MODEL.VISION_LANGUAGE.WEIGHTS
         name, config = _architecture(cfg.MODEL.VISION_LANGUAGE.ARCH)
         try:
             tokenizer = open_clip.get_tokenizer(name)
         except ImportError as error:
             raise ImportError(
-                f"{_ARCH_KEY} is '{name}', whose tokenizer needs a package that is not installed: "
-                f"pip install {error.name}"
+                f"{_ARCH_KEY} is '{name}', whose tokenizer needs: pip install {error.name}"
             ) from error
+        source = cfg.MODEL.VISION_LANGUAGE.WEIGHTS
         weights = local_weights(source, _WEIGHTS_KEY)
         published = published_settings(name, source)
         with _explained(weights, name):
@@ -184,8 +182,8 @@ class OpenClip(ClipModel):
                     force_quick_gelu=published.get("quick_gelu", False),
                 )
         size, mean, std = model.visual.image_size, published["mean"], published["std"]
-        settings = {"image_size": size, "pixel_mean": mean, "pixel_std": std}
-        return {"model": model, "tokenizer": tokenizer, **settings}
+        images = {"image_size": size, "pixel_mean": mean, "pixel_std": std}
+        return {"model": model, "tokenizer": tokenizer, **images}
 
 
 @VISION_LANGUAGE_REGISTRY.register()

@@ -41,8 +41,8 @@ def open_clip_tower(visual: nn.Module, image_size: tuple[int, int]) -> ImageTowe
     if isinstance(visual, TimmModel) and hasattr(visual.trunk, "feature_info"):
         return _Timm(visual, image_size)
     raise ValueError(
-        f"An image tower of class {type(visual).__name__} has no known grid of image tokens: "
-        "use a ViT, a CLIP ResNet or a timm model."
+        f"An image tower of class {type(visual).__name__} has no known grid of image tokens: use a "
+        "ViT, a CLIP ResNet or a timm model."
     )
 
 

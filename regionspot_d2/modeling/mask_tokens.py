@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,6 +18,8 @@ class MaskTokenDecoder(nn.Module):
     computed. All of it is exact algebra. Any class with the attribute names of
     ``segment_anything.modeling.MaskDecoder`` will do; its weights are referenced, not copied.
     """
+
+    mask_decoder: Any
 
     def __init__(self, mask_decoder: nn.Module) -> None:
         super().__init__()
@@ -46,9 +50,9 @@ class MaskTokenDecoder(nn.Module):
         """
         num_prompts, grid = len(sparse), image_embedding.shape[-2:]
         if num_prompts == 0:
-            masks = image_embedding.new_empty((0, 1, 4 * grid[0], 4 * grid[1]))
-            tokens = image_embedding.new_empty((0, image_embedding.shape[1]))
-            return tokens, masks if with_masks else None, image_embedding.new_empty(0)
+            none = image_embedding.new_empty(0)
+            masks = none.view(0, 1, 4 * grid[0], 4 * grid[1]) if with_masks else None
+            return none.view(0, image_embedding.shape[1]), masks, none
         if len(dense) > 1 and dense.stride(0) == 0:
             dense = dense[:1]
         image, image_pe = _channels_last(image_embedding), _channels_last(image_pe)
@@ -73,8 +77,9 @@ class MaskTokenDecoder(nn.Module):
             masks = self._masks(tokens[:, 1], keys, grid) if with_masks else None
             ious = self.mask_decoder.iou_prediction_head(tokens[:, 0])[:, 0]
             outputs.append((tokens[:, 1], masks, ious))
-        tokens, masks, ious = zip(*outputs)
-        return torch.cat(tokens), torch.cat(masks) if with_masks else None, torch.cat(ious)
+        parts = list(zip(*outputs))
+        masks = torch.cat(parts[1]) if with_masks else None
+        return torch.cat(parts[0]), masks, torch.cat(parts[2])
 
     def _transform(
         self, keys: Tensor, key_pe: Tensor, sparse: Tensor, shared: tuple[Tensor, ...] | None
@@ -138,14 +143,14 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2).contiguous()
 
 
-def _double(conv: nn.ConvTranspose2d, x: Tensor) -> Tensor:
+def _double(conv: Any, x: Tensor) -> Tensor:
     """(R, n, channels) -> (R, n * 2 * 2, channels)."""
     # With kernel 2 and stride 2, each place has 2x2 places of its own: this is a linear layer.
     weight = conv.weight.permute(2, 3, 1, 0).flatten(0, 2)
     return F.linear(x, weight, conv.bias.repeat(4)).reshape(len(x), -1, conv.out_channels)
 
 
-def _heads(x: Tensor, attention: nn.Module) -> Tensor:
+def _heads(x: Tensor, attention: Any) -> Tensor:
     """(B, n, heads * d) -> (B, heads, n, d)."""
     return x.unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
 
@@ -156,13 +161,13 @@ def _through_weight(x: Tensor, projection: nn.Linear) -> Tensor:
     return torch.einsum("rhtd,hdc->rhtc", x, weight).flatten(1, 2)
 
 
-def _attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attend(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """SAM's ``Attention`` through PyTorch's own; k and v come projected and split into heads."""
     out = F.scaled_dot_product_attention(_heads(attention.q_proj(q), attention), k, v)
     return attention.out_proj(out.transpose(1, 2).flatten(2))
 
 
-def _attend_to_image(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attend_to_image(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Tokens (R, T, C) attend to the image of their own prompt (R, hw, C), left unprojected.
 
     A head's score q . (K x + b) is (K^T q) . x + q . b, whose last term a softmax over the places
@@ -179,7 +184,7 @@ def _attend_to_image(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> T
     return attention.out_proj(out + attention.v_proj.bias)
 
 
-def _score_shared_image(attention: nn.Module, k: Tensor, q: Tensor) -> Tensor:
+def _score_shared_image(attention: Any, k: Tensor, q: Tensor) -> Tensor:
     """Scores of the one image (1, heads, hw, d) at all tokens (R, T, C): (R, heads, T, hw)."""
     num_prompts, num_tokens, _ = k.shape
     k = _heads(attention.k_proj(k).flatten(0, 1)[None], attention)
@@ -187,7 +192,7 @@ def _score_shared_image(attention: nn.Module, k: Tensor, q: Tensor) -> Tensor:
     return scores[0].unflatten(1, (num_prompts, num_tokens)).transpose(0, 1)
 
 
-def _score_image(attention: nn.Module, k: Tensor, q: Tensor) -> Tensor:
+def _score_image(attention: Any, k: Tensor, q: Tensor) -> Tensor:
     """Scores of each prompt's image (R, hw, C) at its tokens (R, T, C): (R, heads, T, hw).
 
     As above, but the softmax will be over the tokens, so the bias of q's projection stays.
@@ -200,7 +205,7 @@ def _score_image(attention: nn.Module, k: Tensor, q: Tensor) -> Tensor:
     return scores.unflatten(1, k.shape[1:3])
 
 
-def _attend_to_tokens(attention: nn.Module, scores: Tensor, v: Tensor) -> Tensor:
+def _attend_to_tokens(attention: Any, scores: Tensor, v: Tensor) -> Tensor:
     """What each place finds at the tokens (R, T, C): (R, hw, C).
 
     The output projection moves to the tokens; each head's weights sum to one, so each head brings

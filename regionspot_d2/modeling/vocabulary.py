@@ -35,8 +35,8 @@ def dataset_class_names(name: str | None) -> list[str]:
     names = MetadataCatalog.get(name).get("thing_classes") if name else None
     if not names:
         raise ValueError(
-            f"There is no vocabulary: dataset {name!r} has no 'thing_classes' in the MetadataCatalog."
-            " Set them, or name a dataset in the input's 'dataset_name' or in DATASETS.TEST."
+            f"There is no vocabulary: dataset {name!r} has no MetadataCatalog 'thing_classes'. "
+            "Set them, or name a dataset in the input's 'dataset_name' or in DATASETS.TEST."
         )
     return names
 
