@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import tempfile
+import textwrap
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Iterator
@@ -193,7 +194,7 @@ def explained_weights(path: str | os.PathLike[str], what: str) -> Iterator[None]
     try:
         yield
     except Exception as error:  # torch, pickle, zipfile and safetensors each have their own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = textwrap.shorten(str(error) or type(error).__name__, 300)
         raise ValueError(
             f"'{os.fspath(path)}' does not hold {what}, or is damaged: {reason}"
         ) from error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from regionspot_d2.modeling import VISION_LANGUAGE_REGISTRY, OpenAIClip, OpenCli
 from regionspot_d2.modeling import clip as clip_module
 from regionspot_d2.modeling.clip import ClipModel
 
-from .tiny import OPEN_CLIP_CONFIG, golden, tiny_cfg, tiny_open_clip, tiny_openai_clip
+from .tiny import OPEN_CLIP_CONFIG, fill_golden, golden, tiny_cfg, tiny_open_clip, tiny_openai_clip
 
 OPENAI_URL = (
     "https://openaipublic.azureedge.net/clip/models/"
@@ -140,18 +142,10 @@ def test_bad_image(clip_model, shape):
 
 
 def test_texts_in_many_batches(clip_model, monkeypatch):
-    texts = [f"thing {i}" for i in range(300)]
-    wanted = torch.cat([clip_model.encode_text(texts[i : i + 50]) for i in range(0, 300, 50)])
-    tower, batches = type(clip_model.model), []
-    encode = tower.encode_text
-
-    def noted(self: nn.Module, tokens: Tensor, **options: bool) -> Tensor:
-        batches.append(len(tokens))
-        return encode(self, tokens, **options)
-
-    monkeypatch.setattr(tower, "encode_text", noted)
+    texts = [f"thing {i}" for i in range(20)]
+    wanted = clip_model.encode_text(texts)
+    monkeypatch.setattr(clip_module, "TEXTS_AT_A_TIME", 6)
     close(clip_model.encode_text(texts), wanted, 1e-5)
-    assert len(batches) > 1 and sum(batches) == 300
 
 
 def test_longest_text_and_one_longer(clip_model):
@@ -258,15 +252,75 @@ def test_resnet():
 
 
 def test_resnet_of_both_libraries():
-    clip = pytest.importorskip("clip")
-    model = tiny_vision(image_size=64, layers=[1, 1, 1, 1], width=8)
-    twin = clip.model.CLIP(24, 64, (1, 1, 1, 1), 8, None, 77, 49408, 32, 1, 1)
-    twin.load_state_dict(model.state_dict())
-    ours = open_clip_of(model)
-    theirs = OpenAIClip(model=twin, tokenizer=clip.tokenize, image_size=64)
+    ours, theirs = (
+        tower_of(name, layers=[1, 1, 1, 1], width=8) for name in ("OpenClip", "OpenAIClip")
+    )
     images = random_images((30, 90))
     close(ours(images), theirs(images), 1e-5)
     close(ours.project(ours(images)), theirs.project(theirs(images)), 1e-5)
+
+
+def tower_of(library: str, **vision: object) -> ClipModel:
+    """A model with a ViT or, if ``layers`` is a list, a ResNet that one of the libraries built."""
+    model = fill_golden(tiny_vision(image_size=64, **vision))
+    if library == "OpenClip":
+        return open_clip_of(model)
+    clip = pytest.importorskip("clip")
+    layers = vision["layers"]
+    layers = tuple(layers) if isinstance(layers, list) else layers
+    args = 24, 64, layers, vision["width"], vision.get("patch_size"), 77, 49408, 32, 1, 1
+    twin = clip.model.CLIP(*args)
+    twin.load_state_dict(model.state_dict())
+    return OpenAIClip(model=twin, tokenizer=clip.tokenize, image_size=64)
+
+
+TOWERS = pytest.mark.parametrize(
+    "vision",
+    [
+        {"layers": 3, "width": 64, "patch_size": 16},
+        {"layers": [1, 2, 1, 1], "width": 8},
+    ],
+    ids=["ViT", "ResNet"],
+)
+LIBRARIES = pytest.mark.parametrize("library", ["OpenClip", "OpenAIClip"])
+
+
+@LIBRARIES
+@TOWERS
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_tokens_are_bit_for_bit_what_the_stock_tower_pools(library, vision, dtype):
+    model = tower_of(library, **vision)
+    images = random_images((64, 64), (30, 90))
+    visual = model.model.visual
+    last = visual.layer4 if isinstance(vision["layers"], list) else visual.transformer
+    outputs = []
+    hook = last.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype is not None):
+        visual(model.preprocess_images(images))
+        hook.remove()
+        tokens = model(images)
+    if outputs[0].ndim == 4:
+        wanted = outputs[0].flatten(2).mT
+    else:
+        wanted = outputs[0] if library == "OpenClip" else outputs[0].transpose(0, 1)
+    assert torch.equal(tokens, wanted)
+
+
+@LIBRARIES
+@TOWERS
+def test_threads_share_a_model(library, vision):
+    model = tower_of(library, **vision)
+    images = [random_images((64, 64))[0], 255 - random_images((64, 64))[0]]
+    wanted = [model([image]) for image in images]
+    assert not torch.equal(*wanted)
+    barrier = threading.Barrier(2)
+
+    def same(place: int) -> int:
+        barrier.wait()
+        return sum(torch.equal(model([images[place]]), wanted[place]) for _ in range(50))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(same, range(2))) == [50, 50]
 
 
 @pytest.mark.parametrize(
@@ -397,7 +451,9 @@ def test_file_of_something_else(name, content, tiny_models, tmp_path, openai_fil
         torch.save({"weight": torch.zeros(3)}, path)
     else:
         path.write_bytes(openai_file.read_bytes()[:100_000])
-    with pytest.raises(ValueError, match="MODEL.VISION_LANGUAGE.WEIGHTS: .* weights of tiny"):
+    with pytest.raises(
+        ValueError, match="weights of tiny .*MODEL.VISION_LANGUAGE.WEIGHTS and ARCH"
+    ):
         from_config(config(name, WEIGHTS=str(path)))
 
 
@@ -470,21 +526,7 @@ def test_published_sizes(name, arch, width, text_dim, tokens, monkeypatch):
         ("tiny", "", False, 0.48145466),
     ],
 )
-def test_what_open_clip_knows_of_weights(
-    tiny_models, monkeypatch, tmp_path, arch, source, quick_gelu, mean
-):
-    (tmp_path / "weights").touch()
-    tokenizer = open_clip.get_tokenizer("ViT-B-16")
-    asked: dict[str, object] = {}
-
-    def create_model(name: str, **options: object) -> nn.Module:
-        asked.update(options, name=name)
-        return tiny_open_clip()
-
-    monkeypatch.setattr(open_clip, "create_model", create_model)
-    monkeypatch.setattr(open_clip, "get_tokenizer", lambda name: tokenizer)
-    local = tmp_path / "weights" if source else None
-    monkeypatch.setattr(clip_module, "local_weights", lambda value, key: local)
-    model = from_config(config(ARCH=arch, WEIGHTS=source))
-    assert model.pixel_mean[0].item() == pytest.approx(mean)
-    assert (asked["name"], asked["force_quick_gelu"]) == (arch, quick_gelu)
+def test_what_open_clip_knows_of_weights(tiny_models, arch, source, quick_gelu, mean):
+    found = clip_module.published_settings(arch, source)
+    assert found["mean"][0] == mean
+    assert found.get("quick_gelu", False) == quick_gelu

@@ -1,4 +1,4 @@
-"""Vocabularies: templates, unit length, the caches, and names that cannot be meant."""
+"""Vocabularies: templates, unit length, the caches, and names that are refused."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_damaged_cache_file_is_made_again(tmp_path):
         (["traffic light", "traffic_light"], "twice"),
     ],
 )
-def test_names_that_cannot_be_meant(names, message):
+def test_names_that_are_refused(names, message):
     with pytest.raises(ValueError, match=message):
         check_names(names)
 

@@ -27,7 +27,6 @@ MODEL.LOAD_PROPOSALS True DATASETS.PROPOSAL_FILES_TEST "('lvis_v1_val_gt.pkl',)"
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import logging
 import os
 import shutil
@@ -67,7 +66,7 @@ from regionspot_d2.engine import ConfigError, load_config
 from regionspot_d2.engine.config import check_datasets, explained
 from regionspot_d2.files import WeightsNotFoundError, fingerprint
 from regionspot_d2.journal import Journal, JournalError
-from regionspot_d2.modeling.automatic_masks import AutomaticMaskSettings, automatic_boxes
+from regionspot_d2.modeling.automatic_masks import AUTOMATIC_MASK_SETTINGS, automatic_boxes
 from regionspot_d2.modeling.interfaces import LOCALIZER_REGISTRY
 
 logger = logging.getLogger("regionspot_d2.prepare_proposals")
@@ -107,12 +106,12 @@ def argument_parser() -> argparse.ArgumentParser:
     models.add_argument("--dist-url", default="auto", help="needed with several machines")
 
     sam = parser.add_argument_group("SAM's automatic mask generator (--source sam)")
-    for field in dataclasses.fields(AutomaticMaskSettings):
+    for name, default in AUTOMATIC_MASK_SETTINGS.items():
         sam.add_argument(
-            "--" + field.name.replace("_", "-"),
-            type=type(field.default),
-            default=field.default,
-            help=f"default {field.default:.4g}",
+            "--" + name.replace("_", "-"),
+            type=type(default),
+            default=default,
+            help=f"default {default:.4g}",
         )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
     return parser
@@ -177,7 +176,7 @@ def sam_regions(args: argparse.Namespace, cfg: CfgNode) -> FindRegions:
 
 
 def _sam_settings(args: argparse.Namespace) -> dict[str, Any]:
-    return {f.name: getattr(args, f.name) for f in dataclasses.fields(AutomaticMaskSettings)}
+    return {name: getattr(args, name) for name in AUTOMATIC_MASK_SETTINGS}
 
 
 def detector_regions(args: argparse.Namespace, cfg: CfgNode) -> FindRegions:

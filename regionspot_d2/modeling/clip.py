@@ -1,12 +1,13 @@
-"""CLIP and its kind as vision-language models: open_clip's, and those of the clip package."""
+"""CLIP-like vision-language models: open_clip's, and those of the clip package."""
 
 from __future__ import annotations
 
 import difflib
 import logging
+import math
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from open_clip.factory import load_state_dict
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from torch import Tensor, nn
 
-from ..files import fingerprint, local_weights
-from .image_towers import image_tower
+from ..files import explained_weights, fingerprint, local_weights
+from .image_towers import ImageTower, open_clip_tower, openai_tower
 from .interfaces import VISION_LANGUAGE_REGISTRY, VisionLanguageModel
 
 logger = logging.getLogger(__name__)
@@ -30,21 +31,21 @@ CLIP_TEMPLATES = ("{}.", *(template("{}") for template in open_clip.OPENAI_IMAGE
 
 _WEIGHTS_KEY = "MODEL.VISION_LANGUAGE.WEIGHTS"
 _ARCH_KEY = "MODEL.VISION_LANGUAGE.ARCH"
-_TEXTS_AT_A_TIME = 256
+TEXTS_AT_A_TIME = 256
 
 
 class ClipModel(VisionLanguageModel):
     """What open_clip's models and the clip package's have in common."""
 
-    # Set in __init__.
+    # Set in __init__, the last two by subclasses.
     model: Any
     pixel_mean: Tensor
     pixel_std: Tensor
     image_dim = text_dim = num_prefix_tokens = 0
     image_size = grid_size = (0, 0)
     templates: tuple[str, ...] = ()
-    # The transformers of the clip package give (L, B, W).
-    _sequence_first = False
+    _view_tower: Callable[[nn.Module, tuple[int, int]], ImageTower]
+    _text_options: dict[str, bool] = {}
 
     @configurable
     def __init__(
@@ -62,9 +63,8 @@ class ClipModel(VisionLanguageModel):
             model: a CLIP with an image tower ``visual``, ``encode_text`` and ``logit_scale``.
             tokenizer: called with a list of texts and optionally ``context_length``, gives token
                 ids (texts, context_length); longer texts are cut.
-            image_size: height and width of the images that the image tower takes.
+            image_size: (H, W) of the images that the image tower takes.
             pixel_mean, pixel_std: of RGB values in 0..1.
-            templates: prompt templates that suit the text side.
         """
         super().__init__()
         self.model = model.float()
@@ -73,9 +73,7 @@ class ClipModel(VisionLanguageModel):
         self.templates = tuple(templates)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
-        self._tower = image_tower(
-            self.model.visual, self.image_size, sequence_first=self._sequence_first
-        )
+        self._tower = self._view_tower(self.model.visual, self.image_size)
         self.image_dim = self._tower.width
         self.grid_size = self._tower.grid_size
         self.num_prefix_tokens = self._tower.num_prefix_tokens
@@ -84,41 +82,22 @@ class ClipModel(VisionLanguageModel):
 
     @property
     def logit_scale(self) -> Tensor:
-        # Some models of open_clip keep it with shape (1,).
-        return self.model.logit_scale.reshape(())
+        return self.model.logit_scale.reshape(())  # some models of open_clip have it as (1,)
 
     @cached_property
     def fingerprint(self) -> str:
-        weights = [
-            (name, parameter)
-            for name, parameter in self.model.named_parameters()
-            if not name.startswith(("visual.", "logit_"))
-        ]
+        named = self.model.named_parameters()
+        weights = [(n, p) for n, p in named if not n.startswith(("visual.", "logit_"))]
         # What the weights do not show counts too: the activation, the number of heads.
-        parts = [
-            f"{name} {type(module).__name__} {vars(module).get('num_heads', '')}"
-            for name, module in self.model.named_modules()
-            if not name.startswith("visual")
-        ]
+        modules = [x for x in self.model.named_modules() if not x[0].startswith("visual")]
+        parts = [f"{n} {type(m).__name__} {vars(m).get('num_heads', '')}" for n, m in modules]
         return f"{type(self).__name__}-{fingerprint(weights, *parts)[:16]}"
 
-    @property
-    def device(self) -> torch.device:
-        return self.pixel_mean.device
-
     def preprocess_images(self, images: list[Tensor]) -> Tensor:
-        """Squashes images to the model's size, without antialiasing, and normalizes them.
+        """Squashes images to float (B, 3, *image_size), without antialiasing, and normalizes them.
 
-        The published heads were trained on images made in this way, not in CLIP's own.
-
-        Args:
-            images: as for :meth:`forward`.
-
-        Returns:
-            Float images (B, 3, *image_size) on the model's device.
-
-        Raises:
-            ValueError: an image has another shape or is empty.
+        The published heads were trained on images made in this way, not in CLIP's own. Raises
+        ValueError if an image is empty or not (3, H, W).
         """
         pixels = self.pixel_mean.new_empty(len(images), 3, *self.image_size)
         for index, image in enumerate(images):
@@ -126,42 +105,34 @@ class ClipModel(VisionLanguageModel):
                 raise ValueError(
                     f"Image {index} has the shape {tuple(image.shape)}; RGB (3, H, W) is expected."
                 )
+            image = image.to(pixels.device).float()[None]
             pixels[index] = F.interpolate(
-                image.to(self.device).float()[None],
-                size=self.image_size,
-                mode="bilinear",
-                align_corners=False,
+                image, size=self.image_size, mode="bilinear", align_corners=False
             )[0]
         return (pixels / 255 - self.pixel_mean) / self.pixel_std
 
     def forward(self, images: list[Tensor]) -> Tensor:
-        if not images:
-            rows, columns = self.grid_size
-            return self.pixel_mean.new_zeros(
-                0, self.num_prefix_tokens + rows * columns, self.image_dim
-            )
-        return self._tower.tokens(self.preprocess_images(images))
+        if images:
+            return self._tower.tokens(self.preprocess_images(images))
+        length = self.num_prefix_tokens + math.prod(self.grid_size)
+        return self.pixel_mean.new_zeros(0, length, self.image_dim)
 
     def project(self, image_tokens: Tensor) -> Tensor:
         return self._tower.project(image_tokens)
 
     def encode_text(self, texts: list[str]) -> Tensor:
         # Always in full precision: the embeddings are kept, on disk too.
-        with torch.autocast(self.device.type, enabled=False):
-            embeddings = [
-                self._encode_tokens(self._tokenize(texts[start : start + _TEXTS_AT_A_TIME]))
-                for start in range(0, len(texts), _TEXTS_AT_A_TIME)
-            ]
+        with torch.autocast(self.pixel_mean.device.type, enabled=False):
+            starts = range(0, len(texts), TEXTS_AT_A_TIME)
+            batches = [self._tokenize(texts[i : i + TEXTS_AT_A_TIME]) for i in starts]
+            embeddings = [self.model.encode_text(x, **self._text_options) for x in batches]
         return torch.cat(embeddings) if embeddings else self.pixel_mean.new_zeros(0, self.text_dim)
-
-    def _encode_tokens(self, tokens: Tensor) -> Tensor:
-        return self.model.encode_text(tokens)
 
     def _tokenize(self, texts: list[str]) -> Tensor:
         tokens = self.tokenizer(texts)
         length = tokens.shape[1]
-        # The tokenizers cut in silence, and end the rest. A text that fills its row is looked at
-        # again with one more place: only if it was cut, its last token changes.
+        # The tokenizers cut silently, then put the end token last. A text that fills its row is
+        # tokenized again with one more place: its last token changes only if it was cut.
         full = tokens[:, -1].nonzero().flatten().tolist()
         if full:
             longer = self.tokenizer([texts[i] for i in full], context_length=length + 1)
@@ -171,7 +142,7 @@ class ClipModel(VisionLanguageModel):
                         f"A text has more than the {length} tokens that this model reads: "
                         f"'{texts[i][:60]}...'. Use a shorter name."
                     )
-        return tokens.to(self.device)
+        return tokens.to(self.pixel_mean.device)
 
 
 @VISION_LANGUAGE_REGISTRY.register()
@@ -179,28 +150,30 @@ class OpenClip(ClipModel):
     """Models of open_clip that have a grid of image tokens: ViTs, CLIP's ResNets, timm's.
 
     ``MODEL.VISION_LANGUAGE.ARCH`` is open_clip's name of the architecture, or OpenAI's
-    ("ViT-L/14@336px"). OpenAI's weights want the activation QuickGELU. Their own files (TorchScript
-    archives) are recognized and get it whatever the name says, and so do URLs that open_clip lists
-    with it. For any other file of such weights, name the architecture that ends in "-quickgelu".
+    ("ViT-L/14@336px"). OpenAI's weights need QuickGELU. Their TorchScript archives, and URLs that
+    open_clip lists with it, get it whatever the name says; for other files of such weights, name
+    the architecture that ends in "-quickgelu".
     """
+
+    _view_tower = staticmethod(open_clip_tower)
+    _text_options = {"normalize": False}  # CoCa normalizes unless told not to
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        source = cfg.MODEL.VISION_LANGUAGE.WEIGHTS
         name, config = _architecture(cfg.MODEL.VISION_LANGUAGE.ARCH)
         try:
             tokenizer = open_clip.get_tokenizer(name)
         except ImportError as error:
             raise ImportError(
-                f"{_ARCH_KEY} is '{name}', whose tokenizer needs a package that is not installed: "
-                f"pip install {error.name}"
+                f"{_ARCH_KEY} is '{name}', whose tokenizer needs: pip install {error.name}"
             ) from error
+        source = cfg.MODEL.VISION_LANGUAGE.WEIGHTS
         weights = local_weights(source, _WEIGHTS_KEY)
-        published = _published(name, source)
-        with _explained_errors(name, weights):
-            if weights is not None and _is_torchscript(weights):
+        published = published_settings(name, source)
+        with _explained(weights, name):
+            if state := _openai_state_dict(weights):
                 model = open_clip.CLIP(**{**config, "quick_gelu": True})
-                model.load_state_dict(_torchscript_state_dict(weights))
+                model.load_state_dict(state)
             else:
                 model = open_clip.create_model(
                     name,
@@ -208,27 +181,16 @@ class OpenClip(ClipModel):
                     pretrained_text=False,
                     force_quick_gelu=published.get("quick_gelu", False),
                 )
-        return {
-            "model": model,
-            "tokenizer": tokenizer,
-            "image_size": model.visual.image_size,
-            "pixel_mean": published["mean"],
-            "pixel_std": published["std"],
-        }
-
-    def _encode_tokens(self, tokens: Tensor) -> Tensor:
-        # CoCa normalizes unless told not to.
-        return self.model.encode_text(tokens, normalize=False)
+        size, mean, std = model.visual.image_size, published["mean"], published["std"]
+        images = {"image_size": size, "pixel_mean": mean, "pixel_std": std}
+        return {"model": model, "tokenizer": tokenizer, **images}
 
 
 @VISION_LANGUAGE_REGISTRY.register()
 class OpenAIClip(ClipModel):
-    """OpenAI's models by the clip package, always with QuickGELU.
+    """OpenAI's models by the clip package, always with QuickGELU; ``ARCH`` as for OpenClip."""
 
-    ``MODEL.VISION_LANGUAGE.ARCH`` is OpenAI's name of the architecture or open_clip's.
-    """
-
-    _sequence_first = True
+    _view_tower = staticmethod(openai_tower)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -237,7 +199,7 @@ class OpenAIClip(ClipModel):
             from clip.model import CLIP
         except ImportError as error:
             raise ImportError(
-                "MODEL.VISION_LANGUAGE.NAME is OpenAIClip, which needs the clip package "
+                "MODEL.VISION_LANGUAGE.NAME OpenAIClip needs the clip package "
                 f"(pip install clip-anytorch): {error}. OpenClip gives the same without it."
             ) from error
         name, config = _architecture(cfg.MODEL.VISION_LANGUAGE.ARCH)
@@ -248,7 +210,6 @@ class OpenAIClip(ClipModel):
                 f"{_ARCH_KEY} is '{name}', which the clip package cannot build: it has "
                 f"{', '.join(clip.available_models())}. For others use OpenClip."
             )
-        weights = local_weights(cfg.MODEL.VISION_LANGUAGE.WEIGHTS, _WEIGHTS_KEY)
         layers = vision["layers"]
         model = CLIP(
             embed_dim=config["embed_dim"],
@@ -262,17 +223,13 @@ class OpenAIClip(ClipModel):
             transformer_heads=text["heads"],
             transformer_layers=text["layers"],
         )
+        weights = local_weights(cfg.MODEL.VISION_LANGUAGE.WEIGHTS, _WEIGHTS_KEY)
         if weights is not None:
-            with _explained_errors(name, weights):
-                if _is_torchscript(weights):
-                    model.load_state_dict(_torchscript_state_dict(weights))
-                else:
-                    model.load_state_dict(load_state_dict(str(weights)))
-        return {
-            "model": model,
-            "tokenizer": partial(clip.tokenize, truncate=True),
-            "image_size": vision["image_size"],
-        }
+            with _explained(weights, name):
+                state = _openai_state_dict(weights) or load_state_dict(str(weights))
+                model.load_state_dict(state)
+        tokenizer = partial(clip.tokenize, truncate=True)
+        return {"model": model, "tokenizer": tokenizer, "image_size": vision["image_size"]}
 
 
 def _architecture(arch: str) -> tuple[str, dict[str, Any]]:
@@ -280,54 +237,37 @@ def _architecture(arch: str) -> tuple[str, dict[str, Any]]:
     name = arch.replace("/", "-").replace("@", "-").removesuffix("px")
     config = open_clip.get_model_config(name)
     if config is None:
-        close = difflib.get_close_matches(name, open_clip.list_models(), n=5)
-        raise ValueError(
-            f"{_ARCH_KEY} is '{arch}', which open_clip does not have. "
-            + (f"Did you mean {', '.join(close)}?" if close else "See open_clip.list_models().")
-        )
+        close = ", ".join(difflib.get_close_matches(name, open_clip.list_models(), n=5))
+        hint = f"Did you mean {close}?" if close else "See open_clip.list_models()."
+        raise ValueError(f"{_ARCH_KEY} is '{arch}', which open_clip does not have. {hint}")
     return name, config
 
 
-def _is_torchscript(path: Path) -> bool:
-    """Whether a file is a TorchScript archive, as OpenAI's are."""
-    if not zipfile.is_zipfile(path):
-        return False
+def _openai_state_dict(path: Path | None) -> dict[str, Tensor] | None:
+    """The weights in a TorchScript archive, as OpenAI publishes them; None for any other file."""
+    if path is None or not zipfile.is_zipfile(path):
+        return None
     with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
-def _torchscript_state_dict(path: Path) -> dict[str, Tensor]:
+        if not any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            return None
     state = torch.jit.load(path, map_location="cpu").state_dict()
-    # Numbers that OpenAI keeps among the weights.
-    beside = ("input_resolution", "context_length", "vocab_size")
-    return {key: value for key, value in state.items() if key not in beside}
+    for number in ("input_resolution", "context_length", "vocab_size"):
+        state.pop(number, None)
+    return state
 
 
-@contextmanager
-def _explained_errors(name: str, weights: Path | None) -> Iterator[None]:
-    """Turns the many errors of a file that holds something else into one that says so."""
-    try:
-        yield
-    except Exception as error:
-        if weights is None:
-            raise
-        reason = "\n".join(str(error).splitlines()[:4])
-        raise ValueError(
-            f"{_WEIGHTS_KEY}: {weights} does not hold weights of {name} ({_ARCH_KEY}): "
-            f"{type(error).__name__}: {reason}"
-        ) from error
+def _explained(weights: Path | None, name: str) -> AbstractContextManager[None]:
+    what = f"weights of {name} ({_WEIGHTS_KEY} and ARCH must match)"
+    return nullcontext() if weights is None else explained_weights(weights, what)
 
 
-def _published(name: str, source: str) -> dict[str, Any]:
-    """What open_clip knows of an architecture's published weights.
+def published_settings(name: str, source: str) -> dict[str, Any]:
+    """Finds open_clip's entry, with mean, std and quick_gelu, for weights of an architecture.
 
     Args:
         name: open_clip's name of the architecture.
-        source: where the weights come from: a file, a URL or "".
-
-    Returns:
-        Its entry for these weights if the URL tells, with their mean, std and quick_gelu. Otherwise
-        mean and std alone: what all entries agree on, or else OpenAI's.
+        source: the file or URL of the weights, or "". Where it is not a URL that open_clip knows,
+            only mean and std are given: those that all entries agree on, or OpenAI's.
     """
     entries = [get_pretrained_cfg(name, tag) for tag in list_pretrained_tags_by_model(name)]
     for entry in entries:
@@ -336,9 +276,7 @@ def _published(name: str, source: str) -> dict[str, Any]:
             return entry
     statistics = {(entry["mean"], entry["std"]) for entry in entries}
     if len(statistics) > 1:
-        logger.warning(
-            "Weights of %s were trained with different pixel means; OpenAI's are used", name
-        )
+        logger.warning("The published pixel means of %s differ; OpenAI's are used.", name)
     openai = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
     mean, std = statistics.pop() if len(statistics) == 1 else openai
     return {"mean": mean, "std": std}

@@ -1,27 +1,22 @@
-"""Where the grid of image tokens is inside the image towers of CLIP-like models.
-
-The libraries give one vector per image; regions need the grid before it is pooled. The towers are
-told apart by their parts, so that the same code serves open_clip's classes and the clip package's.
-"""
+"""The image towers of CLIP-like models, read before they pool: regions need the grid of tokens."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any
 
+import torch
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 
 class ImageTower(ABC):
     """A view of a tower: its tokens, and their way to the space of the text embeddings.
 
-    It owns no parameters; the model that holds the tower does.
-
-    Attributes:
-        width: W, the width of a token.
-        grid_size: rows and columns of the grid.
-        num_prefix_tokens: tokens before the grid.
+    It owns no parameters and changes nothing in the tower, so threads may share one. Tokens are W
+    wide; ``num_prefix_tokens`` of them come before a grid of rows and columns.
     """
 
     width: int
@@ -37,54 +32,65 @@ class ImageTower(ABC):
         """Takes tokens (B, L, W) to text space (B, L, D), each by itself, not normalized."""
 
 
-def image_tower(
-    visual: nn.Module, image_size: tuple[int, int], *, sequence_first: bool = False
-) -> ImageTower:
-    """Finds the grid of an image tower, the ``visual`` part of a CLIP-like model.
-
-    Args:
-        visual: the tower.
-        image_size: height and width of the images it takes.
-        sequence_first: a ViT's transformer gives (L, B, W), as in the clip package, not (B, L, W).
-
-    Raises:
-        ValueError: the tower has no grid that is known here.
-    """
-    if hasattr(visual, "transformer") and hasattr(visual, "ln_post"):
-        return _ViT(visual, image_size, sequence_first)
-    if hasattr(visual, "layer4") and hasattr(visual, "attnpool"):
+def open_clip_tower(visual: nn.Module, image_size: tuple[int, int]) -> ImageTower:
+    """Views ``visual`` of an open_clip model; ValueError if it has no known grid of tokens."""
+    if isinstance(visual, VisionTransformer):
+        return _ViT(visual, image_size)
+    if isinstance(visual, ModifiedResNet):
         return _ResNet(visual, image_size)
-    if hasattr(visual, "trunk") and hasattr(visual.trunk, "feature_info"):
+    if isinstance(visual, TimmModel) and hasattr(visual.trunk, "feature_info"):
         return _Timm(visual, image_size)
     raise ValueError(
-        f"An image tower of class {type(visual).__name__} has no known grid of image tokens: "
-        "use a ViT, a CLIP ResNet or a timm model."
+        f"An image tower of class {type(visual).__name__} has no known grid of image tokens: use a "
+        "ViT, a CLIP ResNet or a timm model."
     )
 
 
-class _ViT(ImageTower):
+def openai_tower(visual: nn.Module, image_size: tuple[int, int]) -> ImageTower:
+    """Like :func:`open_clip_tower`, for the two towers of the clip package."""
+    from clip.model import VisionTransformer as OpenAIVisionTransformer
+
+    is_vit = isinstance(visual, OpenAIVisionTransformer)
+    return _OpenAIViT(visual, image_size) if is_vit else _ResNet(visual, image_size)
+
+
+class _OpenAIViT(ImageTower):
     """Tokens after the last block, CLS first, before the final norm and the projection."""
 
     num_prefix_tokens = 1
 
-    def __init__(self, visual: Any, image_size: tuple[int, int], sequence_first: bool) -> None:
+    def __init__(self, visual: Any, image_size: tuple[int, int]) -> None:
         self._visual = visual
-        self._sequence_first = sequence_first
         self.width = visual.conv1.out_channels
         rows, columns = visual.conv1.stride
         self.grid_size = (image_size[0] // rows, image_size[1] // columns)
 
     def tokens(self, pixels: Tensor) -> Tensor:
-        tokens = _output_of(self._visual.transformer, lambda: self._visual(pixels))
-        return tokens.transpose(0, 1) if self._sequence_first else tokens
+        visual = self._visual
+        grid = visual.conv1(pixels).flatten(2).mT
+        cls = visual.class_embedding.to(grid.dtype).expand(len(grid), 1, -1)
+        x = torch.cat([cls, grid], dim=1) + visual.positional_embedding.to(grid.dtype)
+        # The transformer of the clip package takes and gives (L, B, W).
+        return visual.transformer(visual.ln_pre(x).transpose(0, 1)).transpose(0, 1)
 
     def project(self, tokens: Tensor) -> Tensor:
-        if getattr(self._visual, "attn_pool", None) is not None:
+        return self._visual.ln_post(tokens) @ self._visual.proj
+
+
+class _ViT(_OpenAIViT):
+    def tokens(self, pixels: Tensor) -> Tensor:
+        last = self._visual.forward_intermediates(
+            pixels, indices=1, intermediates_only=True, output_fmt="NLC", output_extra_tokens=True
+        )
+        return torch.cat(last["image_intermediates_prefix"] + last["image_intermediates"], dim=1)
+
+    def project(self, tokens: Tensor) -> Tensor:
+        if self._visual.attn_pool is not None:
             raise ValueError(
                 "This image tower ends in an attentional pooler: its tokens cannot be projected to "
                 "text space one by one. Use a region head that does not need it."
             )
-        return self._visual.ln_post(tokens) @ self._visual.proj
+        return super().project(tokens)
 
 
 class _ResNet(ImageTower):
@@ -98,10 +104,13 @@ class _ResNet(ImageTower):
         self.grid_size = (image_size[0] // 32, image_size[1] // 32)
 
     def tokens(self, pixels: Tensor) -> Tensor:
-        return _output_of(self._visual.layer4, lambda: self._visual(pixels)).flatten(2).mT
+        # Both libraries register a ResNet's parts in the order in which they run, the pool last.
+        for part in list(self._visual.children())[:-1]:
+            pixels = part(pixels)
+        return pixels.flatten(2).mT
 
     def project(self, tokens: Tensor) -> Tensor:
-        # What the attention pool gives for a token that attends to itself alone, without its
+        # What the attention pool gives for a token that attends only to itself, without its
         # position: the usual dense reading of CLIP's ResNets (MaskCLIP, arXiv 2112.01071).
         pool = self._visual.attnpool
         return pool.c_proj(pool.v_proj(tokens))
@@ -111,14 +120,13 @@ class _Timm(ImageTower):
     """What a timm trunk gives before pooling, its final norm included where it has one."""
 
     def __init__(self, visual: Any, image_size: tuple[int, int]) -> None:
-        self._visual = visual
-        trunk = visual.trunk
+        self._visual, trunk = visual, visual.trunk
         self.width = trunk.num_features
-        # ViTs give (B, L, W), most others (B, W, h, w), Swin (B, h, w, W).
+        # timm's models share no class: ViTs give (B, L, W), most others (B, W, h, w), Swin
+        # (B, h, w, W), and feature_info is a list of dicts, or timm's FeatureInfo over one.
         self._is_sequence = hasattr(trunk, "num_prefix_tokens")
-        self._channels_last = getattr(trunk, "output_fmt", "NCHW") == "NHWC"
         self.num_prefix_tokens = trunk.num_prefix_tokens if self._is_sequence else 0
-        # A list of dicts, or timm's FeatureInfo over one.
+        self._channels_last = getattr(trunk, "output_fmt", "NCHW") == "NHWC"
         stride = getattr(trunk.feature_info, "info", trunk.feature_info)[-1]["reduction"]
         self.grid_size = (image_size[0] // stride, image_size[1] // stride)
 
@@ -137,14 +145,3 @@ class _Timm(ImageTower):
             features = flat[:, None, None] if self._channels_last else flat[..., None, None]
         projected = self._visual.head(self._visual.trunk.forward_head(features))
         return projected.unflatten(0, tokens.shape[:2])
-
-
-def _output_of(part: nn.Module, run: Callable[[], object]) -> Tensor:
-    """Runs something and gives what ``part`` put out meanwhile."""
-    outputs: list[Tensor] = []
-    handle = part.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    try:
-        run()
-    finally:
-        handle.remove()
-    return outputs[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,12 @@ class MaskTokenDecoder(nn.Module):
     behind it. The image's side of the first layer is computed once for all prompts, the later
     projections of the image are moved over to the few tokens, and only the outputs asked for are
     computed. All of it is exact algebra. Any class with the attribute names of
-    ``segment_anything.modeling.MaskDecoder`` will do.
+    ``segment_anything.modeling.MaskDecoder`` will do; its weights are referenced, not copied.
     """
 
+    mask_decoder: Any
+
     def __init__(self, mask_decoder: nn.Module) -> None:
-        """
-        Args:
-            mask_decoder: holds the weights; referenced, not copied.
-        """
         super().__init__()
         self.mask_decoder = mask_decoder
 
@@ -41,31 +39,34 @@ class MaskTokenDecoder(nn.Module):
         Args:
             image_embedding: float (1, C, h, w), one image, as SAM's image encoder gives it.
             image_pe: float (1, C, h, w), from ``prompt_encoder.get_dense_pe()``.
-            sparse: float (R, N, C), the embedded points and box corners of R prompts. R and N may
-                be 0.
-            dense: float (R, C, h, w), the embedded mask prompts; or (1, C, h, w) where all prompts
-                share one. The expanded view that SAM's prompt encoder returns without mask prompts
-                counts as shared.
+            sparse: float (R, N, C), embedded points and box corners. R and N may be 0.
+            dense: float (R, C, h, w), embedded mask prompts; or (1, C, h, w) if all prompts share
+                one, as in the expanded view that SAM's prompt encoder returns without masks.
             with_masks: False skips the up-sampling.
-            chunk_size: prompts decoded at a time, which bounds the memory; None decodes all at
-                once. What the prompts share is computed once either way.
+            chunk_size: prompts decoded at a time, to bound the memory; None decodes all at once.
 
         Returns:
-            The mask tokens (R, C); the logits of the masks (R, 1, 4h, 4w), or None without masks;
-            the predicted IoU (R,).
+            Mask tokens (R, C), logits of masks (R, 1, 4h, 4w) or None, and predicted IoU (R,).
         """
         num_prompts, grid = len(sparse), image_embedding.shape[-2:]
         if num_prompts == 0:
-            masks = image_embedding.new_empty((0, 1, 4 * grid[0], 4 * grid[1]))
-            tokens = image_embedding.new_empty((0, image_embedding.shape[1]))
-            return tokens, masks if with_masks else None, image_embedding.new_empty(0)
+            none = image_embedding.new_empty(0)
+            masks = none.view(0, 1, 4 * grid[0], 4 * grid[1]) if with_masks else None
+            return none.view(0, image_embedding.shape[1]), masks, none
         if len(dense) > 1 and dense.stride(0) == 0:
             dense = dense[:1]
         image, image_pe = _channels_last(image_embedding), _channels_last(image_pe)
         shared = None
         if len(dense) == 1:
             image = image + _channels_last(dense)
-            shared = _share(self.mask_decoder.transformer.layers[0], image, image_pe)
+            # The image's side of the first layer's attentions: (1, heads, hw, d) each.
+            layer = self.mask_decoder.transformer.layers[0]
+            to_image, to_tokens = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
+            shared = (
+                _heads(to_image.k_proj(image + image_pe), to_image),
+                _heads(to_image.v_proj(image), to_image),
+                _heads(to_tokens.q_proj(image + image_pe), to_tokens),
+            )
 
         outputs = []
         chunk_size = chunk_size or num_prompts
@@ -76,32 +77,34 @@ class MaskTokenDecoder(nn.Module):
             masks = self._masks(tokens[:, 1], keys, grid) if with_masks else None
             ious = self.mask_decoder.iou_prediction_head(tokens[:, 0])[:, 0]
             outputs.append((tokens[:, 1], masks, ious))
-        tokens, masks, ious = zip(*outputs)
-        return torch.cat(tokens), torch.cat(masks) if with_masks else None, torch.cat(ious)
+        parts = list(zip(*outputs))
+        masks = torch.cat(parts[1]) if with_masks else None
+        return torch.cat(parts[0]), masks, torch.cat(parts[2])
 
     def _transform(
-        self, keys: Tensor, key_pe: Tensor, sparse: Tensor, shared: _Shared | None
+        self, keys: Tensor, key_pe: Tensor, sparse: Tensor, shared: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, Tensor]:
         """Runs the two-way transformer.
 
-        Returns:
-            The IoU token and the first mask token (R, 2, C); the image as each prompt leaves it
-            (R, hw, C).
+        Returns the IoU token and the first mask token (R, 2, C), and the image as each prompt
+        leaves it (R, hw, C).
         """
         decoder, transformer = self.mask_decoder, self.mask_decoder.transformer
         output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
         query_pe = torch.cat([output_tokens.expand(len(sparse), -1, -1), sparse], dim=1)
         queries = query_pe
         for layer in transformer.layers:
-            if layer.skip_first_layer_pe:
-                queries = layer.norm1(_attend(layer.self_attn, queries, queries, queries))
-            else:
-                q = queries + query_pe
-                queries = layer.norm1(queries + _attend(layer.self_attn, q, q, queries))
+            bare = layer.skip_first_layer_pe
+            q, attention = queries if bare else queries + query_pe, layer.self_attn
+            k, v = attention.k_proj(q), attention.v_proj(queries)
+            found = _attend(attention, q, _heads(k, attention), _heads(v, attention))
+            queries = layer.norm1(found if bare else queries + found)
 
             q = queries + query_pe
             if shared:
-                found = _attend_to_shared_image(layer.cross_attn_token_to_image, q, shared)
+                # Tokens of all prompts attend to the one image as if they were one prompt's.
+                tokens = q.flatten(0, 1)[None]
+                found = _attend(layer.cross_attn_token_to_image, tokens, *shared[:2]).view(q.shape)
             else:
                 keys_with_pe = keys + key_pe
                 found = _attend_to_image(layer.cross_attn_token_to_image, q, keys_with_pe, keys)
@@ -110,7 +113,7 @@ class MaskTokenDecoder(nn.Module):
 
             q = queries + query_pe
             if shared:
-                scores = _score_shared_image(layer.cross_attn_image_to_token, q, shared)
+                scores = _score_shared_image(layer.cross_attn_image_to_token, q, shared[2])
                 shared = None  # from here on each prompt has an image of its own
             else:
                 scores = _score_image(layer.cross_attn_image_to_token, q, keys_with_pe)
@@ -123,11 +126,8 @@ class MaskTokenDecoder(nn.Module):
         return transformer.norm_final_attn(queries + found), keys
 
     def _masks(self, tokens: Tensor, keys: Tensor, grid: torch.Size) -> Tensor:
-        """First mask tokens (R, C) and images (R, hw, C) -> logits (R, 1, 4h, 4w).
-
-        The image stays channels-last up to the last product, so that one channel is put in order
-        instead of many.
-        """
+        """First mask tokens (R, C) and images (R, hw, C) -> logits (R, 1, 4h, 4w)."""
+        # Channels stay last up to the last product: one channel is put in order instead of many.
         conv1, norm, activation1, conv2, activation2 = self.mask_decoder.output_upscaling
         x = _double(conv1, keys)
         x = activation1(F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps))
@@ -138,38 +138,19 @@ class MaskTokenDecoder(nn.Module):
         return x.reshape(-1, 1, 4 * grid[0], 4 * grid[1])
 
 
-class _Shared(NamedTuple):
-    """The image in the first layer's attentions, the same for all prompts: (1, heads, hw, d)."""
-
-    token_to_image_key: Tensor
-    token_to_image_value: Tensor
-    image_to_token_query: Tensor
-
-
-def _share(layer: nn.Module, image: Tensor, pe: Tensor) -> _Shared:
-    to_image, to_token = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
-    return _Shared(
-        token_to_image_key=_heads(to_image.k_proj(image + pe), to_image),
-        token_to_image_value=_heads(to_image.v_proj(image), to_image),
-        image_to_token_query=_heads(to_token.q_proj(image + pe), to_token),
-    )
-
-
 def _channels_last(x: Tensor) -> Tensor:
     """(B, C, h, w) -> (B, hw, C), in memory too: the layer norms would copy it otherwise."""
     return x.flatten(2).transpose(1, 2).contiguous()
 
 
-def _double(conv: nn.ConvTranspose2d, x: Tensor) -> Tensor:
-    """A transposed convolution of kernel 2 and stride 2 sends each place to 2x2 places of its own.
-
-    It is a linear layer from (R, n, channels) to (R, n * 2 * 2, channels).
-    """
+def _double(conv: Any, x: Tensor) -> Tensor:
+    """(R, n, channels) -> (R, n * 2 * 2, channels)."""
+    # With kernel 2 and stride 2, each place has 2x2 places of its own: this is a linear layer.
     weight = conv.weight.permute(2, 3, 1, 0).flatten(0, 2)
     return F.linear(x, weight, conv.bias.repeat(4)).reshape(len(x), -1, conv.out_channels)
 
 
-def _heads(x: Tensor, attention: nn.Module) -> Tensor:
+def _heads(x: Tensor, attention: Any) -> Tensor:
     """(B, n, heads * d) -> (B, heads, n, d)."""
     return x.unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
 
@@ -180,24 +161,13 @@ def _through_weight(x: Tensor, projection: nn.Linear) -> Tensor:
     return torch.einsum("rhtd,hdc->rhtc", x, weight).flatten(1, 2)
 
 
-def _attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """SAM's ``Attention`` through PyTorch's own."""
-    q, k, v = attention.q_proj(q), attention.k_proj(k), attention.v_proj(v)
-    out = F.scaled_dot_product_attention(*(_heads(x, attention) for x in (q, k, v)))
+def _attend(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """SAM's ``Attention`` through PyTorch's own; k and v come projected and split into heads."""
+    out = F.scaled_dot_product_attention(_heads(attention.q_proj(q), attention), k, v)
     return attention.out_proj(out.transpose(1, 2).flatten(2))
 
 
-def _attend_to_shared_image(attention: nn.Module, q: Tensor, shared: _Shared) -> Tensor:
-    """Tokens (R, T, C) of all prompts attend to the one image as if they were one prompt's."""
-    out = F.scaled_dot_product_attention(
-        _heads(attention.q_proj(q).flatten(0, 1)[None], attention),
-        shared.token_to_image_key,
-        shared.token_to_image_value,
-    )
-    return attention.out_proj(out.transpose(1, 2).flatten(2)).view(q.shape)
-
-
-def _attend_to_image(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attend_to_image(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Tokens (R, T, C) attend to the image of their own prompt (R, hw, C), left unprojected.
 
     A head's score q . (K x + b) is (K^T q) . x + q . b, whose last term a softmax over the places
@@ -205,27 +175,24 @@ def _attend_to_image(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> T
     V thus meet heads * T vectors instead of hw, and all heads read the same keys and values.
     """
     q = _heads(attention.q_proj(q), attention)
-    out = F.scaled_dot_product_attention(
-        _through_weight(q, attention.k_proj)[:, None],
-        k[:, None],
-        v[:, None],
-        scale=q.shape[-1] ** -0.5,
-    )
+    k, v, scale = k[:, None], v[:, None], q.shape[-1] ** -0.5
+    q_without_heads = _through_weight(q, attention.k_proj)[:, None]
+    out = F.scaled_dot_product_attention(q_without_heads, k, v, scale=scale)
     out = out[:, 0].unflatten(1, q.shape[1:3])
     weight = attention.v_proj.weight.unflatten(0, (attention.num_heads, -1))
     out = torch.einsum("rhtc,hdc->rthd", out, weight).flatten(2)
     return attention.out_proj(out + attention.v_proj.bias)
 
 
-def _score_shared_image(attention: nn.Module, k: Tensor, shared: _Shared) -> Tensor:
-    """Scores of the one image's places at all tokens (R, T, C): (R, heads, T, hw)."""
+def _score_shared_image(attention: Any, k: Tensor, q: Tensor) -> Tensor:
+    """Scores of the one image (1, heads, hw, d) at all tokens (R, T, C): (R, heads, T, hw)."""
     num_prompts, num_tokens, _ = k.shape
     k = _heads(attention.k_proj(k).flatten(0, 1)[None], attention)
-    scores = (k * k.shape[-1] ** -0.5) @ shared.image_to_token_query.transpose(2, 3)
+    scores = (k * k.shape[-1] ** -0.5) @ q.transpose(2, 3)
     return scores[0].unflatten(1, (num_prompts, num_tokens)).transpose(0, 1)
 
 
-def _score_image(attention: nn.Module, k: Tensor, q: Tensor) -> Tensor:
+def _score_image(attention: Any, k: Tensor, q: Tensor) -> Tensor:
     """Scores of each prompt's image (R, hw, C) at its tokens (R, T, C): (R, heads, T, hw).
 
     As above, but the softmax will be over the tokens, so the bias of q's projection stays.
@@ -238,7 +205,7 @@ def _score_image(attention: nn.Module, k: Tensor, q: Tensor) -> Tensor:
     return scores.unflatten(1, k.shape[1:3])
 
 
-def _attend_to_tokens(attention: nn.Module, scores: Tensor, v: Tensor) -> Tensor:
+def _attend_to_tokens(attention: Any, scores: Tensor, v: Tensor) -> Tensor:
     """What each place finds at the tokens (R, T, C): (R, hw, C).
 
     The output projection moves to the tokens; each head's weights sum to one, so each head brings

@@ -7,6 +7,7 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -30,21 +31,12 @@ _MAX_DISK_BYTES = 1_000_000_000
 
 
 def dataset_class_names(name: str | None) -> list[str]:
-    """The vocabulary of a dataset: its ``thing_classes`` in the ``MetadataCatalog``.
-
-    Raises:
-        ValueError: there is no dataset, or it has none.
-    """
-    if name is None:
-        raise ValueError(
-            "There is no vocabulary: give the input a 'dataset_name' of the MetadataCatalog that has "
-            "'thing_classes', or name a dataset in DATASETS.TEST."
-        )
-    names = MetadataCatalog.get(name).get("thing_classes")
+    """The ``thing_classes`` of a dataset in the ``MetadataCatalog``; ValueError if it has none."""
+    names = MetadataCatalog.get(name).get("thing_classes") if name else None
     if not names:
         raise ValueError(
-            f"The dataset '{name}' has no 'thing_classes' in the MetadataCatalog; "
-            f'MetadataCatalog.get("{name}").thing_classes = [...] sets the vocabulary.'
+            f"There is no vocabulary: dataset {name!r} has no MetadataCatalog 'thing_classes'. "
+            "Set them, or name a dataset in the input's 'dataset_name' or in DATASETS.TEST."
         )
     return names
 
@@ -57,9 +49,9 @@ def clean_name(name: str) -> str:
 class TextEmbedder:
     """Embeds vocabularies: a name's templates are encoded, averaged, then scaled to unit length.
 
-    The last vocabularies stay in memory. On disk there is a file per vocabulary, valid for one text
-    tower, one set of templates and one list of names; the ones that were not used for longest make
-    room for new ones.
+    The last vocabularies stay in memory. In ``cache_folder``, if any, each has a file, valid for
+    one text tower, one set of templates and one list of names. Files unused for longest go when
+    all take more than ``max_disk_bytes``.
     """
 
     def __init__(
@@ -69,38 +61,27 @@ class TextEmbedder:
         *,
         max_disk_bytes: int = _MAX_DISK_BYTES,
     ) -> None:
-        """
-        Args:
-            vision_language: encodes the texts.
-            cache_folder: where embeddings are kept; None keeps them only in memory.
-            max_disk_bytes: of all embeddings in ``cache_folder``.
-        """
         self._model = vision_language
         self._folder = cache_folder
         self._max_disk_bytes = max_disk_bytes
         self._recent: OrderedDict[tuple[torch.device, tuple[str, ...]], Tensor] = OrderedDict()
 
     def __call__(self, names: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
-        """Embeds a vocabulary.
-
-        Args:
-            names: C class names. A dataset may name two classes alike; see :func:`check_names`.
-            device: where the result is wanted.
-
-        Returns:
-            (C, D) float32, rows of unit length.
+        """Embeds C class names as (C, D) float32 on ``device``, rows of unit length.
 
         Raises:
-            ValueError: ``names`` is empty, holds an empty name, or one that the model cannot encode.
+            ValueError: there are none, or one is empty or too long for the model. A name may occur
+                twice, as in the class lists of some datasets.
         """
         key = (torch.device(device), tuple(names))
-        if key not in self._recent:
+        words = self._recent.pop(key, None)
+        if words is None:
             check_names(names, repeats=True)
-            self._recent[key] = self._load(tuple(map(clean_name, names))).to(device)
-            while len(self._recent) > _MAX_VOCABULARIES:
-                self._recent.popitem(last=False)
-        self._recent.move_to_end(key)
-        return self._recent[key]
+            words = self._load(tuple(map(clean_name, names))).to(device)
+        self._recent[key] = words  # last in the order, and so the last to go
+        while len(self._recent) > _MAX_VOCABULARIES:
+            self._recent.popitem(last=False)
+        return words
 
     def _load(self, names: tuple[str, ...]) -> Tensor:
         if self._folder is None:
@@ -108,15 +89,14 @@ class TextEmbedder:
         parts = [self._model.fingerprint, *self._model.templates, "", *names]
         digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
         path = self._folder / f"{digest[:32]}.npy"
-        if path.is_file():
-            try:
-                embeddings = torch.from_numpy(np.load(path, allow_pickle=False))
-                if embeddings.shape == (len(names), self._model.text_dim):
-                    os.utime(path)
-                    return embeddings
-                logger.warning("%s has the shape %s; encoding again.", path, embeddings.shape)
-            except (OSError, ValueError, EOFError) as error:
-                logger.warning("%s cannot be read (%s); encoding again.", path, error)
+        try:
+            embeddings = torch.from_numpy(np.load(path, allow_pickle=False))
+            os.utime(path)
+            return embeddings
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, EOFError) as error:
+            logger.warning("%s cannot be read (%s); encoding again.", path, error)
         embeddings = self._encode(names)
         with write_atomically(path) as file:
             np.save(file, embeddings.numpy())
@@ -138,14 +118,11 @@ class TextEmbedder:
 
 
 def _drop_oldest(folder: Path, max_bytes: int) -> None:
-    """Removes the files of a folder that were used last, until the others fit."""
+    """Removes the files of a folder that were not used for longest, until the others fit."""
     states = []
     for path in folder.glob("*.npy"):
-        try:
-            state = path.stat()
-        except FileNotFoundError:  # another process was faster
-            continue
-        states.append((state.st_mtime_ns, state.st_size, path))
+        with suppress(FileNotFoundError):  # another process may have removed it
+            states.append((path.stat().st_mtime_ns, path.stat().st_size, path))
     total = 0
     for _, size, path in sorted(states, reverse=True):
         total += size
@@ -154,16 +131,10 @@ def _drop_oldest(folder: Path, max_bytes: int) -> None:
 
 
 def check_names(names: Sequence[str], *, repeats: bool = False) -> None:
-    """Checks that a vocabulary is a list of class names.
+    """Checks that a vocabulary is a list of class names, none of them empty; ValueError if not.
 
-    Args:
-        names: the class names.
-        repeats: whether a name may occur twice. Class lists of datasets have such names; in a
-            vocabulary that a person typed they are a slip.
-
-    Raises:
-        ValueError: it is one string, empty, or holds an empty name, something that is no text or,
-            unless allowed, the same name twice.
+    With ``repeats`` a name may occur twice, as in the class lists of some datasets. In a vocabulary
+    that a person typed it is a slip.
     """
     if isinstance(names, str):
         raise ValueError(f"A vocabulary is a list of names, not one string ('{names}').")
@@ -171,14 +142,12 @@ def check_names(names: Sequence[str], *, repeats: bool = False) -> None:
         raise ValueError("The vocabulary is empty; give at least one name.")
     for place, name in enumerate(names):
         if not isinstance(name, str) or not clean_name(name):
-            raise ValueError(
-                f"Name {place} of the vocabulary is {name!r}; names are non-empty text."
-            )
+            raise ValueError(f"Name {place} of the vocabulary is {name!r}: give non-empty text.")
     if not repeats:
         _check_repeats(tuple(names))
 
 
-# Reading a thousand names takes longer than naming a box; a vocabulary that comes back was read.
+# Reading a thousand names takes longer than naming a box, so each vocabulary is read once.
 @lru_cache(maxsize=_MAX_VOCABULARIES)
 def _check_repeats(names: tuple[str, ...]) -> None:
     places: dict[str, int] = {}
