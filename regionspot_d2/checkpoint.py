@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,21 +13,18 @@ from safetensors.torch import load_file
 from .files import explained_weights, load_pickle, local_weights, write_atomically
 from .modeling.interfaces import RegionHead
 
-logger = logging.getLogger(__name__)
-
 _HEAD = "region_head."
 
 
 class RegionSpotCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, with four differences.
+    """Detectron2's checkpointer, with these differences.
 
-    * A checkpoint appears in its (local) folder when it is complete, so a full disk or a killed
+    * A checkpoint appears in its (local) folder only when it is complete: a full disk or a killed
       process leaves the last good one, which ``last_checkpoint`` names.
-    * ``.safetensors`` files are read as well, and no file can run code.
-    * Files of only a region head are read, with or without the prefix ``region_head.``, wherever
-      in the model the head sits.
-    * A file that lacks part of the model's region head is an error, not a warning: a part with
-      random weights names regions at random. Only a detector's own file may lack the whole head.
+    * It reads ``.safetensors`` too, and files of only a region head, with or without the prefix
+      ``region_head.``, wherever in the model the head is. No file can run code.
+    * Lacking part of the region head is an error, not a warning: a part with random weights names
+      regions at random. Only a detector's own file may lack the whole head.
     """
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -48,29 +44,21 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
                 torch.save({"model": self.model.state_dict(), **kwargs}, file)
         except (OSError, RuntimeError) as error:  # torch.save raises either for a full disk
             raise OSError(
-                f"Cannot save '{path}': {error}. Earlier checkpoints are unchanged; "
-                "--resume continues from the last."
+                f"Cannot save '{path}': {error}. --resume continues from the last good checkpoint."
             ) from error
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Makes a file of the folder the one that a run resumes from."""
         with write_atomically(os.path.join(self.save_dir, "last_checkpoint"), "w") as file:
             file.write(last_filename_basename)
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Loads a checkpoint, or the weights of a head.
+        """Loads a checkpoint or a head from a file or a URL; "" loads nothing.
 
-        Args:
-            path: a file, a URL, or "" to load nothing.
-            args, kwargs: further arguments of Detectron2's checkpointer.
-
-        Raises:
-            WeightsNotFoundError: there is no such file.
-            ValueError: it is damaged, or does not fit the model.
+        A missing file raises WeightsNotFoundError, a damaged or unsuitable one ValueError.
         """
         if not path:
             if self._head_keys():
-                logger.warning("MODEL.WEIGHTS is empty: the region head starts untrained.")
+                self.logger.warning("MODEL.WEIGHTS is empty: the region head starts untrained.")
             return {}
         self._path = str(local_weights(path, "MODEL.WEIGHTS"))
         return super().load(self._path, *args, **kwargs)
@@ -82,9 +70,9 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
             if filename.endswith(".pkl"):
                 load_pickle(filename)  # refuses one that would run code, before Detectron2 reads it
             content = super()._load_file(filename)
-            if not isinstance(content.get("model"), dict):
-                raise ValueError("it has no state dict 'model'")
-            return content
+            if isinstance(content.get("model"), dict):
+                return content
+            raise ValueError("it has no state dict 'model'")
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         state, expected, wanted = checkpoint["model"], self.model.state_dict(), self._head_keys()
@@ -93,23 +81,19 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
                 _move_head(state, wanted, module.renamed_parameters)
         missing = [key for key in wanted if key not in state]
         if missing == wanted and any(key in expected for key in state):
-            logger.warning(
-                "'%s' holds a detector without a region head: the head keeps the weights it has.",
-                self._path,
-            )
+            self.logger.warning(f"'{self._path}' is of a detector without a region head.")
         elif missing:
             raise ValueError(
                 f"'{self._path}' does not hold the region head of this model: {_some(missing)} not "
-                f"in it. It holds {_some(state)}. MODEL.REGION_HEAD and the file must match."
+                f"in it. It holds {_some(state)}. MODEL.REGION_HEAD must match the file."
             )
-        for key in [key for key in wanted if key in state]:
-            found, due = tuple(state[key].shape), tuple(expected[key].shape)
-            if found != due:
+        for key in wanted:
+            if key in state and state[key].shape != expected[key].shape:
                 raise ValueError(
-                    f"The region head in '{self._path}' does not fit this model: {key} is {found} "
-                    f"in the file and {due} in the model. Was it trained with another MODEL."
-                    "VISION_LANGUAGE, MODEL.LOCALIZER or MODEL.REGION_HEAD (DEPTH; NUM_CENTERS of "
-                    "a KernelRegionHead)?"
+                    f"The region head in '{self._path}' does not fit this model: {key} is "
+                    f"{(*state[key].shape,)} in the file and {(*expected[key].shape,)} in the "
+                    "model. MODEL.VISION_LANGUAGE, LOCALIZER and REGION_HEAD (DEPTH; NUM_CENTERS "
+                    "of a KernelRegionHead) must be those that it was trained with."
                 )
         return super()._load_model(checkpoint)
 
@@ -119,15 +103,13 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
 
 def _move_head(state: dict[str, Any], wanted: list[str], renamed: Mapping[str, str]) -> None:
     """Renames the keys of a head, with whatever prefix, to those that the model wants."""
-    prefixes = {key[: key.index(_HEAD) + len(_HEAD)] for key in wanted}
+    places = {key.partition(_HEAD)[2]: key for key in wanted}
     for key in [key for key in state if key not in wanted]:
-        bare = key[key.index(_HEAD) + len(_HEAD) :] if _HEAD in key else key
-        bare = renamed.get(bare, bare)
-        for new in [prefix + bare for prefix in prefixes if prefix + bare in wanted][:1]:
+        bare = key.partition(_HEAD)[2] or key
+        if new := places.get(renamed.get(bare, bare)):
             state[new] = state.pop(key)
 
 
 def _some(keys: Iterable[str]) -> str:
-    keys = sorted(keys)
-    shown = ", ".join(keys[:3])
-    return f"{shown} and {len(keys) - 3} more" if len(keys) > 3 else shown or "nothing"
+    first, *rest = ", ".join(sorted(keys)[:3]), *sorted(keys)[3:]
+    return f"{first} and {len(rest)} more" if rest else first or "nothing"

@@ -41,16 +41,15 @@ class UnsafePickleError(ValueError):
 
 
 def cache_dir() -> Path:
-    """The folder for everything the project downloads or computes once.
+    """The folder for everything the project downloads or computes once; it need not exist yet.
 
-    Returns:
-        The environment variable ``REGIONSPOT_CACHE``, by default ``~/.cache/regionspot_d2``. It need not exist yet.
+    It is the environment variable ``REGIONSPOT_CACHE``, by default ``~/.cache/regionspot_d2``.
     """
     return Path(os.environ.get("REGIONSPOT_CACHE") or "~/.cache/regionspot_d2").expanduser()
 
 
 def data_root() -> str:
-    """The folder of all datasets: ``DETECTRON2_DATASETS``, by default ``datasets``, as in Detectron2."""
+    """The folder of all datasets: ``$DETECTRON2_DATASETS``, or "datasets", as in Detectron2."""
     return os.path.expanduser(os.environ.get(_DATA_ROOT, "datasets"))
 
 
@@ -63,22 +62,16 @@ def expand_data_root(path: str) -> str:
 def write_atomically(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
     """Opens a local file that appears under its name only when it is complete.
 
-    Another process sees the old file or the new one, never a part. If writing fails, what was there before stays.
+    Another process sees the old file or the new one, never a part; if writing fails, the old one
+    stays. Missing folders are made.
 
     Args:
-        path: the file; missing folders are made.
         mode: "wb", or "w" for UTF-8 text.
-
-    Yields:
-        The file to write to.
-
-    Raises:
-        OSError: the file cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     encoding = None if "b" in mode else "utf-8"
-    # A name of its own for every writer: nobody writes what another one is writing.
+    # Every writer has a name of its own: nobody writes into the file of another.
     descriptor, partial = tempfile.mkstemp(
         prefix=f".{path.name}.", suffix=".partial", dir=path.parent
     )
@@ -107,14 +100,9 @@ def sha256_of_file(path: str | os.PathLike[str]) -> str:
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]], *extra: str) -> str:
-    """Identifies weights by content, whatever file they came from and whatever device they are on.
+    """A sha256 of named weights, whatever file they came from and whatever device they are on.
 
-    Args:
-        tensors: names and values.
-        extra: what else decides over the outputs, such as the kind of activation.
-
-    Returns:
-        A sha256 in hexadecimal digits.
+    ``extra`` is what else determines the outputs, such as the kind of activation.
     """
     digest = hashlib.sha256()
     for name, tensor in tensors:
@@ -132,24 +120,21 @@ def module_fingerprint(module: nn.Module) -> str:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Admits what NumPy needs to rebuild an array, and nothing else. Containers and numbers need no class."""
+    """Admits only what NumPy needs to rebuild an array; containers and numbers need no class."""
 
     _ADMITTED = {
-        ("numpy", "dtype"),
-        ("numpy", "ndarray"),
-        *(
-            (f"numpy.{core}.multiarray", name)
-            for core in ("core", "_core")
-            for name in ("_reconstruct", "scalar")
-        ),
-        *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
-        ("_codecs", "encode"),  # how Python 3 pickles bytes for Python 2,
-        ("__builtin__", "bytes"),  # and how it pickles them if there are none
-        ("collections", "OrderedDict"),
+        "numpy": ("dtype", "ndarray"),
+        "numpy.core.multiarray": ("_reconstruct", "scalar"),
+        "numpy.core.numeric": ("_frombuffer",),
+        "numpy._core.multiarray": ("_reconstruct", "scalar"),  # of NumPy 2
+        "numpy._core.numeric": ("_frombuffer",),
+        "_codecs": ("encode",),  # how Python 3 pickles bytes for Python 2,
+        "__builtin__": ("bytes",),  # and how it pickles them if there are none
+        "collections": ("OrderedDict",),
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ADMITTED:
+        if name not in self._ADMITTED.get(module, ()):
             raise UnsafePickleError(
                 f"it asks for {module}.{name}; only NumPy arrays and plain containers are admitted"
             )
@@ -157,13 +142,10 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def load_pickle(path: str | os.PathLike[str]) -> Any:
-    """Reads a pickle of NumPy arrays and plain containers, such as Detectron2's weights and proposals.
+    """Reads a pickle of NumPy arrays and plain containers, such as Detectron2's proposals.
 
     Args:
-        path: a file, or a path of a scheme that Detectron2's ``PathManager`` knows.
-
-    Returns:
-        The content.
+        path: a file, or a path that Detectron2's ``PathManager`` can open.
 
     Raises:
         UnsafePickleError: it asks for anything else; nothing was run.
@@ -182,14 +164,11 @@ def load_pickle(path: str | os.PathLike[str]) -> Any:
 
 @contextmanager
 def explained_weights(path: str | os.PathLike[str], what: str) -> Iterator[None]:
-    """Turns the many errors of a damaged or unsuitable file of weights into one kind, one line.
+    """Turns the many errors of a damaged or unsuitable file of weights into a ValueError of a line.
 
     Args:
         path: the file that is read within the ``with`` block.
         what: what it should hold: "a checkpoint", "the weights of SAM vit_b".
-
-    Raises:
-        ValueError: in place of any other error.
     """
     try:
         yield
@@ -203,20 +182,20 @@ def explained_weights(path: str | os.PathLike[str], what: str) -> Iterator[None]
 def local_weights(value: str, config_key: str) -> Path | None:
     """Makes sure that a pretrained model's weights are on this machine.
 
-    In a distributed run every process must call it. One process of each machine downloads while the others wait, and
-    if one fails, all raise.
+    In a distributed run every process must call it. One process of each machine downloads while the
+    others wait, and if one fails, all raise.
 
     Args:
-        value: the config value: a file, an ``http(s)``/``ftp`` URL, a path of a scheme that Detectron2's
-            ``PathManager`` knows, or "" for random weights.
+        value: a file, an ``http(s)``/``ftp`` URL, a path that Detectron2's ``PathManager`` can
+            open, or "" for random weights.
         config_key: the key that holds ``value``, for the messages.
 
     Returns:
         The local file, or None if ``value`` is "".
 
     Raises:
-        WeightsNotFoundError: the file does not exist, or the URL cannot be downloaded, or its content does not have
-            the sha256 that the URL names.
+        WeightsNotFoundError: the file does not exist, the URL cannot be downloaded, or its content
+            does not have the sha256 that the URL names.
     """
     if not value:
         logger.warning("%s is empty: this model has random weights and knows nothing.", config_key)
@@ -227,8 +206,7 @@ def local_weights(value: str, config_key: str) -> Path | None:
             _fetch(value, config_key)
         except WeightsNotFoundError as error:
             failure = str(error)
-    failures = [each for each in comm.all_gather(failure) if each]
-    if failures:
+    if failures := [each for each in comm.all_gather(failure) if each]:
         raise WeightsNotFoundError(failures[0])
     return _local_path(value)
 
@@ -257,8 +235,7 @@ def _fetch(value: str, config_key: str) -> None:
             found = _local_path(value).is_file()
         except Exception as error:  # each handler of PathManager has exceptions of its own
             raise WeightsNotFoundError(
-                f"{config_key} names weights that cannot be opened: {value} ({_reason(error)}). "
-                f"Set {config_key} to an existing file or to a URL."
+                f"{config_key} names weights that cannot be opened: {value} ({_reason(error)})."
             ) from error
         if not found:
             raise WeightsNotFoundError(
@@ -301,15 +278,14 @@ def _download(url: str, path: Path) -> None:
         urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response,
         write_atomically(path) as file,
     ):
-        length = response.headers.get("Content-Length")
-        size = int(length) if length else None
+        size = int(response.headers.get("Content-Length") or 0) or None
         with tqdm(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
             while chunk := response.read(_CHUNK_BYTES):
                 file.write(chunk)
                 digest.update(chunk)
                 received += len(chunk)
                 bar.update(len(chunk))
-        if size is not None and received != size:
+        if size and received != size:
             raise ValueError(f"the connection closed after {received} of {size} bytes")
         if promised and digest.hexdigest() != promised[1]:
             raise ValueError(f"sha256 is {digest.hexdigest()}, the URL promises {promised[1]}")

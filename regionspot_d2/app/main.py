@@ -32,7 +32,7 @@ from .sources import RegionSource, choose_source, find_inputs, read_vocabulary
 from .video import VIDEO_SUFFIXES, Video, video_writer
 
 _CONFIG_FILE = Path(__file__).parents[2] / "configs" / "mini" / "regionspot_mini.yaml"
-# Options that decide over the results of an image, beside the config, the vocabulary and the file
+# Options that change the results of an image, besides the config, the vocabulary and the file
 # of --proposals.
 _DECISIVE = (
     "boxes points detector-config detector-weights topk confidence-threshold attention compare"

@@ -177,7 +177,7 @@ def from_sam(localizer: Localizer) -> RegionSource:
     """Whatever the localizer's automatic mask generator finds."""
     if not isinstance(localizer, SamLocalizer):
         raise SystemExit(
-            f"error: --proposals sam: {type(localizer).__name__} (MODEL.LOCALIZER.NAME) is not a SAM."
+            f"error: --proposals sam: {type(localizer).__name__} (MODEL.LOCALIZER.NAME) is not SAM."
         )
     if not localizer.masks_are_fine:
         print(
