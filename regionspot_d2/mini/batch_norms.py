@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
@@ -20,7 +22,7 @@ def fold_batch_norms(network: nn.Module, pairs: list[tuple[str, str]]) -> nn.Mod
         The same network.
     """
     for module in list(network.modules()):
-        children = dict(module.named_children())
+        children: dict[str, Any] = dict(module.named_children())
         for conv, norm in pairs:
             if conv in children:
                 # In double precision, so that the result, and its hash, are the same everywhere.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -68,7 +70,7 @@ class DenseEfficientNetLite(nn.Module):
             The features, (B, dim, h, w) for each of ``feature_dims``, h = w = side / stride; and
             the logits of the ImageNet classes, (B, 1000, h / 2, w / 2).
         """
-        network = self.network
+        network: Any = self.network  # of a package without types
         # The official model's normalization; torchvision's, of the package's example, fits less.
         x = ((images - 127.0) / 128.0).contiguous(memory_format=torch.channels_last)
         x = network._swish(network._bn0(network._conv_stem(x)))

@@ -75,9 +75,7 @@ class KernelRegionHead(PooledRegionHead):
             "num_centers": cfg.MODEL.REGION_HEAD.NUM_CENTERS,
         }
 
-    def describe(
-        self, image_tokens: Tensor, boxes: list[Tensor] | None
-    ) -> list[tuple[Tensor, Tensor]]:
+    def describe(self, image_tokens: Tensor, boxes: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """The baseline, and the descriptions that the correction is a function of.
 
         Args:
@@ -93,11 +91,11 @@ class KernelRegionHead(PooledRegionHead):
         pooled = self.pool(cells, boxes)
         return [
             (base, torch.cat([tokens, _geometry(box).to(tokens.dtype)], dim=1))
-            for base, tokens, box in zip(baseline, pooled, boxes or [])
+            for base, tokens, box in zip(baseline, pooled, boxes)
         ]
 
     def forward(
-        self, tokens: list[Tensor], image_tokens: Tensor, boxes: list[Tensor] | None = None
+        self, tokens: list[Tensor], image_tokens: Tensor, boxes: list[Tensor]
     ) -> list[Tensor]:
         return [self.embed(*described) for described in self.describe(image_tokens, boxes)]
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.utils.file_io import PathManager
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..modeling.interfaces import VISION_LANGUAGE_REGISTRY, VisionLanguageModel
 from .classifier import DenseEfficientNetLite
@@ -51,10 +51,16 @@ class MiniVisionLanguage(VisionLanguageModel):
 
     num_prefix_tokens = 0
     templates = ("{}",)
+    # Set in __init__.
+    image_dim = text_dim = 0
+    image_size = grid_size = (0, 0)
+    fingerprint = ""
+    class_vectors: Tensor
+    _logit_scale: Tensor
 
     @configurable
     def __init__(
-        self, *, classifier: nn.Module, class_vectors: Tensor, text_vectors: TextVectors, side: int
+        self, *, classifier: Any, class_vectors: Tensor, text_vectors: TextVectors, side: int
     ) -> None:
         """
         Args:
@@ -67,39 +73,19 @@ class MiniVisionLanguage(VisionLanguageModel):
         super().__init__()
         self.classifier = classifier
         self.text_vectors = text_vectors
-        self.side = side
         self.register_buffer("class_vectors", class_vectors, persistent=False)
         self.register_buffer("_logit_scale", torch.tensor(_LOGIT_SCALE), persistent=False)
+        self.text_dim = class_vectors.shape[1]
+        self.token_parts = (self.text_dim, *classifier.feature_dims)
+        self.image_dim = sum(self.token_parts)
+        self.image_size = (side, side)
+        self.grid_size = (side // classifier.stride, side // classifier.stride)
+        self.fingerprint = f"{type(self).__name__}-{text_vectors.fingerprint}"
         self.freeze()
 
     @property
-    def token_parts(self) -> tuple[int, ...]:
-        return (self.text_dim, *self.classifier.feature_dims)
-
-    @property
-    def image_dim(self) -> int:
-        return sum(self.token_parts)
-
-    @property
-    def text_dim(self) -> int:
-        return self.class_vectors.shape[1]
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        return self.side, self.side
-
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        cells = self.side // self.classifier.stride
-        return cells, cells
-
-    @property
-    def logit_scale(self) -> Tensor:
+    def logit_scale(self) -> Tensor:  # type: ignore[override]
         return self._logit_scale
-
-    @property
-    def fingerprint(self) -> str:
-        return f"{type(self).__name__}-{self.text_vectors.fingerprint}"
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:

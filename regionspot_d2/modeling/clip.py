@@ -81,11 +81,11 @@ class ClipModel(VisionLanguageModel):
         self.text_dim = self.encode_text(["a"]).shape[1]
 
     @property
-    def logit_scale(self) -> Tensor:
+    def logit_scale(self) -> Tensor:  # type: ignore[override]
         return self.model.logit_scale.reshape(())  # some models of open_clip have it as (1,)
 
     @cached_property
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> str:  # type: ignore[override]
         named = self.model.named_parameters()
         weights = [(n, p) for n, p in named if not n.startswith(("visual.", "logit_"))]
         # What the weights do not show counts too: the activation, the number of heads.

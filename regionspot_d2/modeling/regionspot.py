@@ -38,9 +38,8 @@ from .vocabulary import TextEmbedder, dataset_class_names
 class RegionSpot(nn.Module):
     """Names any region of an image with any vocabulary (Yang et al., NeurIPS 2024).
 
-    A frozen localizer turns regions into mask tokens, a frozen vision-language model turns the
-    image into tokens and class names into vectors; the region head, the only trained part, joins
-    them.
+    A frozen localizer turns regions into mask tokens, a frozen vision-language model images into
+    tokens and class names into vectors; the region head, the only trained part, joins them.
 
     Every use takes the same three steps: :meth:`encode` images, :meth:`answer` a question about
     their regions, :meth:`name` the answers in a vocabulary.
@@ -121,7 +120,6 @@ class RegionSpot(nn.Module):
         """
         Args:
             batched_inputs: Detectron2's dicts, one per image:
-
                 * image: (3, H, W), 0..255, channels as ``input_format`` says.
                 * dataset_name: its ``thing_classes`` in the ``MetadataCatalog`` are the vocabulary.
                 * instances (training): ``gt_boxes`` and ``gt_classes``.
@@ -164,7 +162,7 @@ class RegionSpot(nn.Module):
             batched_inputs: as for :meth:`forward`.
             detected_instances: regions found elsewhere (``pred_boxes``, XYXY in pixels of
                 ``image``, and optionally ``scores``), instead of ``proposals`` in the inputs.
-            do_postprocess: whether to scale results to ``height``, ``width`` and wrap them in dicts.
+            do_postprocess: whether to scale results to ``height``, ``width`` and put them in dicts.
 
         Returns:
             ``{"instances": Instances}``, or ``Instances``, per image, as

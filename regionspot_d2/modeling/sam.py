@@ -69,7 +69,7 @@ class SamLocalizer(Localizer):
         self.freeze()
 
     @property
-    def token_dim(self) -> int:
+    def token_dim(self) -> int:  # type: ignore[override]
         return self.prompt_encoder.embed_dim * (2 if self.tokens == "both" else 1)
 
     @classmethod
