@@ -141,19 +141,21 @@ def check_names(names: Sequence[str], *, repeats: bool = False) -> None:
     if len(names) == 0:
         raise ValueError("The vocabulary is empty; give at least one name.")
     for place, name in enumerate(names):
-        if not isinstance(name, str) or not clean_name(name):
+        if not isinstance(name, str):
             raise ValueError(f"Name {place} of the vocabulary is {name!r}: give non-empty text.")
-    if not repeats:
-        _check_repeats(tuple(names))
+    _check_texts(tuple(names), repeats)
 
 
 # Reading a thousand names takes longer than naming a box, so each vocabulary is read once.
 @lru_cache(maxsize=_MAX_VOCABULARIES)
-def _check_repeats(names: tuple[str, ...]) -> None:
+def _check_texts(names: tuple[str, ...], repeats: bool) -> None:
     places: dict[str, int] = {}
     for place, name in enumerate(names):
-        first = places.setdefault(clean_name(name).lower(), place)
-        if first != place:
+        words = clean_name(name)
+        if not words:
+            raise ValueError(f"Name {place} of the vocabulary is {name!r}: give non-empty text.")
+        first = places.setdefault(words.lower(), place)
+        if first != place and not repeats:
             raise ValueError(
                 f"The vocabulary has '{name}' twice (places {first} and {place}); "
                 "two equal names would share every score. Remove one."
