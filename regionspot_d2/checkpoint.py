@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,10 +11,15 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from safetensors.torch import load_file
 
-from .files import explained_weights, load_pickle, local_weights, write_atomically
+from .files import explained_weights, local_weights, write_atomically
 from .modeling.interfaces import RegionHead
+from .pickles import load_pickle
 
 _HEAD = "region_head."
+# What DistributedDataParallel and torch.compile put before the names of a model that they wrap.
+_WRAPPERS = re.compile(r"^module\.|\b_orig_mod\.")
+# In the files of RegionSpot's authors, with whatever prefix.
+_AUTHORS_KEYS = ("to_clip.weight", "projector.weight", "mask_decoder.mask_tokens.weight")
 
 
 class RegionSpotCheckpointer(DetectionCheckpointer):
@@ -63,16 +69,30 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
         self._path = str(local_weights(path, "MODEL.WEIGHTS"))
         return super().load(self._path, *args, **kwargs)
 
+    def get_checkpoint_file(self) -> str:
+        """The file in ``save_dir`` that ``last_checkpoint`` names; ValueError if it names none."""
+        marker = os.path.join(self.save_dir, "last_checkpoint")
+        with open(marker, "rb") as file:
+            name = file.read(300).decode(errors="replace").strip()
+        path = os.path.join(self.save_dir, name)
+        # A path, or a link, could lead to a file that this run did not write.
+        inside = name.isprintable() and name == os.path.basename(name)
+        if not inside or not os.path.isfile(path) or os.path.islink(path):
+            found = sorted(file for file in os.listdir(self.save_dir) if file.endswith(".pth"))
+            raise ValueError(
+                f"'{marker}' is damaged: it holds {name!r}, not the name of a file in its folder. "
+                f"Write the name of a checkpoint into it ({', '.join(found[-3:]) or 'none found'})"
+                ", or start again without --resume."
+            )
+        return path
+
     def _load_file(self, filename: str) -> dict[str, Any]:
         with explained_weights(filename, "a checkpoint"):
-            if filename.endswith(".safetensors"):
-                return {"model": load_file(filename)}
-            if filename.endswith(".pkl"):
-                load_pickle(filename)  # refuses one that would run code, before Detectron2 reads it
-            content = super()._load_file(filename)
-            if isinstance(content.get("model"), dict):
-                return content
-            raise ValueError("it has no state dict 'model'")
+            content = _read(filename)
+            state = content.get("model")
+            if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+                raise ValueError("it has no state dict 'model'")
+            return {**content, "model": {_WRAPPERS.sub("", k): v for k, v in state.items()}}
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         state, expected, wanted = checkpoint["model"], self.model.state_dict(), self._head_keys()
@@ -80,7 +100,12 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
             if isinstance(module, RegionHead):
                 _move_head(state, wanted, module.renamed_parameters)
         missing = [key for key in wanted if key not in state]
-        if missing == wanted and any(key in expected for key in state):
+        if all(any(key.endswith(own) for key in state) for own in _AUTHORS_KEYS):
+            raise ValueError(
+                f"'{self._path}' is a checkpoint of RegionSpot's authors. Convert it first: "
+                f"python tools/convert_checkpoint.py {self._path} head.safetensors"
+            )
+        if wanted and missing == wanted and any(key in expected for key in state):
             self.logger.warning(f"'{self._path}' is of a detector without a region head.")
         elif missing:
             raise ValueError(
@@ -99,6 +124,26 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
 
     def _head_keys(self) -> list[str]:
         return [key for key in self.model.state_dict() if _HEAD in key]
+
+
+def _read(path: str) -> dict[str, Any]:
+    """Detectron2's formats, with a state dict under "model", read without running anything."""
+    if path.endswith(".safetensors"):
+        return {"model": load_file(path)}
+    if not path.endswith(".pkl"):
+        # Said outright: an environment variable turns the default off.
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    else:
+        content = load_pickle(path)
+        if "__author__" not in content:  # of Caffe2 and Detectron1
+            state = content.get("blobs", content)
+            state = {key: each for key, each in state.items() if not key.endswith("_momentum")}
+            return {"model": state, "__author__": "Caffe2", "matching_heuristics": True}
+    if "model_state" in content:  # of pycls
+        state = content["model_state"]
+        state = {k: each for k, each in state.items() if not k.endswith("num_batches_tracked")}
+        return {"model": state, "__author__": "pycls", "matching_heuristics": True}
+    return content if "model" in content else {"model": content}
 
 
 def _move_head(state: dict[str, Any], wanted: list[str], renamed: Mapping[str, str]) -> None:

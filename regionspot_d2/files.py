@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import io
 import logging
 import os
-import pickle
 import re
 import tempfile
 import textwrap
+import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Iterator
@@ -21,6 +20,7 @@ from typing import IO, Any
 import torch
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
+from iopath.common.file_io import HTTPURLHandler
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -28,16 +28,15 @@ logger = logging.getLogger(__name__)
 
 _DATA_ROOT = "DETECTRON2_DATASETS"
 _DOWNLOADED = ("http", "https", "ftp")
-_TIMEOUT_SECONDS = 60
+# A download that brings fewer bytes than this in a second, for 30 seconds, has stalled.
+_LEAST_BYTES_PER_SECOND = 100
 _CHUNK_BYTES = 1 << 20
+# Parts of a URL that can be names of files as they are.
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+:-]{0,99}")
 
 
 class WeightsNotFoundError(FileNotFoundError):
     """Pretrained weights are neither on disk nor reachable; the message says what to do."""
-
-
-class UnsafePickleError(ValueError):
-    """A pickle asks for more than arrays and plain containers; nothing of it was run."""
 
 
 def cache_dir() -> Path:
@@ -46,6 +45,34 @@ def cache_dir() -> Path:
     It is the environment variable ``REGIONSPOT_CACHE``, by default ``~/.cache/regionspot_d2``.
     """
     return Path(os.environ.get("REGIONSPOT_CACHE") or "~/.cache/regionspot_d2").expanduser()
+
+
+def private_folder(folder: Path) -> Path:
+    """Makes a folder of the cache that nobody else can change, and returns it.
+
+    Raises:
+        PermissionError: others own it or may write to it, or a link on the way leads elsewhere.
+        OSError: it cannot be made.
+    """
+    root = cache_dir() if folder.is_relative_to(cache_dir()) else folder
+    inside = folder.relative_to(root)
+    if (found := folder.resolve()) != root.resolve() / inside:
+        raise PermissionError(
+            f"'{folder}' leads to '{found}': links in the cache are not followed. Remove it, or "
+            "let REGIONSPOT_CACHE name the folder that you mean."
+        )
+    for level in reversed([folder, *folder.parents[: len(inside.parts)]]):
+        level.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = level.stat()
+        if level != root and state.st_uid == os.getuid() and state.st_mode & 0o077:
+            level.chmod(0o700)
+        elif state.st_uid not in (os.getuid(), 0) or state.st_mode & 0o022:
+            raise PermissionError(
+                f"Others can change '{level}' (owner {state.st_uid}, mode "
+                f"{state.st_mode & 0o777:03o}), and files of the cache are trusted. Run chmod 700 "
+                "on it if it is yours, or let REGIONSPOT_CACHE name a folder of your own."
+            )
+    return folder
 
 
 def data_root() -> str:
@@ -119,49 +146,6 @@ def module_fingerprint(module: nn.Module) -> str:
     return fingerprint([*module.named_parameters(), *module.named_buffers()])
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Admits only what NumPy needs to rebuild an array; containers and numbers need no class."""
-
-    _ADMITTED = {
-        "numpy": ("dtype", "ndarray"),
-        "numpy.core.multiarray": ("_reconstruct", "scalar"),
-        "numpy.core.numeric": ("_frombuffer",),
-        "numpy._core.multiarray": ("_reconstruct", "scalar"),  # of NumPy 2
-        "numpy._core.numeric": ("_frombuffer",),
-        "_codecs": ("encode",),  # how Python 3 pickles bytes for Python 2,
-        "__builtin__": ("bytes",),  # and how it pickles them if there are none
-        "collections": ("OrderedDict",),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in self._ADMITTED.get(module, ()):
-            raise UnsafePickleError(
-                f"it asks for {module}.{name}; only NumPy arrays and plain containers are admitted"
-            )
-        return super().find_class(module, name)
-
-
-def load_pickle(path: str | os.PathLike[str]) -> Any:
-    """Reads a pickle of NumPy arrays and plain containers, such as Detectron2's proposals.
-
-    Args:
-        path: a file, or a path that Detectron2's ``PathManager`` can open.
-
-    Raises:
-        UnsafePickleError: it asks for anything else; nothing was run.
-        ValueError: it is not a pickle, or damaged.
-    """
-    with PathManager.open(os.fspath(path), "rb") as file:
-        content = io.BytesIO(file.read())
-    try:
-        # latin1: Python 2 wrote the oldest of these files.
-        return _PlainUnpickler(content, encoding="latin1").load()
-    except UnsafePickleError as error:
-        raise UnsafePickleError(f"'{os.fspath(path)}' is not safe to open: {error}.") from None
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise ValueError(f"'{os.fspath(path)}' is not a pickle, or damaged: {error}") from error
-
-
 @contextmanager
 def explained_weights(path: str | os.PathLike[str], what: str) -> Iterator[None]:
     """Turns the many errors of a damaged or unsuitable file of weights into a ValueError of a line.
@@ -174,6 +158,9 @@ def explained_weights(path: str | os.PathLike[str], what: str) -> Iterator[None]
         yield
     except Exception as error:  # torch, pickle, zipfile and safetensors each have their own
         reason = textwrap.shorten(str(error) or type(error).__name__, 300)
+        # torch's own message advises to load it all the same, which would run its code.
+        if asked := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):
+            reason = f"it asks for {asked[1]}; only tensors and plain containers are admitted"
         raise ValueError(
             f"'{os.fspath(path)}' does not hold {what}, or is damaged: {reason}"
         ) from error
@@ -223,10 +210,13 @@ def _local_path(value: str) -> Path:
         return Path(PathManager.get_local_path(value))
     # Host and folders stay in the path: many models are called "open_clip_pytorch_model.bin".
     url = urllib.parse.urlsplit(value)
-    path = cache_dir().joinpath("weights", url.netloc, *filter(None, url.path.split("/")))
-    if url.query:
-        path = path.with_name(f"{hashlib.sha256(url.query.encode()).hexdigest()[:8]}-{path.name}")
-    return path
+    host, names = url.netloc, [name for name in url.path.split("/") if name]
+    plain = names and len(value) < 500 and all(map(_PLAIN_NAME.fullmatch, [host, *names]))
+    if not plain or url.query or url.fragment:
+        host = re.sub(r"[^A-Za-z0-9-]", ".", url.hostname or "")[:100].strip(".") or "unknown"
+        name = re.sub(r"[^A-Za-z0-9_.-]", "_", names[-1] if names else "")[-80:]
+        names = [f"{hashlib.sha256(value.encode()).hexdigest()[:16]}-{name}"]
+    return cache_dir().joinpath("weights", host, *names)
 
 
 def _fetch(value: str, config_key: str) -> None:
@@ -243,11 +233,15 @@ def _fetch(value: str, config_key: str) -> None:
                 f"Set {config_key} to an existing file, to a URL, or to '' for random weights."
             )
         return
-    path = _local_path(value)
-    if path.is_file():
-        return
+    path = None
     try:
-        _download(value, path)
+        path = _local_path(value)
+        # Made first, so that a file that cannot be downloaded can be put there by hand.
+        private_folder(path.parent)
+        if path.is_symlink():
+            raise PermissionError(f"'{path}' is a link, and links in the cache are not followed")
+        if not path.is_file():
+            _download(value, path)
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise WeightsNotFoundError(
             f"{config_key} names weights that are not on this machine and cannot be downloaded.\n"
@@ -268,24 +262,51 @@ def _download(url: str, path: Path) -> None:
     ``torch.hub.download_url_to_file`` takes a connection that closes early for the end of the file.
     """
     logger.info("Downloading %s to %s", url, path)
-    # Made first, so that a file that cannot be downloaded can be put there by hand.
-    path.parent.mkdir(parents=True, exist_ok=True)
+    patience = float(os.environ.get("REGIONSPOT_DOWNLOAD_TIMEOUT") or 30)
     # Registries of weights such as OpenAI's put the file's sha256 in a folder of the URL.
     promised = re.search(r"/([0-9a-f]{64})/", url)
     digest, received = hashlib.sha256(), 0
     request = urllib.request.Request(url, headers={"User-Agent": "regionspot_d2"})
     with (
-        urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response,
+        # It follows redirections to these schemes only, never to a file of this machine.
+        urllib.request.urlopen(request, timeout=patience) as response,
         write_atomically(path) as file,
     ):
         size = int(response.headers.get("Content-Length") or 0) or None
+        since, before = time.monotonic(), 0
         with tqdm(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
-            while chunk := response.read(_CHUNK_BYTES):
+            # read() would wait for a whole chunk, however slowly it comes.
+            while chunk := response.read1(_CHUNK_BYTES):
                 file.write(chunk)
                 digest.update(chunk)
                 received += len(chunk)
                 bar.update(len(chunk))
+                if time.monotonic() - since > patience:
+                    if received - before < _LEAST_BYTES_PER_SECOND * patience:
+                        raise TimeoutError(f"it stalled after {received} bytes")
+                    since, before = time.monotonic(), received
         if size and received != size:
             raise ValueError(f"the connection closed after {received} of {size} bytes")
         if promised and digest.hexdigest() != promised[1]:
             raise ValueError(f"sha256 is {digest.hexdigest()}, the URL promises {promised[1]}")
+
+
+class _Downloads(HTTPURLHandler):
+    """Lets Detectron2 download as we do; iopath's own waits forever and leaves its folder."""
+
+    def _get_local_path(
+        self, path: str, force: bool = False, cache_dir: str | None = None, **kwargs: Any
+    ) -> str:
+        _fetch(path, "A path")
+        return str(_local_path(path))
+
+    def _isfile(self, path: str, **kwargs: Any) -> bool:
+        try:
+            return bool(self._get_local_path(path))
+        except WeightsNotFoundError:
+            return False
+
+    _exists = _isfile
+
+
+PathManager.register_handler(_Downloads(), allow_override=True)

@@ -49,9 +49,9 @@ CONTRACTS = "modeling.interfaces modeling.prompts"
 
 RULES = (
     # The root: every other module may stand on these.
-    Rule("files config", ""),
+    Rule("files config pickles", ""),
     Rule("model_zoo journal", "files"),
-    Rule("checkpoint", "files modeling.interfaces"),
+    Rule("checkpoint", "files pickles modeling.interfaces"),
     # What a part is, and the arithmetic between the parts: torch and Detectron2's structures only.
     Rule("modeling.prompts modeling.views", "", TORCH),
     Rule("modeling.interfaces modeling.naming", CONTRACTS, TORCH),
@@ -76,7 +76,7 @@ RULES = (
     ),
     # Data and evaluation know nothing of models. Extraction runs the localizer that it is given.
     Rule("data.token_extraction", f"files data {CONTRACTS}"),
-    Rule("data", "files journal data"),
+    Rule("data", "files pickles journal data"),
     Rule("evaluation", "files data evaluation"),
     # What runs them all.
     Rule("engine", "files config checkpoint modeling data evaluation engine"),

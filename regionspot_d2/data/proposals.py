@@ -19,7 +19,8 @@ from detectron2.structures import Boxes, BoxMode, pairwise_iou
 from detectron2.utils.file_io import PathManager
 from torchvision.ops import nms
 
-from ..files import load_pickle, write_atomically
+from ..files import write_atomically
+from ..pickles import load_pickle
 
 logger = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..checkpoint import RegionSpotCheckpointer
+from ..files import explained_weights
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,9 @@ class BestCheckpoint:
     def resume(self) -> None:
         """Continues from the best value of an earlier part of the run."""
         if os.path.exists(self._path):
-            self._best = torch.load(self._path, map_location="cpu").get(self._metric, -math.inf)
+            with explained_weights(self._path, "the best checkpoint"):
+                content = torch.load(self._path, map_location="cpu", weights_only=True)
+                self._best = content.get(self._metric, -math.inf)
 
     def update(self, results: Mapping[str, Any], iteration: int) -> None:
         """Saves the model, with the iteration, if the results of it are the best so far."""
