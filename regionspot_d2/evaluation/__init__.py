@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 
+from ..data.datasets import checked_annotations
 from ..data.datasets.vocabularies import class_groups, find_training_names
-from .coco import COCOAPEvaluator
-from .lvis import LVISAPEvaluator
+from .coco import COCOAPEvaluator, lvis_library
+from .lvis import LVISAPEvaluator, check_federated
 from .region_classification import RegionClassificationEvaluator
 from .report import summarize_odinw, write_report
 
@@ -19,6 +21,7 @@ __all__ = [
     "LVISAPEvaluator",
     "RegionClassificationEvaluator",
     "build_evaluator",
+    "check_evaluation",
     "summarize_odinw",
     "write_report",
 ]
@@ -35,12 +38,7 @@ def build_evaluator(
     Raises:
         ValueError: the type is neither "coco" nor "lvis".
     """
-    evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
-    if evaluator_type not in ("coco", "lvis"):
-        raise ValueError(
-            f"Dataset '{dataset_name}' has the evaluator_type {evaluator_type!r} in its metadata; "
-            "regionspot_d2 evaluates 'coco' and 'lvis'."
-        )
+    evaluator_type = _evaluator_type(dataset_name)
     if output_folder is None:
         output_folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
     options = {"output_dir": output_folder, "backend": cfg.TEST.EVALUATION_BACKEND}
@@ -55,3 +53,31 @@ def build_evaluator(
         return evaluator
     naming = RegionClassificationEvaluator(dataset_name, groups=groups)
     return DatasetEvaluators([evaluator, naming])
+
+
+def check_evaluation(cfg: CfgNode, dataset_name: str) -> None:
+    """Raises the ValueError or ImportError with which :func:`build_evaluator` would fail.
+
+    Files that were checked before are not read again.
+    """
+    evaluator_type = _evaluator_type(dataset_name)
+    with lvis_library(cfg.TEST.EVALUATION_BACKEND) if evaluator_type == "lvis" else nullcontext():
+        if MetadataCatalog.get(dataset_name).get("json_file") is None:
+            return
+        checked = checked_annotations(dataset_name)
+        if evaluator_type == "lvis":
+            check_federated(checked, cfg.TEST.EVALUATION_BACKEND)
+
+
+def _evaluator_type(dataset_name: str) -> str:
+    metadata = MetadataCatalog.get(dataset_name)
+    # Datasets of a function usually have only class names; Detectron2 evaluates them like COCO.
+    found = metadata.get("evaluator_type", "coco" if metadata.get("thing_classes") else None)
+    if found not in ("coco", "lvis"):
+        raise ValueError(
+            f"Dataset '{dataset_name}' has the evaluator_type {found!r} in its metadata; "
+            "regionspot_d2 evaluates 'coco' and 'lvis'."
+        )
+    if found == "lvis" and metadata.get("json_file") is None:
+        raise ValueError(f"Dataset '{dataset_name}': LVIS AP needs a json_file in its metadata.")
+    return found

@@ -7,13 +7,28 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator, Sequence
+import io
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import hotcoco
 import numpy as np
+import pycocotools.coco
+from detectron2.data import MetadataCatalog
+from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.evaluation import COCOEvaluator, coco_evaluation
+from pycocotools.cocoeval import COCOeval
+
+from ..data.datasets import checked_annotations
+from ..data.datasets.corrections import CheckedFile
+from ..data.datasets.validation import number_ids, parse_json
+
+logger = logging.getLogger(__name__)
 
 BACKENDS = ("hotcoco", "reference")
 
@@ -48,20 +63,60 @@ def lvis_library(backend: str) -> Iterator[ModuleType]:
             del np.float  # type: ignore[attr-defined]
 
 
-@contextlib.contextmanager
-def coco_library(backend: str) -> Iterator[None]:
-    """Inside it, Detectron2's ``COCOEvaluator`` computes AP with the chosen library."""
-    if not _uses_hotcoco(backend):
-        yield
-        return
-    # COCOEvaluator takes these classes from its module's names and has no parameter for them.
-    replaced = {"COCO": hotcoco.COCO, "COCOeval": hotcoco.COCOeval}
-    originals = {name: vars(coco_evaluation)[name] for name in replaced}
-    vars(coco_evaluation).update(replaced)
-    try:
-        yield
-    finally:
-        vars(coco_evaluation).update(originals)
+class Truth(NamedTuple):
+    """Annotations in the library that computes AP; ids that not every library takes are replaced.
+
+    ``images`` and ``categories`` give the ids in the library by those of the file, and are empty
+    if those are the same.
+    """
+
+    annotations: Any
+    images: dict[Any, int]
+    categories: dict[Any, int]
+
+    def renumber(self, results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Results with the ids in the library, which may change these dicts."""
+        if not self.images:
+            return list(results)
+        ids = (("image_id", self.images), ("category_id", self.categories))
+        return [{**result, **{key: new[result[key]] for key, new in ids}} for result in results]
+
+
+def load_truth(library: Any, path: str, *, lvis: bool = False) -> Truth:
+    """Opens a checked annotation file with ``COCO`` or ``LVIS`` of a library.
+
+    hotcoco refuses headers that evaluation never reads, and ids that are text, negative or huge;
+    pycocotools mixes up some of those ids. It then gets the annotations without the former and with
+    other ids.
+    """
+    open_file = library.LVIS if lvis else library.COCO
+    with contextlib.suppress(ValueError), contextlib.redirect_stdout(io.StringIO()):
+        found = open_file(path)
+        numbers = (
+            [*found.get_img_ids(), *found.get_cat_ids()]
+            if lvis or library is hotcoco
+            else [*found.getImgIds(), *found.getCatIds()]
+        )
+        if all(isinstance(number, int) and 0 <= number < 1 << 53 for number in numbers):
+            return Truth(found, {}, {})
+    content, images, categories = number_ids(parse_json(path)[0])
+    if library is hotcoco:
+        return Truth(open_file(content), images, categories)
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(content, file)
+        file.flush()
+        with contextlib.redirect_stdout(io.StringIO()):
+            return Truth(open_file(file.name), images, categories)
+
+
+def has_masks(checked: CheckedFile) -> bool:
+    """Whether mask AP can be computed: all annotations have masks. Warns if only some have."""
+    if 0 < checked.masks < checked.annotations:
+        logger.warning(
+            f"{checked.path}: {checked.annotations - checked.masks} of {checked.annotations} "
+            f"annotations have no mask, the first with id {checked.maskless}: mask AP is left out."
+        )
+    return 0 < checked.masks == checked.annotations
 
 
 class COCOAPEvaluator(COCOEvaluator):
@@ -80,17 +135,49 @@ class COCOAPEvaluator(COCOEvaluator):
         *,
         backend: str = "hotcoco",
     ) -> None:
-        self._backend = backend
-        with coco_library(backend):
-            super().__init__(dataset_name, tasks, distributed, output_dir, use_fast_impl=False)
-        annotations = self._coco_api.loadAnns(self._coco_api.getAnnIds()[:1])
-        self._do_evaluation = bool(annotations)
-        self._has_masks = any(annotation.get("segmentation") for annotation in annotations)
+        metadata = MetadataCatalog.get(dataset_name)
+        self._library = hotcoco if _uses_hotcoco(backend) else pycocotools.coco
+        self._evaluation = hotcoco.COCOeval if _uses_hotcoco(backend) else COCOeval
+        with tempfile.TemporaryDirectory() as scratch:
+            if converted := metadata.get("json_file") is None:
+                # The user registered a function that makes the records. Detectron2 would keep the
+                # file, and evaluate on it when the function has long changed.
+                metadata.json_file = os.path.join(scratch, "annotations.json")
+                convert_to_coco_json(dataset_name, metadata.json_file, allow_cached=False)
+            try:
+                checked = checked_annotations(dataset_name, keep=not converted)
+                self._truth = load_truth(self._library, checked.path)
+                with self._replaced(COCO=lambda _: self._truth.annotations):
+                    super().__init__(
+                        dataset_name, tasks, distributed, output_dir, use_fast_impl=False
+                    )
+            finally:
+                if converted:
+                    del metadata.json_file
+        self._do_evaluation = checked.annotations > 0
+        self._has_masks = has_masks(checked)
 
     def _tasks_from_predictions(self, predictions: list[dict[str, Any]]) -> list[str]:
         tasks = super()._tasks_from_predictions(predictions)
         return tasks if self._has_masks else [task for task in tasks if task != "segm"]
 
     def _eval_predictions(self, predictions: list[dict[str, Any]], img_ids: Any = None) -> None:
-        with coco_library(self._backend):
+        compute = vars(coco_evaluation)["_evaluate_predictions_on_coco"]
+
+        def renumbered(
+            truth: Any, results: list[dict[str, Any]], *args: Any, **options: Any
+        ) -> Any:
+            return compute(truth, self._truth.renumber(results), *args, **options)
+
+        with self._replaced(COCOeval=self._evaluation, _evaluate_predictions_on_coco=renumbered):
             super()._eval_predictions(predictions, img_ids)
+
+    @contextlib.contextmanager
+    def _replaced(self, **names: Any) -> Iterator[None]:
+        # COCOEvaluator takes these from its module's names and has no parameter for them.
+        originals = {name: vars(coco_evaluation)[name] for name in names}
+        vars(coco_evaluation).update(names)
+        try:
+            yield
+        finally:
+            vars(coco_evaluation).update(originals)

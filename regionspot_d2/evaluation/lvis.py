@@ -5,14 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import mmap
 import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
@@ -20,9 +18,11 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 
+from ..data.datasets import AnnotationsError, checked_annotations
 from ..data.datasets.annotations import contiguous_ids
+from ..data.datasets.corrections import CheckedFile
 from ..data.datasets.vocabularies import class_groups
-from .coco import lvis_library
+from .coco import has_masks, load_truth, lvis_library
 
 logger = logging.getLogger(__name__)
 
@@ -65,18 +65,15 @@ class LVISAPEvaluator(DatasetEvaluator):
 
         Raises:
             ImportError: the backend is "reference" and the package lvis is not installed.
-            ValueError: the backend is hotcoco and an annotation has a flag that it treats
-                differently from lvis, ``iscrowd`` or ``ignore``.
+            ValueError: the annotation file has a fault, see :func:`check_federated`.
         """
         with lvis_library(backend) as library:
-            json_file = PathManager.get_local_path(MetadataCatalog.get(dataset_name).json_file)
-            if backend == "hotcoco":
-                _refuse_flags(json_file)
-            self._truth = library.LVIS(json_file)
+            checked = checked_annotations(dataset_name)
+            check_federated(checked, backend)
+            self._truth = load_truth(library, checked.path, lvis=True)
         self._backend = backend
-        first = self._truth.load_anns(self._truth.get_ann_ids()[:1])
-        self._has_annotations = bool(first)
-        self._has_masks = any(annotation.get("segmentation") for annotation in first)
+        self._has_annotations = checked.annotations > 0
+        self._has_masks = has_masks(checked)
         self._contiguous_ids = contiguous_ids(dataset_name)
         self._category_ids = {i: category for category, i in self._contiguous_ids.items()}
         self._tasks = tasks
@@ -157,14 +154,19 @@ class LVISAPEvaluator(DatasetEvaluator):
             # lvis changes the dicts that it is given.
             results = [dict(result) for result in results]
         with lvis_library(self._backend) as library:
-            found = library.LVISResults(self._truth, results, max_dets=max_dets_per_image)
-            evaluation = library.LVISEval(self._truth, found, task)
+            truth = self._truth.annotations
+            found = library.LVISResults(
+                truth, self._truth.renumber(results), max_dets=max_dets_per_image
+            )
+            evaluation = library.LVISEval(truth, found, task)
             evaluation.evaluate()
             evaluation.accumulate()
         # (IoU thresholds, recalls, classes, areas); hotcoco adds an axis for the limit per image.
         precision = evaluation.eval["precision"]
         precision = precision.reshape(*precision.shape[:4])
-        ids = [self._contiguous_ids.get(category_id) for category_id in evaluation.params.cat_ids]
+        own_ids = {new: old for old, new in self._truth.categories.items()}
+        category_ids = (own_ids.get(number, number) for number in evaluation.params.cat_ids)
+        ids = [self._contiguous_ids.get(number) for number in category_ids]
         all_areas = precision[..., 0]
         parts = {"": all_areas, "50": all_areas[_IOU_50], "75": all_areas[_IOU_75]}
         parts.update((area, precision[..., i]) for area, i in _AREAS.items())
@@ -215,18 +217,19 @@ class ResultBuffer:
         return list(itertools.compress(results, counts))
 
 
-def _refuse_flags(json_file: str) -> None:
+def check_federated(checked: CheckedFile, backend: str) -> None:
+    """Raises an AnnotationsError if LVIS AP of the annotations would be wrong."""
+    if checked.annotations and checked.unfederated is not None:
+        raise AnnotationsError(
+            f"{checked.path}: image {checked.unfederated!r} has no 'neg_category_ids' or no "
+            "'not_exhaustive_category_ids', without which LVIS AP is wrong. Copy them from LVIS's "
+            "own file, or register the annotations by DATASETS.COCO_FORMAT for COCO AP."
+        )
     # hotcoco honors iscrowd but not ignore; lvis does the opposite.
-    with open(json_file, "rb") as file:
-        # Official files have neither key, and searching is much faster than parsing.
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-            if text.find(b'"iscrowd"') < 0 and text.find(b'"ignore"') < 0:
-                return
-        annotations = json.load(file).get("annotations", [])
-    flagged = [a["id"] for a in annotations if a.get("iscrowd") or a.get("ignore")]
-    if flagged:
-        raise ValueError(
-            f"{json_file}: {len(flagged)} annotations, the first with id {flagged[0]}, are flagged "
+    if backend == "hotcoco" and checked.flagged[0]:
+        number, first = checked.flagged
+        raise AnnotationsError(
+            f"{checked.path}: {number} annotations, the first with id {first}, are flagged "
             "'iscrowd' or 'ignore', which hotcoco and lvis treat differently. Remove the flags, or "
             "set TEST.EVALUATION_BACKEND: reference."
         )

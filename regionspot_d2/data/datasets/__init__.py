@@ -11,13 +11,23 @@ from detectron2.data.datasets import load_coco_json
 
 from ...files import data_root
 from ...files import expand_data_root as expand_root
-from .annotations import class_names, coco_dataset, register_coco_format, source_file
+from .annotations import (
+    checked_annotations,
+    class_names,
+    coco_dataset,
+    register_coco_format,
+    register_corrected_coco,
+    source_file,
+)
 from .lvis import minival, register_all_lvis
 from .odinw import ODINW_13, ODINW_35, register_all_odinw
+from .validation import AnnotationsError
 
 __all__ = [
     "ODINW_13",
     "ODINW_35",
+    "AnnotationsError",
+    "checked_annotations",
     "class_names",
     "coco_dataset",
     "expand_root",
@@ -49,11 +59,15 @@ _VAST_VOCABULARY = {
 def register_all_objects365(root: str) -> None:
     """Registers ``objects365_v{1,2}_{train,val}`` below ``root``, the folder of all datasets."""
     for name, files in _OBJECTS365.items():
-        _register(root, name, *files, load=_load_objects365)
+        json_file, image_root = _paths(root, *files)
+        # The file itself stays ``json_file``: token caches are named after its content.
+        DatasetCatalog.register(name, partial(_load_objects365, image_root, name))
+        metadata = MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root)
+        metadata.set(evaluator_type="coco", split=name.rsplit("_", 1)[1])
 
 
-def _load_objects365(json_file: str, image_root: str, name: str) -> list[dict[str, Any]]:
-    records = load_coco_json(json_file, "", name)
+def _load_objects365(image_root: str, name: str) -> list[dict[str, Any]]:
+    records = load_coco_json(checked_annotations(name).path, "", name)
     for record in records:
         # v2 names an image "images/v1/patch8/x.jpg" that its archives store as "patch8/x.jpg".
         parts = record["file_name"].split("/")
@@ -62,19 +76,16 @@ def _load_objects365(json_file: str, image_root: str, name: str) -> list[dict[st
     return records
 
 
-def _register(root: str, name: str, images: str, file: str, load: Any = load_coco_json) -> None:
-    image_root = os.path.join(root, images)
-    json_file = os.path.join(root, images.split("/")[0], "annotations", file)
-    DatasetCatalog.register(name, partial(load, json_file, image_root, name))
-    metadata = MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root)
-    metadata.set(evaluator_type="coco", split=name.rsplit("_", 1)[1])
+def _paths(root: str, images: str, file: str) -> tuple[str, str]:
+    folder = os.path.join(root, images.split("/")[0], "annotations")
+    return os.path.join(folder, file), os.path.join(root, images)
 
 
 register_all_lvis(data_root())
 register_all_odinw(data_root())
 register_all_objects365(data_root())
 for _name, _files in _VAST_VOCABULARY.items():
-    _register(data_root(), _name, *_files)
+    register_corrected_coco(_name, *_paths(data_root(), *_files), _name.rsplit("_", 1)[1])
 
 # Detectron2 registers COCO without the split, which the results table shows.
 MetadataCatalog.get("coco_2017_train").set(split="train")

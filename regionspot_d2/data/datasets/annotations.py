@@ -8,13 +8,11 @@ corrected copy to the cache, once, and opens that. Nothing is read before it is 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import logging
 import mmap
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,36 +21,10 @@ from detectron2.data.catalog import Metadata
 from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathHandler, PathManager
 
-from ...files import cache_dir, expand_data_root, write_atomically
-
-logger = logging.getLogger(__name__)
+from ...files import expand_data_root
+from .corrections import CheckedFile, Correction, checked_file
 
 _PREFIX = "annotations://"
-
-# Increase it whenever a correction changes, so that older copies are no longer used.
-_VERSION = 1
-# Changes a parsed annotation file in place and returns whether it did.
-Correction = Callable[[dict[str, Any]], bool]
-
-
-def repair_annotations(content: dict[str, Any]) -> bool:
-    """Makes a file fit for COCO evaluation: valid ids, and ``area`` and ``iscrowd`` everywhere.
-
-    The ids become 1, 2, ... if one is 0, missing or used twice. The evaluation stores the id of the
-    matched annotation and reads 0 as "unmatched", so a match with annotation 0 counts as a false
-    positive (cocoapi issue 507).
-    """
-    annotations = content.get("annotations", [])
-    ids = {annotation.get("id", 0) for annotation in annotations}
-    changed = renumber = len(ids) < len(annotations) or 0 in ids
-    for number, annotation in enumerate(annotations, start=1):
-        changed |= not {"area", "iscrowd"} <= annotation.keys()
-        if renumber:
-            annotation["id"] = number
-        if "area" not in annotation:
-            annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
-        annotation.setdefault("iscrowd", 0)
-    return changed
 
 
 def register_corrected_coco(
@@ -63,10 +35,15 @@ def register_corrected_coco(
     ``corrections`` come before :func:`repair_annotations`; the results table shows ``split``.
     """
     path = _PREFIX + name
-    DatasetCatalog.register(name, lambda: load_coco_json(path, image_root, name))
+
+    def load() -> list[dict[str, Any]]:
+        _forget_names(MetadataCatalog.get(name))
+        return load_coco_json(path, image_root, name)
+
+    DatasetCatalog.register(name, load)
     metadata = MetadataCatalog.get(name).set(evaluator_type="coco", split=split)
     metadata.set(json_file=path, source_file=os.fspath(json_file), image_root=image_root)
-    metadata.set(corrections=(*corrections, repair_annotations))
+    metadata.set(corrections=tuple(corrections))
 
 
 def source_file(json_file: str) -> str:
@@ -81,41 +58,25 @@ def _metadata(path: str) -> Metadata:
     return MetadataCatalog.get(name)
 
 
-def _corrected_copy(path: str) -> str:
-    metadata = _metadata(path)
-    dataset, json_file = metadata.name, metadata.source_file
-    if not PathManager.isfile(json_file):
-        raise FileNotFoundError(
-            f"The annotations of dataset '{dataset}' are missing: {json_file}. datasets/README.md "
-            "says what to download; set DETECTRON2_DATASETS to the folder of all datasets."
-        )
-    local_file = os.path.realpath(PathManager.get_local_path(json_file))
-    state = os.stat(local_file)
-    # Size and time tell a changed file without reading gigabytes for a hash of the content.
-    key = f"{_VERSION} {dataset} {local_file} {state.st_size} {state.st_mtime_ns}"
-    digest = hashlib.sha1(key.encode()).hexdigest()[:12]
-    name = re.sub(r"[^\w.-]", "_", dataset)
-    copy = cache_dir() / "annotations" / f"{name}-{digest}.json"
-    if copy.exists():
-        return str(copy)
-    with open(local_file, encoding="utf-8") as file:
-        content = json.load(file)
-    if not isinstance(content, dict) or not {"images", "categories"} <= content.keys():
-        found = sorted(content) if isinstance(content, dict) else f"a {type(content).__name__}"
-        raise ValueError(
-            f"{json_file} (dataset '{dataset}') is not in COCO format: expected 'images', "
-            f"'categories' and 'annotations', found {found}."
-        )
-    # A list, so that every correction is made.
-    if any([correction(content) for correction in metadata.corrections]):
-        with write_atomically(copy, "w") as file:
-            json.dump(content, file)
-        logger.info(f"Corrected the annotations of '{dataset}': {copy}")
-    else:
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):  # another process made the link first
-            copy.symlink_to(local_file)
-    return str(copy)
+def _forget_names(metadata: Metadata) -> None:
+    # The file may have been edited since they were read, and Metadata refuses other values.
+    for key in ("thing_classes", "thing_dataset_id_to_contiguous_id"):
+        vars(metadata).pop(key, None)
+
+
+def checked_annotations(dataset: str, *, keep: bool = True) -> CheckedFile:
+    """Checks and corrects the annotation file of a dataset, once for each content.
+
+    Without ``keep``, a file that will soon be gone leaves nothing in the cache.
+
+    Raises:
+        AnnotationsError: the file has a fault.
+        FileNotFoundError: there is no such file.
+    """
+    metadata = MetadataCatalog.get(dataset)
+    json_file = source_file(os.fspath(metadata.json_file))
+    lvis = metadata.get("evaluator_type") == "lvis"
+    return checked_file(dataset, json_file, metadata.get("corrections", ()), lvis=lvis, keep=keep)
 
 
 class _CorrectedAnnotations(PathHandler):
@@ -125,14 +86,14 @@ class _CorrectedAnnotations(PathHandler):
         return [_PREFIX]
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
-        return _corrected_copy(path)
+        return checked_annotations(_metadata(path).name).path
 
     def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> IO[Any]:
         if set(mode) & set("wax+"):
             raise ValueError(
                 f"{path} is a copy of {source_file(path)}; write to that file instead."
             )
-        return open(_corrected_copy(path), mode, buffering, **kwargs)
+        return open(self._get_local_path(path), mode, buffering, **kwargs)
 
     def _isfile(self, path: str, **kwargs: Any) -> bool:
         return PathManager.isfile(source_file(path))
@@ -159,7 +120,11 @@ def register_coco_format(entries: Sequence[Sequence[str]]) -> None:
         if len(parts) != 3 or not all(isinstance(part, (str, os.PathLike)) for part in parts):
             form = "[name, COCO-format json, image folder]"
             raise ValueError(f"{key} is {entry!r}; it must be {form}.")
-        name, json_file, image_root = (expand_data_root(os.fspath(part)) for part in parts)
+        name, *paths = (os.fspath(part) for part in parts)
+        json_file, image_root = (
+            path if "://" in path else os.path.normpath(os.path.expanduser(path))
+            for path in map(expand_data_root, paths)
+        )
         if not PathManager.isfile(json_file):
             raise FileNotFoundError(f"{key} ('{name}'): there is no annotation file '{json_file}'.")
         if not PathManager.isdir(image_root):
@@ -175,6 +140,7 @@ def register_coco_format(entries: Sequence[Sequence[str]]) -> None:
                 f"{key}: '{name}' belongs to another dataset (annotations '{known_json}', images "
                 f"'{known_root}'). Choose another name."
             )
+        _forget_names(metadata)
 
 
 def coco_dataset(
@@ -233,7 +199,14 @@ def contiguous_ids(dataset_name: str) -> dict[int, int]:
     metadata = MetadataCatalog.get(dataset_name)
     if (ids := metadata.get("thing_dataset_id_to_contiguous_id")) is not None:
         return ids
-    return {c["id"]: index for index, c in enumerate(read_categories(metadata.json_file))}
+    return {c["id"]: index for index, c in enumerate(categories_of(dataset_name))}
+
+
+def categories_of(dataset_name: str) -> list[dict[str, Any]]:
+    """:func:`read_categories` of a dataset; those of a function have their contiguous ids."""
+    if (json_file := MetadataCatalog.get(dataset_name).get("json_file")) is not None:
+        return read_categories(json_file)
+    return [{"id": i, "name": name} for i, name in enumerate(class_names(dataset_name))]
 
 
 def read_categories(json_file: str) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import defaultdict
 from collections.abc import Mapping
@@ -12,7 +11,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.lvis import get_lvis_instances_meta
 from detectron2.data.datasets.lvis_v1_categories import LVIS_CATEGORIES
 from detectron2.structures import BoxMode
-from detectron2.utils.file_io import PathManager
+
+from .validation import AnnotationsError, read_annotations
 
 
 def register_all_lvis(root: str) -> None:
@@ -61,12 +61,11 @@ def load_lvis(
             of other categories are dropped.
 
     Raises:
-        ValueError: annotations share an id, or have no valid polygons.
+        ValueError: the file has a fault, e.g. annotations without valid polygons.
     """
-    with PathManager.open(json_file) as file:
-        content = json.load(file)
+    content, _ = read_annotations(json_file, lvis=True)
     annotations = content.get("annotations", [])
-    if len({annotation["id"] for annotation in annotations}) < len(annotations):
+    if len({str(annotation.get("id")) for annotation in annotations}) < len(annotations):
         raise ValueError(f"{json_file}: several annotations have the same 'id'.")
     objects = defaultdict(list)
     for annotation in annotations:
@@ -80,7 +79,7 @@ def load_lvis(
     return [
         {
             # LVIS v1 names an image only by its URL, whose last folder is COCO's split.
-            "file_name": image_root + "/".join(image["coco_url"].split("/")[-2:]),
+            "file_name": image_root + "/".join(_url(image, json_file).split("/")[-2:]),
             "height": image["height"],
             "width": image["width"],
             "not_exhaustive_category_ids": image.get("not_exhaustive_category_ids", []),
@@ -92,15 +91,24 @@ def load_lvis(
     ]
 
 
+def _url(image: Mapping[str, Any], json_file: str) -> str:
+    if not isinstance(url := image.get("coco_url"), str):
+        raise AnnotationsError(
+            f"{json_file}: the image {image['id']!r} has no 'coco_url', which says where LVIS's "
+            "images are. Register annotations with a 'file_name' by DATASETS.COCO_FORMAT."
+        )
+    return url
+
+
 def _check_polygons(annotation: Mapping[str, Any], json_file: str) -> None:
     if "segmentation" not in annotation:
         raise ValueError(
-            f"{json_file}: annotation {annotation['id']} has no 'segmentation'. If this is MDETR's "
+            f"{json_file}: annotation {annotation.get('id')} has no 'segmentation'. If this is MDETR's "
             "minival, make one from lvis_v1_val.json with tools/prepare_lvis_minival.py instead."
         )
     polygons = annotation["segmentation"]
     if not polygons or any(len(xy) % 2 or len(xy) < 6 for xy in polygons):
-        raise ValueError(f"{json_file}: annotation {annotation['id']} has no valid polygons.")
+        raise ValueError(f"{json_file}: annotation {annotation.get('id')} has no valid polygons.")
 
 
 def minival(annotations: dict[str, Any]) -> dict[str, Any]:

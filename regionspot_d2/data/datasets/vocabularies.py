@@ -18,12 +18,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.data.datasets.lvis_v1_categories import LVIS_CATEGORIES
 from detectron2.utils.logger import log_first_n
 
-from .annotations import class_names, contiguous_ids, read_categories
+from .annotations import categories_of, class_names, contiguous_ids
 
 VOCABULARIES = ("lvis", "coco", "objects365", "openimages")
 
@@ -134,7 +133,7 @@ def class_groups(
     """
     contiguous = contiguous_ids(dataset)
     groups = defaultdict(set)
-    for category in read_categories(MetadataCatalog.get(dataset).json_file):
+    for category in categories_of(dataset):
         # Annotation files may name more classes than the dataset has.
         if category["id"] not in contiguous:
             continue
