@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import os
+import stat
+import struct
+import textwrap
 import warnings
-from typing import TypeAlias
+from typing import BinaryIO, TypeAlias
 
 import numpy as np
 import torch
 from detectron2.data.detection_utils import _apply_exif_orientation
 from detectron2.utils.file_io import PathManager
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
+
+from .image_files import check_jpeg, check_png
 
 ImageLike: TypeAlias = str | os.PathLike[str] | np.ndarray | Image.Image | Tensor
 
+# What is read: formats that PIL decodes itself. EPS and the like, it hands to other programs.
+FORMATS = ("JPEG", "MPO", "PNG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM")
+FORMATS += ("HEIF", "ICO", "PCX", "QOI", "SGI", "TGA")
+# INPUT.MAX_PIXELS by default: the photos of 108-megapixel cameras are read.
+MAX_PIXELS = 120_000_000
+
+_STRIP_ROWS = 256
+_TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of TIFF
 # 16-bit gray. "I" has 32 bits, but older PIL opens 16-bit PNG as "I".
 _DEEP_GRAY = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
@@ -23,45 +37,104 @@ class ImageReadError(OSError):
     """An image file is missing or cannot be read; the message names the file and the reason."""
 
 
-def read_image(path: str | os.PathLike[str]) -> np.ndarray:
+def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Reads an image file, or the first image of a file with several, with :func:`to_rgb_array`.
 
-    ``path`` may have any scheme that Detectron2's ``PathManager`` knows. PIL's guard against
-    decompression bombs stays in place at ``2 * PIL.Image.MAX_IMAGE_PIXELS`` (179 megapixels by
-    default); its warning at half of that, which ordinary aerial photos reach, is silenced.
+    Args:
+        path: a regular file, or a URL that Detectron2's ``PathManager`` knows. Its content decides
+            on the format, which is one of ``FORMATS``.
+        max_pixels: width times height, by the file's header; nothing larger is decoded. Above 179
+            megapixels, ``PIL.Image.MAX_IMAGE_PIXELS`` must be raised too.
 
     Returns:
         A writable array (H, W, 3), uint8, RGB.
 
     Raises:
-        ImageReadError: the file is missing, empty, truncated, too large, or not an image.
+        ImageReadError: the file is missing, no regular file, empty, truncated, damaged as far as
+            its format can show it, too large, or not an image.
     """
-    name = os.fspath(path)
+    name = printable(path)
     try:
-        with PathManager.open(name, "rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            if not file.read(1):
-                raise ImageReadError(f"The image file '{name}' is empty.")
-            file.seek(0)
-            image = Image.open(file)
+        with _open_regular(path) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of metadata, and at half of PIL's limit
+            Image.init()
+            # PIL may be built without AVIF; HEIF is of the package pillow-heif.
+            image = Image.open(file, formats=[known for known in FORMATS if known in Image.OPEN])
+            _check_size(image, max_pixels)
+            _check_content(file, image)
             # Decode first: PIL turns TIFF files upright as it decodes, and drops their orientation.
             image.load()
             return to_rgb_array(image)
-    except ImageReadError:
-        raise
+    except ImageReadError as error:
+        raise ImageReadError(f"The image file {name} {error}") from None
     except FileNotFoundError as error:
-        raise ImageReadError(f"The image file '{name}' does not exist.") from error
-    except IsADirectoryError as error:
-        raise ImageReadError(f"'{name}' is a folder; an image file is expected.") from error
+        raise ImageReadError(f"The image file {name} does not exist.") from error
     except UnidentifiedImageError as error:
         raise ImageReadError(
-            f"'{name}' is not an image, or its format is unknown to PIL."
+            f"{name} is not an image, or not of a format that is read: {', '.join(FORMATS)}."
         ) from error
     except Image.DecompressionBombError as error:
         remedy = "If you trust the file, raise PIL.Image.MAX_IMAGE_PIXELS."
-        raise ImageReadError(f"The image file '{name}' is too large: {error} {remedy}") from error
+        raise ImageReadError(f"The image file {name} is too large: {error} {remedy}") from error
     except Exception as error:  # PIL's decoders raise everything from SyntaxError to struct.error
-        raise ImageReadError(f"The image file '{name}' cannot be read: {error}.") from error
+        reason = textwrap.shorten(str(error).rstrip("."), 200) or type(error).__name__
+        raise ImageReadError(f"The image file {name} cannot be read: {reason}.") from error
+
+
+def printable(path: str | os.PathLike[str]) -> str:
+    """A path in quotes, with control characters and what cannot be encoded escaped."""
+    return repr(os.fspath(path))
+
+
+def _open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a file that is one; a FIFO or a device might never end, and is not even opened."""
+    local = PathManager.get_local_path(os.fspath(path))
+    status = os.stat(local)
+    if not stat.S_ISREG(status.st_mode):
+        what = "a folder" if stat.S_ISDIR(status.st_mode) else "a device, pipe or socket"
+        raise ImageReadError(f"is {what}; a regular file is expected.")
+    if not status.st_size:
+        raise ImageReadError("is empty.")
+    return open(local, "rb")
+
+
+def _check_size(image: Image.Image, max_pixels: int) -> None:
+    width, height = image.size
+    sizes = [(width, height)]
+    if isinstance(image, TiffImageFile):  # tiles of any size are allocated for a small picture
+        tags = image.tag_v2
+        sizes.append((int(tags.get(_TILE_WIDTH, 1)), int(tags.get(_TILE_LENGTH, 1))))
+    if min(width, height) < 1:
+        raise ImageReadError(f"has the size {width} x {height}.")
+    if any(width * height > max_pixels for width, height in sizes):
+        width, height = max(sizes)
+        raise ImageReadError(
+            f"is too large: {width} x {height} pixels are more than {max_pixels:,}. Make it "
+            "smaller, or raise INPUT.MAX_PIXELS."
+        )
+
+
+def _check_content(file: BinaryIO, image: Image.Image) -> None:
+    """Notices damage that PIL passes over. It leaves other formats to their decoders.
+
+    What no check can notice: pixels of formats without checksums, which are all but PNG, that still
+    decode. For example, a JPEG whose codes are in step again before their end shows other pixels.
+    """
+    if image.format not in ("JPEG", "MPO", "PNG"):
+        return
+    # Enough for any metadata and pixels, but not for a film that is appended to a photo.
+    file.seek(0)
+    content = file.read((1 << 26) + 16 * image.width * image.height)
+    file.seek(0)
+    try:
+        if image.format == "PNG":
+            check_png(content)
+        else:
+            check_jpeg(content)
+    except (IndexError, struct.error) as error:
+        raise ImageReadError("is truncated.") from error
+    except ValueError as error:
+        raise ImageReadError(f"is damaged: {error}.") from error
 
 
 def to_rgb_array(image: Image.Image) -> np.ndarray:
@@ -78,28 +151,42 @@ def to_rgb_array(image: Image.Image) -> np.ndarray:
         ValueError: pixels are floats or 32-bit integers of unknown range.
     """
     image = _apply_exif_orientation(image)
+    if image.mode == "F":
+        raise ValueError("its pixels are floats of unknown range; save it with 8 or 16 bits")
+    low, high = image.getextrema() if image.mode in _DEEP_GRAY else (0, 0)
+    if low < 0 or high > 65535:
+        raise ValueError("its pixels are integers of unknown range; save it with 8 or 16 bits")
+    width, height = image.size
+    pixels = np.empty((height, width, 3), np.uint8)
+    # In strips, or a large image would be in memory five times.
+    for top in range(0, height, _STRIP_ROWS):
+        strip = image.crop((0, top, width, min(top + _STRIP_ROWS, height)))
+        pixels[top : top + _STRIP_ROWS] = _rgb_strip(strip, deep=high > 255)
+    return pixels
+
+
+def _rgb_strip(image: Image.Image, deep: bool) -> np.ndarray:
     if image.mode in _DEEP_GRAY:
         values = np.asarray(image).astype(np.int32)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("its pixels are integers of unknown range; save it with 8 or 16 bits")
         # Labeling and medical tools save 8-bit values with 16 bits; scaled, they would be black.
-        scaled = (values + 128) // 257 if values.max() > 255 else values
-        image = Image.fromarray(scaled.astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("its pixels are floats of unknown range; save it with 8 or 16 bits")
-    elif image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        scaled = (values + 128) // 257 if deep else values
+        return scaled.astype(np.uint8)[..., None]
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(image.convert("RGB"))
+    return np.asarray(image.convert("RGB"))
 
 
-def as_image_tensor(image: ImageLike, channels: str) -> Tensor:
+def as_image_tensor(
+    image: ImageLike, channels: str, *, max_pixels: int = MAX_PIXELS
+) -> Tensor:
     """Checks an image and copies it, so that a caller may draw on it afterwards.
 
     Args:
         image: a path, a PIL image, an array (H, W, 3) or (H, W), or a tensor (3, H, W) or (H, W);
             values in 0..255.
         channels: "RGB" or "BGR", the order in an array or tensor.
+        max_pixels: see :func:`read_image`; what is in memory already is not limited.
 
     Returns:
         (3, H, W), RGB, 0..255, uint8 or float32.
@@ -110,15 +197,16 @@ def as_image_tensor(image: ImageLike, channels: str) -> Tensor:
     """
     if channels not in ("RGB", "BGR"):
         raise ValueError(f"channels is '{channels}'; it must be 'RGB' or 'BGR'.")
+    ours = isinstance(image, (str, os.PathLike, Image.Image))
     if isinstance(image, (str, os.PathLike)):
-        image, channels = read_image(image), "RGB"
+        image, channels = read_image(image, max_pixels=max_pixels), "RGB"
     elif isinstance(image, Image.Image):
         image, channels = to_rgb_array(image), "RGB"
     if isinstance(image, Tensor):
         pixels = image.detach().clone()
         pixels = pixels.permute(1, 2, 0) if pixels.dim() == 3 else pixels
     elif isinstance(image, np.ndarray):
-        pixels = torch.from_numpy(image.copy())
+        pixels = torch.from_numpy(image if ours else image.copy())
     else:
         kind = type(image).__name__
         raise ValueError(
