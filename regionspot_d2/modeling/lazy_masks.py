@@ -34,7 +34,9 @@ def shared_masks(read: MaskReader, regions: Tensor, size: tuple[int, int]) -> Te
     rows, places = regions.unique(return_inverse=True)
     pixels = size[0] * size[1]
     if len(regions) * pixels <= MAX_MASK_BYTES:
-        return read(regions, size) if len(rows) == len(regions) else read(rows, size)[places]
+        held = read(rows, size)
+        # Most often each region has one name, in the order of the regions: nothing to copy.
+        return held if torch.equal(rows, regions) else held[places]
     if len(rows) * pixels > MAX_MASK_BYTES:
         return LazyMasks(lambda some: read(some, size), regions, size, regions.device)
     held = read(rows, size)

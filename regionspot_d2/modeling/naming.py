@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import ceil
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from detectron2.modeling.postprocessing import detector_postprocess
@@ -26,6 +26,8 @@ from .prompts import Prompts
 LogitReader: TypeAlias = Callable[[Tensor], Tensor]
 # Boxes of point prompts are read off masks of this long side, in pixels.
 _POINT_BOX_SIDE = 256
+# Regions whose mask logits are read at a time: 64 MB of SAM's.
+_MASK_CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,11 @@ class Answer:
     def masks(self, regions: Tensor, size: tuple[int, int]) -> Tensor:
         """The masks of some regions, by their places (K,), at a size (H, W): (K, H, W), bool."""
         assert self.mask_logits is not None
-        return self.localizer.full_size_masks(self.mask_logits(regions), self.image_size, size)
+        masks = torch.empty((len(regions), *size), dtype=torch.bool, device=regions.device)
+        for part, held in zip(regions.split(_MASK_CHUNK), masks.split(_MASK_CHUNK)):
+            logits = self.mask_logits(part)
+            held.copy_(self.localizer.full_size_masks(logits, self.image_size, size))
+        return masks
 
 
 @dataclass(frozen=True)
@@ -112,11 +118,15 @@ def answer_regions(
         name=__name__,
         key="caller",
     )
-    groups = [torch.arange(len(x)).tensor_split(max(1, ceil(len(x) / max_regions))) for x in prompts]
+    device = encoded.image_tokens.device
+    groups = [
+        torch.arange(len(prompt), device=device).tensor_split(max(1, ceil(len(prompt) / max_regions)))
+        for prompt in prompts
+    ]
     answers: list[list[Answer]] = [[] for _ in prompts]
     for k in range(max(map(len, groups))):
         rows = [group[k] if k < len(group) else group[0][:0] for group in groups]
-        parts = [prompt[places.to(prompt.device)] for prompt, places in zip(prompts, rows)]
+        parts = [prompt[places] for prompt, places in zip(prompts, rows)]
         tokens = mask_tokens and [t[places] for t, places in zip(mask_tokens, rows)]
         for found, part in zip(answers, _answer_together(encoded, head, parts, tokens, False)):
             found.append(part)
@@ -160,15 +170,16 @@ def _answer_together(
 
 
 def _logits_again(encoded: EncodedImages, i: int, prompts: Prompts) -> LogitReader | None:
-    def read(regions: Tensor) -> Tensor:
+    @torch.no_grad()
+    def read(regions: Tensor) -> Any:
         rows, places = regions.unique(return_inverse=True)
         found = encoded.localizer.localize(
             encoded.embeddings[i], encoded.image_sizes[i], prompts[rows], with_masks=True
         )
         return found[1] if found[1] is None else found[1][places]
 
-    # Not every localizer finds masks.
-    return None if read(torch.zeros(min(1, len(prompts)), dtype=torch.int64)) is None else read
+    first = torch.arange(min(1, len(prompts)), device=encoded.image_tokens.device)
+    return None if read(first) is None else read  # not every localizer finds masks
 
 
 def localize(
