@@ -51,6 +51,8 @@ def _add_model(cfg: CN) -> None:
     cfg.MODEL.REGION_HEAD.NUM_HEADS = 8
     cfg.MODEL.REGION_HEAD.FFN_DIM = 2048
     cfg.MODEL.REGION_HEAD.DROPOUT = 0.1
+    # Regions of an image that see each other; more are named in groups, with a warning.
+    cfg.MODEL.REGION_HEAD.MAX_REGIONS = 1000
     # For the ablation: False hides the image tokens, which leaves the layers only self-attention.
     cfg.MODEL.REGION_HEAD.IMAGE_TOKENS = True
     # KernelRegionHead: the number of training regions that it compares others with.

@@ -17,7 +17,8 @@ from .checkpoint import RegionSpotCheckpointer
 from .data.images import ImageLike, as_image_tensor
 from .modeling.interfaces import image_size_of
 from .modeling.naming import EncodedImages
-from .modeling.prompts import BoxPrompts, as_boxes, as_prompts
+from .modeling.prompts import BoxPrompts
+from .modeling.questions import as_boxes, as_prompts
 from .modeling.regionspot import RegionSpot
 from .modeling.vocabulary import check_names
 

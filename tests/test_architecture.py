@@ -22,8 +22,8 @@ from .source import (
 MODULES = package_modules()
 
 # Without mini/ and app/, which stand on their own. A larger number needs a reason that is as large.
-MAX_MODULES = 42
-MAX_LINES = 7050
+MAX_MODULES = 45
+MAX_LINES = 7750
 MAX_MODULE_LINES = 320
 MAX_FUNCTION_LINES = 60
 
@@ -53,8 +53,9 @@ RULES = (
     Rule("model_zoo journal", "files"),
     Rule("checkpoint", "files pickles modeling.interfaces"),
     # What a part is, and the arithmetic between the parts: torch and Detectron2's structures only.
-    Rule("modeling.prompts modeling.views", "", TORCH),
-    Rule("modeling.interfaces modeling.naming", CONTRACTS, TORCH),
+    Rule("modeling.prompts modeling.lazy_masks", "", TORCH),
+    Rule("modeling.interfaces modeling.questions", CONTRACTS, TORCH),
+    Rule("modeling.naming", f"{CONTRACTS} modeling.lazy_masks", TORCH),
     Rule("modeling.region_head", CONTRACTS, f"{TORCH} fvcore"),
     Rule("modeling.vocabulary", f"files {CONTRACTS}", f"{TORCH} tqdm"),
     # The model joins the parts; it works inside and around other detectors.

@@ -7,15 +7,8 @@ import pytest
 import torch
 from detectron2.structures import BitMasks, Boxes
 
-from regionspot_d2.modeling.prompts import (
-    BoxPrompts,
-    MaskPrompts,
-    PointPrompts,
-    as_boxes,
-    as_masks,
-    as_points,
-    as_prompts,
-)
+from regionspot_d2.modeling.prompts import BoxPrompts, MaskPrompts, PointPrompts
+from regionspot_d2.modeling.questions import as_boxes, as_masks, as_points, as_prompts
 
 SIZE = (60, 90)  # height, width
 

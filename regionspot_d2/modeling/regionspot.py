@@ -21,14 +21,7 @@ from .interfaces import (
     VisionLanguageModel,
     to_rgb,
 )
-from .naming import (
-    Answer,
-    EncodedImages,
-    LocalizedRegions,
-    localize,
-    name_regions,
-    relative_boxes,
-)
+from .naming import Answer, EncodedImages, answer_regions, localize, name_regions
 from .prompts import BoxPrompts, Prompts
 from .region_head import focal_loss
 from .vocabulary import TextEmbedder, dataset_class_names
@@ -61,6 +54,7 @@ class RegionSpot(nn.Module):
         keep_before_proposal_score: int = 0,
         input_format: str = "RGB",
         default_dataset: str | None = None,
+        max_regions: int = 1000,
     ) -> None:
         """
         Args:
@@ -72,8 +66,15 @@ class RegionSpot(nn.Module):
                 :func:`~regionspot_d2.modeling.naming.name_regions`.
             input_format: channel order of ``image`` in the inputs, "RGB" or "BGR".
             default_dataset: its class names serve an input without ``dataset_name``.
+            max_regions: of an image that the region head sees together; more are named in groups.
+
+        Raises:
+            ValueError: ``max_regions`` is less than 1.
         """
         super().__init__()
+        if max_regions < 1:
+            raise ValueError(f"MODEL.REGION_HEAD.MAX_REGIONS is {max_regions}; at least 1 is due.")
+        self.max_regions = max_regions
         self.localizer = localizer
         self.vision_language = vision_language
         self.region_head = region_head
@@ -110,6 +111,7 @@ class RegionSpot(nn.Module):
             "keep_before_proposal_score": cfg.TEST.KEEP_BEFORE_PROPOSAL_SCORE,
             "input_format": cfg.INPUT.FORMAT,
             "default_dataset": datasets[0] if datasets else None,
+            "max_regions": cfg.MODEL.REGION_HEAD.MAX_REGIONS,
         }
 
     @property
@@ -224,23 +226,14 @@ class RegionSpot(nn.Module):
         Returns:
             An answer per image, with its regions in the order asked.
         """
-        prompts = [prompt.to(self.device) for prompt in prompts]
-        if mask_tokens is None:
-            regions = localize(encoded, self.region_head, prompts, with_masks=with_masks)
-        else:
-            regions = [
-                LocalizedRegions(tokens, prompt.boxes(size), None)
-                for tokens, prompt, size in zip(mask_tokens, prompts, encoded.image_sizes)
-            ]
-        embeddings = self.region_head(
-            [found.tokens for found in regions],
-            encoded.image_tokens,
-            [relative_boxes(r.boxes, size) for r, size in zip(regions, encoded.image_sizes)],
+        return answer_regions(
+            encoded,
+            self.region_head,
+            [prompt.to(self.device) for prompt in prompts],
+            with_masks=with_masks,
+            mask_tokens=mask_tokens,
+            max_regions=self.max_regions,
         )
-        return [
-            Answer(size, embedding, found.boxes, found.mask_logits, self.localizer)
-            for size, embedding, found in zip(encoded.image_sizes, embeddings, regions)
-        ]
 
     @torch.no_grad()
     def attention(self, encoded: EncodedImages, prompts: Prompts) -> Tensor:
@@ -251,8 +244,14 @@ class RegionSpot(nn.Module):
             sums to 1, less what a class token takes.
 
         Raises:
-            ValueError: the region head has no attention to the image.
+            ValueError: the region head has no attention to the image, or there are more than
+                ``max_regions``.
         """
+        if len(prompts) > self.max_regions:
+            raise ValueError(
+                f"Attention of {len(prompts)} regions is asked for; ask for at most "
+                f"{self.max_regions} (MODEL.REGION_HEAD.MAX_REGIONS) at a time."
+            )
         prompts = prompts.to(self.device)
         [regions] = localize(encoded, self.region_head, [prompts], with_masks=False)
         maps = self.region_head.attention(regions.tokens, encoded.image_tokens)

@@ -1,0 +1,211 @@
+"""Regions as people write them, checked at the door: what cannot be meant is one clear error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.structures import BitMasks, Boxes
+from torch import Tensor
+
+from .prompts import BoxPrompts, MaskPrompts, MixedPrompts, PointPrompts, Prompts
+
+# On an image of a pixel or two, boxes between 0 and 1 may be pixels.
+_TINY_IMAGE = 2
+_FRACTIONS = (
+    "The {} lie between 0 and 1, like fractions of the image; pixels are expected: multiply x by "
+    "{} and y by {}."
+)
+
+
+def as_prompts(
+    image_size: tuple[int, int],
+    *,
+    boxes: Any | None = None,
+    points: Any | None = None,
+    point_labels: Any | None = None,
+    masks: Any | None = None,
+) -> Prompts:
+    """Checks regions as people write them, numbered in the order boxes, points, masks.
+
+    Args:
+        image_size: (H, W) of the image.
+        boxes, points, point_labels, masks: see :func:`as_boxes`, :func:`as_points` and
+            :func:`as_masks`.
+
+    Raises:
+        ValueError: there are none, or one of them makes no sense; the message names it.
+    """
+    if boxes is None and points is None and masks is None:
+        raise ValueError("There are no regions: pass boxes=, points= or masks=.")
+    if points is None and point_labels is not None:
+        raise ValueError("There are point_labels= but no points=.")
+    parts: list[Prompts] = []
+    if boxes is not None:
+        parts.append(BoxPrompts(as_boxes(boxes, image_size)))
+    if points is not None:
+        parts.append(as_points(points, point_labels, image_size, sum(map(len, parts))))
+    if masks is not None:
+        parts.append(as_masks(masks, image_size, sum(map(len, parts))))
+    return MixedPrompts(parts)
+
+
+def as_boxes(boxes: Any, image_size: tuple[int, int]) -> Boxes:
+    """Checks R boxes, XYXY in pixels of the image; what hangs over its edge is cut off.
+
+    Raises:
+        ValueError: a box is not four finite numbers, has its corners swapped, has no area, or lies
+            outside the image; or all of them look like fractions of the image.
+    """
+    values = _numbers(boxes.tensor if isinstance(boxes, Boxes) else boxes, "boxes").float()
+    if values.numel() == 0:
+        return Boxes(torch.zeros(0, 4))
+    if values.shape == (4,):
+        values = values[None]
+    if values.dim() != 2 or values.shape[1] != 4:
+        shape = tuple(values.shape)
+        raise ValueError(f"Boxes have the shape {shape}; (R, 4), x0, y0, x1, y1, is expected.")
+    height, width = image_size
+    x0, y0, x1, y1 = values.unbind(1)
+    faults = {
+        "its numbers must be finite.": ~values.isfinite().all(1),
+        "x0, y0, x1, y1 with x0 < x1 and y0 < y1 is expected. Are its corners swapped, or is it "
+        "x, y, width, height?": (x1 < x0) | (y1 < y0),
+        "it has no area.": (x1 == x0) | (y1 == y0),
+        f"it lies outside the image of {width} x {height} pixels.": (
+            (x1 <= 0) | (y1 <= 0) | (x0 >= width) | (y0 >= height)
+        ),
+    }
+    wrong = torch.stack(list(faults.values()), dim=1).nonzero()
+    if len(wrong):
+        i, fault = wrong[0].tolist()
+        numbers = ", ".join(f"{number:g}" for number in values[i].tolist())
+        raise ValueError(f"Box {i} is ({numbers}); {list(faults)[fault]}")
+    if max(image_size) > _TINY_IMAGE and values.min() >= 0 and values.max() <= 1:
+        raise ValueError(_FRACTIONS.format("boxes", width, height))
+    checked = Boxes(values.clone())
+    checked.clip(image_size)
+    return checked
+
+
+def as_points(
+    points: Any, labels: Any | None, image_size: tuple[int, int], first_region: int = 0
+) -> PointPrompts:
+    """Checks points; every region has one or more of its own.
+
+    Args:
+        points: R regions, each (P, 2) XY in pixels of the image, P may differ; or (R, 2).
+        labels: like ``points``, 1 on the region, 0 beside it; by default all 1.
+        image_size: (H, W) of the image.
+        first_region: number of the first region, for the messages.
+
+    Raises:
+        ValueError: a region has no point, or one outside the image; or all of them look like
+            fractions of the image.
+    """
+    rows = [_numbers(region, "points").float() for region in _each(points, "points")]
+    for i, row in enumerate(rows):
+        if row.dim() not in (1, 2) or (row.numel() and row.shape[-1] != 2):
+            shape, region = tuple(row.shape), first_region + i
+            raise ValueError(
+                f"The points of region {region} have the shape {shape}; (P, 2), x, y, is expected."
+            )
+    rows = [row.reshape(-1, 2) for row in rows]
+    marks = [torch.ones(len(row)) for row in rows]
+    if labels is not None:
+        marks = [_numbers(label, "point labels").flatten() for label in _each(labels, "labels")]
+    if len(marks) != len(rows):
+        raise ValueError(f"There are points of {len(rows)} regions but labels of {len(marks)}.")
+    longest = max(map(len, rows), default=1)
+    padded = torch.zeros(len(rows), longest, 2)
+    padded_marks = torch.full((len(rows), longest), -1, dtype=torch.int64)
+    for i, (row, mark) in enumerate(zip(rows, marks)):
+        _check_points(row, mark, image_size, f"Region {first_region + i}")
+        padded[i, : len(row)] = row
+        padded_marks[i, : len(row)] = mark.long()
+    # Whole numbers may well be the first pixels of the image.
+    if max(image_size) > _TINY_IMAGE and padded.frac().any() and padded.max() <= 1:
+        raise ValueError(_FRACTIONS.format("points", image_size[1], image_size[0]))
+    return PointPrompts(padded, padded_marks)
+
+
+def _check_points(row: Tensor, mark: Tensor, image_size: tuple[int, int], region: str) -> None:
+    if len(row) == 0 or len(mark) != len(row):
+        counts = f"{len(row)} points and {len(mark)} labels"
+        raise ValueError(f"{region} has {counts}; as many of both are expected, at least one.")
+    if not set(mark.tolist()) <= {0, 1}:
+        raise ValueError(f"{region} has the labels {mark.tolist()}; 1 is on it, 0 beside it.")
+    height, width = image_size
+    inside = (row >= 0).all(1) & (row[:, 0] <= width) & (row[:, 1] <= height)
+    if not inside.all():
+        x, y = row[~inside][0].tolist()
+        image = f"the image of {width} x {height} pixels"
+        raise ValueError(f"{region} has the point ({x:g}, {y:g}), outside {image}.")
+
+
+def as_masks(masks: Any, image_size: tuple[int, int], first_region: int = 0) -> MaskPrompts:
+    """Checks masks: (R, H, W) of 0 and 1 at the size of the image, (H, W), or ``BitMasks``.
+
+    Any number may stand for 1, such as 255, if it is the only one beside 0.
+
+    Raises:
+        ValueError: they have another size, one is empty, or they are numbers to be thresholded.
+    """
+    values = _numbers(masks.tensor if isinstance(masks, BitMasks) else masks, "masks")
+    if values.dim() == 1 and len(values) == 0:
+        values = values.reshape(0, *image_size)
+    if values.dim() == 2:
+        values = values[None]
+    if values.dim() != 3 or tuple(values.shape[1:]) != tuple(image_size):
+        shape, (height, width) = tuple(values.shape), image_size
+        expected = f"(R, {height}, {width}) is expected, the size of the image."
+        raise ValueError(f"Masks have the shape {shape}; {expected}")
+    if values.dtype != torch.bool and values.numel():
+        values, inside = values != 0, values
+        other = values & (inside != inside.max())
+        if other.any() or not 0 < (level := float(inside.max())) or level < 1:
+            found = f"{float(inside[other][0] if other.any() else inside.max()):g}"
+            raise ValueError(
+                f"The masks hold {found}; 0 and 1 are expected. Threshold scores first, as in "
+                "masks > 0.5, and give each region of a label map a mask of its own."
+            )
+    values = values.bool()
+    empty = (~values.flatten(1).any(1)).nonzero()
+    if len(empty):
+        raise ValueError(f"The mask of region {first_region + int(empty[0])} is empty.")
+    return MaskPrompts(values)
+
+
+def _each(values: Any, what: str) -> list[Any]:
+    try:
+        return list(values)
+    except TypeError as error:
+        message = f"The {what} are {values!r:.60}; a list with an entry per region is expected."
+        raise ValueError(message) from error
+
+
+def _numbers(values: Any, what: str) -> Tensor:
+    """What looks like an array of numbers, on the CPU; ValueError if it cannot be one."""
+    try:
+        first = values[0] if isinstance(values, Sequence) and len(values) else None
+        if isinstance(first, Tensor):
+            values = torch.stack(list(values))
+        elif not isinstance(values, Tensor):
+            values = np.asarray(values)
+            if values.dtype.kind not in "bfiu":
+                raise TypeError(f"they have the type {values.dtype}")
+            # PyTorch reads no views with negative strides, such as points[:, ::-1].
+            values = torch.from_numpy(np.require(values, _readable(values.dtype), ["C", "W"]))
+        if values.is_complex():
+            raise TypeError(f"they have the type {values.dtype}")
+        return values.detach().cpu()
+    except (TypeError, ValueError, RuntimeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"The {what} cannot be read as numbers: {error}.") from error
+
+
+def _readable(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """A type, in the machine's byte order, that PyTorch computes with and that holds the same."""
+    known = dtype.kind in "bfi" and dtype.itemsize <= 8 or dtype == np.uint8
+    return dtype.newbyteorder("=") if known else np.dtype(np.float64)
