@@ -3,7 +3,11 @@
 
 import sys
 
-from regionspot_d2.app.main import main
-
 if __name__ == "__main__":
+    try:
+        from regionspot_d2.app.main import main
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: the package {error.name} is missing: pip install regionspot_d2[demo]")
+    except KeyboardInterrupt:
+        sys.exit(130)
     sys.exit(main())

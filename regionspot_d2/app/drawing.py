@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import cv2
-import matplotlib
 import numpy as np
 from detectron2.structures import BoxMode
 from detectron2.utils.colormap import colormap
-from detectron2.utils.visualizer import Visualizer
 from PIL import Image, ImageDraw, ImageFont
 
 from ..modeling.vocabulary import clean_name
+from .fonts import LabelVisualizer, font_of
+from .names import printable
 
 Annotation = Mapping[str, Any]
-_FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 _PANELS_PER_ROW = 4
 
 
@@ -51,13 +49,14 @@ def draw_regions(
     regions = by_region(annotations)
     # An empty list of polygons where there is no mask: Detectron2 wants an entry per region.
     masks = [region[0].get("segmentation") or [] for region in regions]
-    drawn = Visualizer(image).overlay_instances(
+    visualizer = LabelVisualizer(image)
+    visualizer.overlay_instances(
         boxes=np.array([xyxy(region[0]) for region in regions]).reshape(-1, 4),
         labels=[_label(region, names) for region in regions],
         masks=masks,
         assigned_colors=[_color(region[0], i) for i, region in enumerate(regions)],
     )
-    return drawn.get_image()
+    return visualizer.picture()
 
 
 def draw_attention(
@@ -101,9 +100,10 @@ def side_by_side(panels: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
     for i, (title, picture) in enumerate(panels):
         x = gap + i % columns * (width + gap)
         y = i // columns * (height + strip)
-        font = ImageFont.truetype(str(_FONT), size)
+        file = font_of(title)
+        font = ImageFont.truetype(file, size)
         if font.getlength(title) > width:
-            font = ImageFont.truetype(str(_FONT), max(6, int(size * width / font.getlength(title))))
+            font = ImageFont.truetype(file, max(6, int(size * width / font.getlength(title))))
         ImageDraw.Draw(canvas).text(
             (x, y + strip // 2), title, fill="black", font=font, anchor="lm"
         )
@@ -136,7 +136,7 @@ def _label(region: Sequence[Annotation], names: Mapping[int, str]) -> str:
         # Ground truth has no scores.
         score = annotation.get("score")
         percent = "" if score is None else f" {100 * score:.0f}%"
-        words.append(clean_name(names[annotation["category_id"]]) + percent)
+        words.append(printable(clean_name(names[annotation["category_id"]])) + percent)
     return ", ".join(words)
 
 

@@ -3,135 +3,39 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
+import io
 import json
-import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
 from PIL import Image
 from tqdm import tqdm
 
-from ..data.datasets.vocabularies import VOCABULARIES
-from ..data.images import read_image
+from ..data.images import ImageReadError, read_image
 from ..engine import load_config
-from ..files import sha256_of_file
+from ..files import write_atomically
 from ..journal import Journal, JournalError
 from ..modeling import RegionHead
 from ..predictor import RegionSpotPredictor
+from .arguments import parse_arguments, settings
 from .drawing import draw_attention, draw_regions, side_by_side
-from .results import Entry, OtherResults, table, to_coco, to_entry
-from .sources import RegionSource, choose_source, find_inputs, read_vocabulary
-from .video import VIDEO_SUFFIXES, Video, video_writer
+from .inputs import find_inputs, read_vocabulary, tell
+from .names import OutputFolder, one_line, printable
+from .results import Entry, OtherResults, is_entry, table, to_coco, to_entry
+from .sources import RegionSource, choose_source
+from .video import VIDEO_SUFFIXES, Video, VideoReadError, video_writer
 
-_CONFIG_FILE = Path(__file__).parents[2] / "configs" / "mini" / "regionspot_mini.yaml"
-# Options that change the results of an image, besides the config, the vocabulary and the file
-# of --proposals.
-_DECISIVE = (
-    "boxes points detector-config detector-weights topk confidence-threshold attention compare"
-)
-
-
-def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Names regions of photos and videos.")
-    add = parser.add_argument
-    add(
-        "--config-file",
-        default=str(_CONFIG_FILE),
-        help="model to use; by default the small one that needs no download from a model hub",
-    )
-    add(
-        "--input",
-        nargs="+",
-        required=True,
-        metavar="PATH",
-        help="photos, videos, globs, or folders of photos",
-    )
-    add("--output", required=True, metavar="FOLDER", help="for pictures and json")
-    _add_sources(parser)
-    add(
-        "--vocabulary",
-        default="lvis",
-        metavar="NAMES",
-        help=f"{'|'.join(VOCABULARIES)}, or names separated by commas, or a text file with one "
-        "name per line",
-    )
-    add("--confidence-threshold", type=float, default=0.0, help="drop names with a lower score")
-    add("--topk", type=int, default=1, help="names per region")
-    add(
-        "--attention",
-        action="store_true",
-        help="also draw where a trained head looks to name each region",
-    )
-    add("--compare", metavar="RESULTS.json", help="draw the results of another run on the left")
-    add("--every", type=int, default=1, metavar="N", help="name only every N-th frame of a video")
-    add("--resume", action="store_true", help="continue a run that was stopped in --output")
-    add("--opts", nargs=argparse.REMAINDER, default=[], help="config changes: KEY VALUE ...")
-    return parser
-
-
-def _add_sources(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("regions, from one source").add_argument
-    add("--boxes", nargs="+", metavar="X0,Y0,X1,Y1", help="regions, in pixels of each image")
-    add(
-        "--points",
-        nargs="+",
-        metavar="X,Y[,LABEL][;...]",
-        help="regions by their points, in pixels of each image, with ; between those of one "
-        "region; label 1 (default) is on the region, 0 beside it; may be given with --boxes",
-    )
-    add(
-        "--proposals",
-        metavar="FILE|sam",
-        help='json {"file name": {"boxes": [[x0, y0, x1, y1], ...], "scores": [...]}}, or "sam": '
-        "whatever the localizer's automatic mask generator finds",
-    )
-    add(
-        "--detector-config",
-        metavar="FILE|NAME",
-        help="a Detectron2 detector: its config, or its name in the model zoo "
-        "(COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml)",
-    )
-    add("--detector-weights", metavar="FILE|URL", help="by default the zoo's, for a name in it")
-
-
-def parse_arguments(arguments: Iterable[str]) -> argparse.Namespace:
-    parser = argument_parser()
-    # argparse takes "-5,10,20,30" for an option; a leading space avoids that, and float() skips it.
-    args = parser.parse_args([re.sub(r"^(-[\d.]+,)", r" \1", text) for text in arguments])
-    sources = [args.boxes or args.points, args.proposals, args.detector_config]
-    if sum(bool(source) for source in sources) != 1:
-        parser.error(
-            "regions come from one source: --boxes and --points, --proposals, or --detector-config"
-        )
-    if args.detector_weights and not args.detector_config:
-        parser.error("--detector-weights needs --detector-config")
-    for option, value in [("every", args.every), ("topk", args.topk)]:
-        if value < 1:
-            parser.error(f"--{option} {value}: 1 or more is expected")
-    return args
+_INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
 
 
 def is_video(path: Path) -> bool:
     return path.suffix.lower() in VIDEO_SUFFIXES
-
-
-def picture_paths(paths: Sequence[Path], output: Path) -> list[Path]:
-    """Pictures are named after their images; a repeated name gets a number."""
-    names_seen: Counter[str] = Counter()
-    pictures = []
-    for path in paths:
-        names_seen[path.name] += 1
-        number = f"-{names_seen[path.name]}" if names_seen[path.name] > 1 else ""
-        pictures.append(output / f"{path.name}{number}.{'mp4' if is_video(path) else 'png'}")
-    return pictures
 
 
 def _check_device(device: str) -> None:
@@ -154,18 +58,6 @@ def _check_attention(head: RegionHead, paths: Sequence[Path]) -> None:
         raise SystemExit(f"error: --attention: {path} is a video; only photos show attention.")
 
 
-def settings(args: argparse.Namespace, cfg: CfgNode, vocabulary: list[str]) -> dict[str, Any]:
-    """What the results of an image depend on, by option."""
-    options = vars(args)
-    is_file = Path(args.proposals or "").is_file()
-    return {
-        "--config-file or --opts": hashlib.sha256(cfg.dump().encode()).hexdigest(),
-        "--vocabulary": vocabulary,
-        "--proposals": [args.proposals, sha256_of_file(args.proposals) if is_file else None],
-        **{f"--{name}": options[name.replace("-", "_")] for name in _DECISIVE.split()},
-    }
-
-
 class Run:
     """Names the regions of one image after another, draws them, and notes the results."""
 
@@ -185,28 +77,34 @@ class Run:
         self.names = dict(enumerate(predictor.vocabulary, start=1))
         self.entries: list[Entry] = []
 
-    def photo(self, path: Path, picture: Path) -> None:
-        entry = self.journal.entries.get(str(path))
-        attention_picture = picture.with_suffix(".attention.png")
-        pictures = [picture, attention_picture] if self.args.attention else [picture]
+    def photo(self, path: Path, pictures: Sequence[Path]) -> None:
+        """Names the regions of a photo and draws them, and with --attention where the head looks.
+
+        Results are kept even if the picture cannot be drawn or written.
+        """
+        entry = self.known(str(path))
         if entry is None or not all(map(Path.exists, pictures)):
             image = read_image(str(path))
             entry, attention = self.name_regions(str(path), image)
-            Image.fromarray(self.draw(entry, image)).save(picture)
+            self.journal.add(path, entry)
+            self.entries.append(entry)
+            _save(self.draw(entry, image), pictures[0])
             if attention is not None:
                 panels = draw_attention(image, attention, entry["annotations"], self.names)
-                Image.fromarray(panels).save(attention_picture)
-            self.journal.add(path, entry)
-        self.entries.append(entry)
+                _save(panels, pictures[1])
+        else:
+            self.entries.append(entry)
 
-    def video(self, path: Path, picture: Path) -> None:
+    def video(self, path: Path, pictures: Sequence[Path]) -> None:
+        """Names the regions of a video's frames and draws them as a video."""
         video = Video(path, self.args.every)
-        frames = tqdm(video, desc=path.name, unit="frame", total=video.expected_frames, leave=False)
-        with video_writer(picture, video.fps) as write:
+        label = printable(path.name)
+        frames = tqdm(video, desc=label, unit="frame", total=video.expected_frames, leave=False)
+        with video_writer(pictures[0], video.fps) as write:
             for number, image in frames:
                 name = f"{path}#{number}"
                 # An unfinished video is written again, from what the journal has of its frames.
-                entry = self.journal.entries.get(name)
+                entry = self.known(name)
                 if entry is None:
                     entry, _ = self.name_regions(name, image)
                     self.journal.add(name, entry)
@@ -214,6 +112,11 @@ class Run:
                 write(self.draw(entry, image))
         # Only now, so that what could be read is kept.
         video.check_whole()
+
+    def known(self, name: str) -> Entry | None:
+        """The results that a run which is continued has of an image."""
+        entry = self.journal.entries.get(name)
+        return entry if is_entry(entry, self.names) else None
 
     def name_regions(self, file_name: str, image: np.ndarray) -> tuple[Entry, np.ndarray | None]:
         """The names of an image's regions, and with --attention (R, rows, columns) maps."""
@@ -226,14 +129,13 @@ class Run:
         self.predictor.set_image(image)
         found = self.predictor.predict(**prompts, topk=self.args.topk)
         if len(found) == 0:
-            tqdm.write(f"{file_name}: there is no region to name.", file=sys.stderr)
+            _write(f"{file_name}: there is no region to name.")
         # Only background points can leave an empty mask; a name for nothing would mislead.
         empty = ~found.pred_boxes.nonempty()
         for region in found.region_index[empty].unique().tolist():
-            tqdm.write(
+            _write(
                 f"{file_name}: region {region} is left out: it has only background points, and "
-                "its mask is empty.",
-                file=sys.stderr,
+                "its mask is empty."
             )
         if regions.scores is not None:
             scores = found.scores.new_tensor(regions.scores)
@@ -249,7 +151,7 @@ class Run:
         ours = draw_regions(image, entry["annotations"], self.names)
         if self.other is None:
             return ours
-        title = "/".join(Path(self.args.compare).absolute().parts[-2:])
+        title = printable("/".join(Path(self.args.compare).absolute().parts[-2:]))
         annotations = self.other.of(entry["file_name"])
         if annotations is None:
             return side_by_side([(f"{title}: no results", image), ("this run", ours)])
@@ -257,12 +159,37 @@ class Run:
         return side_by_side([(title, theirs), ("this run", ours)])
 
 
-def prepare(args: argparse.Namespace, paths: Sequence[Path], output: Path) -> Run:
-    """Builds everything a run needs, or exits with one line that says what is wrong."""
+def _save(picture: np.ndarray, path: Path) -> None:
+    # Whole or not at all: --resume takes a picture that exists for finished.
+    with write_atomically(path) as file:
+        Image.fromarray(picture).save(file, format="PNG")
+
+
+def _write(message: str) -> None:
+    tqdm.write(one_line(message), file=sys.stderr)
+
+
+def output_folder(args: argparse.Namespace, paths: Sequence[Path]) -> OutputFolder:
+    """Makes the folder, or exits if an output would replace a file that the command names."""
+    given = [args.config_file, args.proposals, args.compare, args.vocabulary]
+    given += [args.detector_config, args.detector_weights]
+    output = Path(args.output)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SystemExit(f"error: --output: a folder is expected: {error}") from error
+    folder = OutputFolder(output, [*paths, *filter(None, given)])
+    for name in ("results.json", "results.jsonl"):
+        if folder.is_input(output / name):
+            raise SystemExit(
+                f"error: --output {output}: its {name} is an input of this command and would be "
+                "replaced; give another folder."
+            )
+    return folder
+
+
+def prepare(args: argparse.Namespace, paths: Sequence[Path], output: Path) -> Run:
+    """Builds everything a run needs, or exits with one line that says what is wrong."""
     other = OtherResults(args.compare) if args.compare else None
     try:
         cfg = load_config(args.config_file, args.opts, training=False)
@@ -273,6 +200,10 @@ def prepare(args: argparse.Namespace, paths: Sequence[Path], output: Path) -> Ru
         # str() of a KeyError is the repr of its message.
         reason = error.args[0] if isinstance(error, KeyError) else error
         raise SystemExit(f"error: {reason}") from error
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"error: the package {error.name} is missing: pip install regionspot_d2[demo]"
+        ) from error
     if args.attention:
         _check_attention(predictor.model.region_head, paths)
     source = choose_source(args, predictor.model)
@@ -286,24 +217,109 @@ def prepare(args: argparse.Namespace, paths: Sequence[Path], output: Path) -> Ru
     return Run(args, predictor, source, journal, other)
 
 
+def name_all(run: Run, paths: Sequence[Path], folder: OutputFolder) -> tuple[Counter[str], bool]:
+    """Runs over the inputs, whatever is wrong with some.
+
+    Returns:
+        How many inputs had each outcome, and whether Ctrl-C came.
+    """
+    outcomes: Counter[str] = Counter()
+    endings = [".png", ".attention.png"] if run.args.attention else [".png"]
+    # Before any of them is read, so that a run that goes on finds the same names.
+    jobs = [(path, folder.claim(path.name, *_endings(path, endings))) for path in paths]
+    try:
+        for path, pictures in tqdm(jobs, desc="Naming regions", unit="image"):
+            before = len(run.entries)
+            try:
+                if path.exists() and not path.is_file() and not path.is_dir():
+                    raise OSError("it is a pipe or a device, not a file.")
+                (run.video if is_video(path) else run.photo)(path, pictures)
+                found = any(entry["annotations"] for entry in run.entries[before:])
+                outcomes["named" if found else "without regions"] += 1
+            # Each library has its own errors for files that are damaged. None ends the run.
+            except Exception as error:
+                outcomes[_kind(error)] += 1
+                known = isinstance(error, (OSError, ValueError))
+                _write(f"{path}: {'' if known else type(error).__name__ + ': '}{error}")
+    except KeyboardInterrupt:
+        return outcomes, True
+    return outcomes, False
+
+
+def _endings(path: Path, of_photos: list[str]) -> list[str]:
+    return [".mp4"] if is_video(path) else of_photos
+
+
+def _kind(error: Exception) -> str:
+    kinds = {
+        ImageReadError: "unreadable images",
+        VideoReadError: "unreadable videos",
+        OSError: "files or folders that cannot be read or written",
+        ValueError: "unsuitable regions or images",
+        MemoryError: "out of memory",
+    }
+    return next((text for kind, text in kinds.items() if isinstance(error, kind)), "other errors")
+
+
+def report(run: Run, outcomes: Counter[str], total: int) -> int:
+    """Writes results.json and prints the table and the outcomes; returns how many failed."""
+    output = Path(run.args.output)
+    results = to_coco(run.entries, run.predictor.vocabulary)
+    try:
+        with write_atomically(output / "results.json", "w") as file:
+            json.dump(results, file, indent=1)
+    except OSError as error:
+        raise SystemExit(
+            f"error: {output / 'results.json'} cannot be written: {error}. Results so far are in "
+            "results.jsonl; the same command with --resume goes on."
+        ) from error
+    print(table(run.entries, run.names))
+    named, empty = outcomes.pop("named", 0), outcomes.pop("without regions", 0)
+    failed = outcomes.total()
+    kinds = ", ".join(f"{count} {kind}" for kind, count in outcomes.most_common())
+    print(f"\n{named + empty} pictures and results.json are in {printable(output)}.")
+    print(f"{named} named, {empty} without regions, {failed} failed{kinds and f' ({kinds})'}.")
+    if failed:
+        print(f"{failed} of {total} images failed; see above.", file=sys.stderr)
+    return failed
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """Names what the command line names; returns the exit status."""
+    paths = find_inputs(args.input)
+    folder = output_folder(args, paths)
+    run = prepare(args, paths, Path(args.output))
+    outcomes, stopped = name_all(run, paths, folder)
+    done = outcomes.total()
+    failed = report(run, outcomes, len(paths))
+    if stopped:
+        tell(
+            f"Stopped after {done} of {len(paths)} images; their results are written. The same "
+            "command with --resume goes on."
+        )
+        return _INTERRUPTED
+    return 1 if failed else 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the demo; returns its exit status, 1 if an image failed."""
+    """Runs the demo.
+
+    Returns:
+        The exit status: 1 if an image failed, 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: the command makes no sense, with one line that says why.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not so in a notebook
+            # A terminal that has no letter for a name shows its number.
+            stream.reconfigure(errors="backslashreplace")
     args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     setup_logger(name="regionspot_d2")
-    paths, output = find_inputs(args.input), Path(args.output)
-    run = prepare(args, paths, output)
-    failures = []
-    pictures = zip(paths, picture_paths(paths, output))
-    for path, picture in tqdm(pictures, total=len(paths), desc="Naming regions", unit="image"):
-        try:
-            (run.video if is_video(path) else run.photo)(path, picture)
-        except (OSError, ValueError) as error:
-            failures.append(path)
-            tqdm.write(f"{path}: {error}", file=sys.stderr)
-    results = to_coco(run.entries, run.predictor.vocabulary)
-    (output / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    print(table(run.entries, run.names))
-    print(f"\n{len(paths) - len(failures)} pictures and results.json are in {output}.")
-    if failures:
-        print(f"{len(failures)} of {len(paths)} images failed; see above.", file=sys.stderr)
-    return 1 if failures else 0
+    try:
+        return run_demo(args)
+    except KeyboardInterrupt:
+        tell("Stopped before the first image; nothing was done.")
+        return _INTERRUPTED
+    except SystemExit as stop:
+        raise SystemExit(one_line(stop.code) if isinstance(stop.code, str) else stop.code) from None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from reprlib import repr as shown  # short, however long or deep a value is
 from typing import Any, TypeGuard
 
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
@@ -13,17 +14,38 @@ from detectron2.structures import Instances
 from pycocotools import mask as mask_api
 from tabulate import tabulate
 
+from ..data.proposal_sources import read_json
 from ..modeling.vocabulary import clean_name
 from .drawing import xyxy
+from .names import printable
 
 # The results of one image: "file_name", "height", "width", and "annotations" in COCO format that
 # have no ids yet.
 Entry = dict[str, Any]
+# A mask is decoded in full; PIL's limit for images.
+_MAX_PIXELS = 2 * 89_478_485
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value read from json is a finite number; Python also reads NaN and Infinity."""
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    """Whether a value read from json is a number of a size that can be computed with.
+
+    Python also reads NaN, Infinity, and integers of 400 digits.
+    """
+    return type(value) in (int, float) and abs(value) < 1e30  # NaN is not less than anything
+
+
+def is_entry(value: Any, names: Mapping[int, str]) -> TypeGuard[Entry]:
+    """Whether a value from a journal, which others may have edited, is what we note there."""
+    if not isinstance(value, dict) or not isinstance(value.get("annotations"), list):
+        return False
+    if not isinstance(value.get("file_name"), str):
+        return False
+    annotations, images = value["annotations"], {0: value["file_name"]}
+    return (
+        all(type(value.get(key)) is int for key in ("height", "width"))
+        and not any(_fault(annotation, images, names) for annotation in annotations)
+        and all({"score", "region"} <= annotation.keys() for annotation in annotations)
+    )
 
 
 def to_entry(file_name: str, found: Instances) -> Entry:
@@ -61,8 +83,9 @@ def table(entries: Sequence[Entry], names: Mapping[int, str]) -> str:
     for entry in entries:
         for annotation in entry["annotations"]:
             box = ", ".join(f"{value:.0f}" for value in xyxy(annotation))
-            name = clean_name(names[annotation["category_id"]])
-            file_name, score = Path(entry["file_name"]).name, f"{annotation['score']:.3f}"
+            name = printable(clean_name(names[annotation["category_id"]]))
+            file_name = printable(Path(entry["file_name"]).name)
+            score = f"{annotation['score']:.3f}"
             rows.append([file_name, annotation["region"], box, name, score])
     return tabulate(rows, headers=["image", "region", "box (x0, y0, x1, y1)", "name", "score"])
 
@@ -79,7 +102,7 @@ class OtherResults:
             SystemExit: it cannot be read, or is something else.
         """
         try:
-            content = json.loads(Path(file).read_text(encoding="utf-8"))
+            content = read_json(os.path.expanduser(file))
             images = {image["id"]: image["file_name"] for image in content["images"]}
             self.names = {c["id"]: str(c["name"]) for c in content["categories"]}
             self._annotations: dict[str, list[dict[str, Any]]] = {n: [] for n in images.values()}
@@ -90,7 +113,7 @@ class OtherResults:
                 self._annotations[images[annotation["image_id"]]].append(_with_rle(annotation))
         except (OSError, ValueError) as error:
             raise SystemExit(f"error: --compare {file}: {error}") from error
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise SystemExit(
                 f"error: --compare {file}: results.json of another run of the demo is expected, "
                 "with images, categories and annotations."
@@ -105,19 +128,29 @@ class OtherResults:
 def _fault(annotation: Any, images: Mapping[Any, str], names: Mapping[Any, str]) -> str | None:
     """What is missing from an annotation in COCO format, or cannot be drawn."""
     if not isinstance(annotation, dict):
-        return f"is {annotation!r}; a dict is expected."
+        return f"is {shown(annotation)}; a dict is expected."
     fits: dict[str, tuple[Callable[[Any], bool], str]] = {
-        "image_id": (lambda value: value in images, "the id of an image"),
-        "category_id": (lambda value: value in names, "the id of a category"),
+        "image_id": (
+            lambda value: type(value) in (int, str) and value in images,
+            "the id of an image",
+        ),
+        "category_id": (
+            lambda value: type(value) in (int, str) and value in names,
+            "the id of a category",
+        ),
         "bbox": (lambda value: _are_numbers(value) and len(value) == 4, "x, y, width, height"),
         "score": (lambda value: value is None or is_number(value), "a number"),
-        "region": (lambda _: isinstance(annotation.get("region", 0), int), "a whole number"),
+        "region": (lambda _: type(annotation.get("region", 0)) is int, "a whole number"),
         "segmentation": (_is_segmentation, "polygons or a run-length encoding"),
     }
     for key, (fit, expected) in fits.items():
         if not fit(annotation.get(key)):
-            return f"has the {key} {str(annotation.get(key))[:40]}; {expected} is expected."
+            return f"has the {key} {_shown(annotation.get(key))}; {expected} is expected."
     return None
+
+
+def _shown(value: Any) -> str:
+    return value[:40] if isinstance(value, str) else shown(value)
 
 
 def _are_numbers(values: Any) -> bool:
@@ -129,7 +162,7 @@ def _is_segmentation(value: Any) -> bool:
         return all(_are_numbers(xy) and len(xy) >= 6 and len(xy) % 2 == 0 for xy in value)
     if isinstance(value, dict):
         size, counts = value.get("size"), value.get("counts")
-        if not _is_list_of_counts(size) or len(size) != 2:
+        if not _is_list_of_counts(size) or len(size) != 2 or math.prod(size) > _MAX_PIXELS:
             return False
         if isinstance(counts, str):
             return True

@@ -1,14 +1,14 @@
-"""What the command line names: images, vocabularies, and where regions come from."""
+"""Where regions come from: the command line, a file, SAM, or a detector."""
 
 from __future__ import annotations
 
 import argparse
-import glob
-import json
+import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from reprlib import repr as shown  # short, however long or deep a value is
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,47 +18,14 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import Instances
 
-from ..data.datasets.vocabularies import VOCABULARIES, known_vocabulary
-from ..data.proposal_sources import from_instances
+from ..data.proposal_sources import from_instances, read_json
+from ..data.proposals import LOGITS, look_like_logits, sigmoid
 from ..files import WeightsNotFoundError, local_weights
 from ..modeling import Localizer, RegionSpot, SamLocalizer
 from ..modeling.automatic_masks import automatic_boxes
 from .results import is_number
 
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-
-
-def find_inputs(patterns: Sequence[str]) -> list[Path]:
-    """The files that --input names: files, globs, and folders for the images in them."""
-    found = []
-    for pattern in patterns:
-        if Path(pattern).is_dir():
-            inside = sorted(Path(pattern).iterdir())
-            matches = [path for path in inside if path.suffix.lower() in IMAGE_SUFFIXES]
-        else:
-            # An existing name is taken literally, brackets and all.
-            exists = Path(pattern).exists()
-            matches = [Path(p) for p in ([pattern] if exists else sorted(glob.glob(pattern)))]
-        if not matches:
-            raise SystemExit(f"error: --input {pattern}: there is no image.")
-        found += matches
-    return list(dict.fromkeys(found))
-
-
-def read_vocabulary(names: str) -> list[str]:
-    """The class names that --vocabulary gives: a known set, a file, or names with commas."""
-    if names in VOCABULARIES:
-        return known_vocabulary(names)
-    if "," not in names and Path(names).is_file():
-        try:
-            # Some editors begin a file with a byte-order mark, which is not part of a name.
-            lines = Path(names).read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"--vocabulary {names}: byte {error.start} is not UTF-8, the expected encoding."
-            ) from error
-        return [line.strip() for line in lines if line.strip()]
-    return [name.strip() for name in names.split(",")]
+_PIXELS = "multiply x by its width, y by its height: pixels are expected."
 
 
 @dataclass(frozen=True)
@@ -110,6 +77,8 @@ def _parse_box(text: str) -> list[float]:
     box = _numbers(text)
     if len(box) != 4:
         raise SystemExit(f"error: --boxes {text}: four numbers x0,y0,x1,y1 are expected.")
+    if is_fraction(box):
+        raise SystemExit(f"error: --boxes {text}: these are fractions of the image; {_PIXELS}")
     return box
 
 
@@ -122,20 +91,28 @@ def _parse_points(text: str) -> list[list[float]]:
             f"error: --points {text}: x,y or x,y,label is expected, with ';' between the points of "
             "one region; label 1 is on the region, 0 beside it."
         )
+    if any(is_fraction(point[:2]) and sum(point[:2]) % 1 for point in points):
+        raise SystemExit(f"error: --points {text}: these are fractions of the image; {_PIXELS}")
     return points
 
 
 def _numbers(text: str) -> list[float]:
     try:
-        return [float(number) for number in text.split(",")]
+        numbers = [float(number) for number in text.split(",")]
     except ValueError:
         return []
+    return numbers if all(map(math.isfinite, numbers)) else []
+
+
+def is_fraction(numbers: Sequence[float]) -> bool:
+    """Whether they all lie within the first pixel, as fractions of the image would."""
+    return all(0 <= number <= 1 for number in numbers)
 
 
 def from_file(file: str) -> RegionSource:
     """The boxes that a json file lists for each image; demo/README.md has an example."""
     try:
-        entries = json.loads(Path(file).read_text(encoding="utf-8"))
+        entries = read_json(file)
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: --proposals {file}: {error}") from error
     if not isinstance(entries, dict):
@@ -143,6 +120,9 @@ def from_file(file: str) -> RegionSource:
     for name, entry in entries.items():
         if fault := _fault(entry):
             raise SystemExit(f"error: --proposals {file}: '{name}' {fault}")
+    are_logits = any(map(look_like_logits, (e.get("scores") or [] for e in entries.values())))
+    if are_logits:
+        print(f"--proposals {file}: {LOGITS}", file=sys.stderr)
 
     def regions_of(name: str, image: np.ndarray) -> Regions:
         if name not in entries:
@@ -150,6 +130,8 @@ def from_file(file: str) -> RegionSource:
         entry = entries[name]
         scores = entry.get("scores")
         scores = None if scores is None else np.asarray(scores, np.float32)
+        if scores is not None and are_logits:
+            scores = sigmoid(scores)
         return Regions(boxes=entry["boxes"], scores=scores)
 
     return regions_of
@@ -162,14 +144,18 @@ def _fault(entry: Any) -> str | None:
     boxes, scores = entry["boxes"], entry.get("scores")
     for i, box in enumerate(boxes):
         if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
-            return f"has the box {box!r} (region {i}); four numbers x0, y0, x1, y1 are expected."
+            return (
+                f"has the box {shown(box)} (region {i}); four numbers x0, y0, x1, y1 are expected."
+            )
+        if is_fraction(box):
+            return f"has the box {box} (region {i}), in fractions of the image; {_PIXELS}"
     if scores is None:
         return None
     if not isinstance(scores, list) or len(scores) != len(boxes):
-        return f"needs one score per box: {len(boxes)} boxes, the scores {str(scores)[:40]}."
+        return f"needs one score per box: {len(boxes)} boxes, the scores {shown(scores)}."
     for i, score in enumerate(scores):
         if not is_number(score):
-            return f"has the score {score!r} (region {i}); a number is expected."
+            return f"has the score {shown(score)} (region {i}); a number is expected."
     return None
 
 
@@ -227,7 +213,7 @@ def from_detector(config: str, weights: str | None, device: str) -> RegionSource
 
 
 def _detector_config(config: str, weights: str | None) -> CfgNode:
-    is_file = Path(config).is_file()
+    is_file = os.path.isfile(os.path.expanduser(config))
     if is_file and not weights:
         raise SystemExit(
             f"error: --detector-config {config}: its weights are missing, give --detector-weights. "
@@ -235,7 +221,9 @@ def _detector_config(config: str, weights: str | None) -> CfgNode:
         )
     cfg = get_cfg()
     try:
-        cfg.merge_from_file(config if is_file else model_zoo.get_config_file(config))
+        cfg.merge_from_file(
+            os.path.expanduser(config) if is_file else model_zoo.get_config_file(config)
+        )
         cfg.MODEL.WEIGHTS = weights or model_zoo.get_checkpoint_url(config)
     except Exception as error:
         reason = str(error) if is_file else "neither a file nor a name in Detectron2's zoo"

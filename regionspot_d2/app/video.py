@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,8 @@ class Video:
         """
         self._path = path
         self._every = every
+        if not path.is_file():
+            raise VideoReadError("there is no such file, or it is not a regular file.")
         self._capture = cv2.VideoCapture(str(path))
         if not self._capture.isOpened():
             raise VideoReadError("there is no such file, or OpenCV cannot open it as a video.")
@@ -42,7 +45,9 @@ class Video:
         self._read = 0
         # If one frame stands for the whole video, it is shown for exactly its length.
         apart = min(every, self._count) if self._count > 0 else every
-        self.fps = (self._capture.get(cv2.CAP_PROP_FPS) or 25.0) / apart
+        rate = self._capture.get(cv2.CAP_PROP_FPS)
+        # Damaged headers have rates of 0, NaN, or a million.
+        self.fps = (rate if 1e-3 <= rate <= 1000 else 25.0) / apart
 
     @property
     def expected_frames(self) -> int | None:
@@ -84,31 +89,38 @@ def video_writer(path: Path, fps: float) -> Iterator[Callable[[np.ndarray], None
     Yields:
         A function that appends a picture (H, W, 3), uint8, RGB.
     """
-    # OpenCV opens files itself, by a name whose ending tells the format.
-    partial = path.with_suffix(".partial.mp4")
-    writer = cv2.VideoWriter()
-    # OpenCV rounds rates to thousandths: 0.0625 becomes 0.063, and 0.0004 an error.
-    repeats = max(1, math.ceil(1 / fps))
-    # MPEG-4 stores times as fractions with small denominators.
-    rate = float(f"{fps * repeats:.4g}")
+    # OpenCV opens files itself, by a name whose ending tells the format. In a folder of its own,
+    # the unfinished video takes nobody's name.
+    with tempfile.TemporaryDirectory(prefix=".video.", dir=path.parent) as folder:
+        partial = Path(folder) / "partial.mp4"
+        writer = cv2.VideoWriter()
+        try:
+            yield _Appending(writer, partial, fps)
+            writer.release()
+            partial.replace(path)
+        finally:
+            writer.release()
 
-    def append(picture: np.ndarray) -> None:
-        if not writer.isOpened():
+
+class _Appending:
+    """Appends a picture (H, W, 3), uint8, RGB, to a video that the first picture opens."""
+
+    def __init__(self, writer: cv2.VideoWriter, path: Path, fps: float) -> None:
+        self._writer, self._path = writer, path
+        # OpenCV rounds rates to thousandths: 0.0625 becomes 0.063, and 0.0004 an error.
+        self._repeats = max(1, math.ceil(1 / fps))
+        # MPEG-4 stores times as fractions with small denominators.
+        self._rate = float(f"{fps * self._repeats:.4g}")
+
+    def __call__(self, picture: np.ndarray) -> None:
+        if not self._writer.isOpened():
             height, width = picture.shape[:2]
             codec = cv2.VideoWriter.fourcc(*"mp4v")
-            if not writer.open(str(partial), codec, rate, (width, height)):
+            if not self._writer.open(str(self._path), codec, self._rate, (width, height)):
                 raise OSError(
-                    f"OpenCV cannot write the video {partial}, {width} x {height}, "
-                    f"{rate:g} pictures per second."
+                    f"OpenCV cannot write the video {self._path}, {width} x {height}, "
+                    f"{self._rate:g} pictures per second."
                 )
         bgr = np.ascontiguousarray(picture[:, :, ::-1])
-        for _ in range(repeats):
-            writer.write(bgr)
-
-    try:
-        yield append
-        writer.release()
-        partial.replace(path)
-    finally:
-        writer.release()
-        partial.unlink(missing_ok=True)
+        for _ in range(self._repeats):
+            self._writer.write(bgr)

@@ -7,13 +7,16 @@ A new source is a function that returns :data:`~.proposals.ProposalsByImage`, or
 from __future__ import annotations
 
 import json
+import os
+from collections import Counter
+from reprlib import repr as shown  # short, however long or deep a value is
 from typing import Any
 
 import numpy as np
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils.file_io import PathManager
 
-from .proposals import Proposals, ProposalsByImage
+from .proposals import Proposals, ProposalsByImage, as_probabilities
 
 
 def from_glip_json(json_file: str) -> ProposalsByImage:
@@ -26,7 +29,7 @@ def from_glip_json(json_file: str) -> ProposalsByImage:
     Raises:
         ValueError: the file has another format; the message names the first offending image.
     """
-    content = _read_json(json_file)
+    content = read_json(json_file)
     if not isinstance(content, dict) or "annotations" in content:
         raise ValueError(
             f"{json_file} is not a GLIP json: it must map image ids to 'boxes' and 'scores', but "
@@ -38,7 +41,7 @@ def from_glip_json(json_file: str) -> ProposalsByImage:
         if not isinstance(entry, dict) or not {"boxes", "scores"} <= entry.keys():
             raise ValueError(f"{where} must have 'boxes' and 'scores', but has {_content(entry)}.")
         found[str(image_id)] = _parse(where, entry["boxes"], entry["scores"])
-    return found
+    return as_probabilities(found, json_file)
 
 
 def from_results_json(json_file: str) -> ProposalsByImage:
@@ -51,7 +54,7 @@ def from_results_json(json_file: str) -> ProposalsByImage:
     Raises:
         ValueError: the file has another format; the message names the first offending entry.
     """
-    content = _read_json(json_file)
+    content = read_json(json_file)
     if not isinstance(content, list):
         raise ValueError(
             f"{json_file} is not a results json: it must be a list of 'image_id', 'bbox' and "
@@ -64,6 +67,11 @@ def from_results_json(json_file: str) -> ProposalsByImage:
                 f"{json_file}: entry {index} must have 'image_id', 'bbox' and 'score', but has "
                 f"{_content(entry)}."
             )
+        if type(entry["image_id"]) not in (int, str):
+            raise ValueError(
+                f"{json_file}: entry {index} has the image_id {shown(entry['image_id'])}; a whole "
+                "number or a text is expected."
+            )
         boxes, scores = grouped.setdefault(str(entry["image_id"]), ([], []))
         boxes.append(entry["bbox"])
         scores.append(entry["score"])
@@ -74,7 +82,7 @@ def from_results_json(json_file: str) -> ProposalsByImage:
         found[image_id] = Proposals.create(
             BoxMode.convert(xywh, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS), values
         )
-    return found
+    return as_probabilities(found, json_file)
 
 
 def from_instances(instances: Instances) -> Proposals:
@@ -89,16 +97,35 @@ def from_instances(instances: Instances) -> Proposals:
     return Proposals.create(boxes.tensor.detach().cpu(), scores.detach().cpu())
 
 
-def _read_json(json_file: str) -> Any:
-    with PathManager.open(json_file) as file:
-        try:
-            return json.load(file)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{json_file} is not a json file: {error}") from error
+def read_json(json_file: str) -> Any:
+    """Reads a json file in UTF-8, with or without a byte-order mark.
+
+    Raises:
+        FileNotFoundError: it does not exist, or is a folder, a pipe or a device.
+        ValueError: it is not json, is nested too deeply, or an object has a key twice.
+    """
+    if "://" not in json_file and not os.path.isfile(json_file):
+        raise FileNotFoundError(f"{json_file}: there is no such file.")
+    with PathManager.open(json_file, "rb") as file:
+        content = file.read()
+    try:
+        return json.loads(content, object_pairs_hook=_unique)
+    except RecursionError as error:
+        raise ValueError(f"{json_file} is nested too deeply for a json file.") from error
+    except ValueError as error:
+        raise ValueError(f"{json_file} is not a json file: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        [(key, count)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {shown(key)} is there {count} times in one object")
+    return found
 
 
 def _content(entry: Any) -> str:
-    return f"the keys {sorted(entry)[:6]}" if isinstance(entry, dict) else repr(entry)[:40]
+    return f"the keys {sorted(entry)[:6]}" if isinstance(entry, dict) else shown(entry)
 
 
 def _describe(content: Any) -> str:
@@ -125,16 +152,16 @@ def _parse(where: str, boxes: Any, scores: Any, dtype: type = np.float32) -> Pro
         return Proposals(rows, values)
     for index, (box, score) in enumerate(zip(boxes, scores)):
         if _numbers(box, (4,), dtype) is None:
-            raise ValueError(f"{where}, region {index}: the box is {box!r}, not four numbers.")
+            raise ValueError(f"{where}, region {index}: the box is {shown(box)}, not four numbers.")
         if _numbers(score, ()) is None:
-            raise ValueError(f"{where}, region {index}: the score is {score!r}, not a number.")
+            raise ValueError(f"{where}, region {index}: the score is {shown(score)}, not a number.")
     raise ValueError(f"{where} has boxes or scores that are not numbers.")
 
 
 def _numbers(values: Any, shape: tuple[int, ...], dtype: type = np.float32) -> np.ndarray | None:
     try:
         array: np.ndarray = np.asarray(values, dtype=dtype)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         return None
     array = array.reshape(shape) if array.size == 0 else array
     return array if array.shape == shape and np.isfinite(array).all() else None

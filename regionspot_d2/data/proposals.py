@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import pickle
 from collections.abc import Mapping, Sequence
+from reprlib import repr as shown  # short, however long or deep a value is
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,6 +41,34 @@ class Proposals(NamedTuple):
         """Accepts any array-like; without boxes, their shape becomes (0, 4)."""
         rows = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
         return cls(rows, np.asarray(scores, dtype=np.float32).reshape(-1))
+
+
+# Scores that are probabilities in all but rounding.
+_ROUNDING = 1e-3
+LOGITS = "some scores are below 0 or above 1, so all are taken for logits (sigmoid)."
+
+
+def look_like_logits(scores: Any) -> bool:
+    """Whether finite scores (N,) of a file cannot all be probabilities."""
+    values = np.asarray(scores, dtype=np.float64)
+    return bool(values.size and (values.min() < -_ROUNDING or values.max() > 1 + _ROUNDING))
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Probabilities of logits of any size, in their dtype."""
+    return torch.from_numpy(np.asarray(logits, np.float64)).sigmoid().numpy().astype(logits.dtype)
+
+
+def as_probabilities(found: ProposalsByImage, source: str) -> ProposalsByImage:
+    """Takes the scores of all images for logits if one is below 0 or above 1, and says so.
+
+    Detectron2's region proposal networks write logits, as its key ``objectness_logits`` says;
+    multiplied into the scores of names, negative ones would drop their regions.
+    """
+    if not any(look_like_logits(scores) for _, scores in found.values()):
+        return found
+    logger.warning(f"{source}: {LOGITS}")
+    return {key: Proposals(boxes, sigmoid(scores)) for key, (boxes, scores) in found.items()}
 
 
 # By str(image_id), as in Detectron2: the keys of a JSON file are strings, image ids often numbers.
@@ -259,26 +288,43 @@ def _load(path: str) -> tuple[ProposalsByImage, BoxMode, dict[str, Any]]:
     # Detectron 1 calls two of them "indexes" and "scores".
     ids, boxes = content.get("ids", content.get("indexes")), content.get("boxes")
     scores = content.get("objectness_logits", content.get("scores"))
-    if ids is None or scores is None or boxes is None:
+    if not all(isinstance(each, (list, tuple, np.ndarray)) for each in (ids, boxes, scores)):
         raise ValueError(
-            f"{path} is not a proposal file: it must hold 'ids', 'boxes' and 'objectness_logits', "
-            f"but holds {sorted(map(str, content))}."
+            f"{path} is not a proposal file: it must hold lists 'ids', 'boxes' and "
+            f"'objectness_logits', but holds {sorted(map(str, content))[:10]}."
         )
-    if not len(ids) == len(boxes) == len(scores):
+    if not np.size(ids) == len(ids) == len(boxes) == len(scores):
         raise ValueError(
             f"{path} is damaged: it has {len(ids)} image ids, boxes of {len(boxes)} images, scores "
             f"of {len(scores)} images."
         )
     mode = content.get("bbox_mode", BoxMode.XYXY_ABS)
-    if mode not in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS):
-        raise ValueError(f"{path}: bbox_mode is {mode!r}; 0 (XYXY) or 1 (XYWH) is expected.")
-    found = {}
-    for image_id, *pair in zip(ids, boxes, scores):
-        rows, values = map(np.asarray, pair)
-        if rows.size != 4 * values.size or (rows.size and rows.shape[1:] != (4,)):
-            raise ValueError(
-                f"{path}: image '{image_id}' has boxes of shape {rows.shape} and scores of shape "
-                f"{values.shape}; (N, 4) and (N,) are expected."
-            )
-        found[str(image_id)] = Proposals(rows.reshape(-1, 4), values.reshape(-1))
-    return found, BoxMode(mode), content.get("info", {})
+    if not isinstance(mode, int) or mode not in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS):
+        raise ValueError(f"{path}: bbox_mode is {shown(mode)}; 0 (XYXY) or 1 (XYWH) is expected.")
+    found: ProposalsByImage = {}
+    for image_id, rows, values in zip(ids, boxes, scores):
+        if not isinstance(image_id, (int, str, np.integer)) or str(image_id) in found:
+            fault = "is there twice" if isinstance(image_id, (int, str)) else "is no id"
+            raise ValueError(f"{path}: the image {shown(image_id)} {fault}.")
+        found[str(image_id)] = _pair(f"{path}: image '{image_id}'", rows, values)
+    info = content.get("info", {})
+    found = as_probabilities(found, path)
+    return found, BoxMode(mode), info if isinstance(info, dict) else {}
+
+
+def _pair(where: str, boxes: Any, scores: Any) -> Proposals:
+    """The arrays of one image, with the types of the file; ValueError if they do not fit."""
+    try:
+        rows, values = np.asarray(boxes), np.asarray(scores)
+    except (OverflowError, TypeError, ValueError) as error:  # lists of different lengths
+        raise ValueError(f"{where} has boxes or scores that are no arrays: {error}") from error
+    if rows.size != 4 * values.size or (rows.size and rows.shape[1:] != (4,)):
+        raise ValueError(
+            f"{where} has boxes of shape {rows.shape} and scores of shape {values.shape}; (N, 4) "
+            "and (N,) are expected."
+        )
+    for what, array in (("boxes", rows), ("scores", values)):
+        if array.size and (array.dtype.kind not in "iuf" or not np.isfinite(array).all()):
+            raise ValueError(f"{where} has {what} that are not finite numbers.")
+    dtype = values.dtype if values.dtype.kind == "f" else np.float32
+    return Proposals(rows.reshape(-1, 4), values.reshape(-1).astype(dtype, copy=False))
