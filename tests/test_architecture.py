@@ -56,7 +56,7 @@ RULES = (
     Rule("modeling.prompts modeling.views", "", TORCH),
     Rule("modeling.interfaces modeling.naming", CONTRACTS, TORCH),
     Rule("modeling.region_head", CONTRACTS, f"{TORCH} fvcore"),
-    Rule("modeling.vocabulary", f"files {CONTRACTS}", f"{TORCH} tqdm"),
+    Rule("modeling.vocabulary", f"files {CONTRACTS}", f"{TORCH} safetensors tqdm"),
     # The model joins the parts; it works inside and around other detectors.
     Rule(
         "modeling.regionspot",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
-import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation.testing import flatten_results_dict
@@ -17,6 +17,7 @@ from ..config import add_regionspot_config
 from ..data.datasets import register_coco_format, source_file
 from ..data.proposals import proposals_exist
 from ..files import data_root, expand_data_root
+from .safe_yaml import read_yaml
 
 
 class ConfigError(ValueError):
@@ -47,9 +48,8 @@ def load_config(
     add_regionspot_config(cfg)
     with explained(cfg, config_file):
         if config_file:
-            cfg.merge_from_file(config_file)
-    with explained(cfg, "the options"):
-        cfg.merge_from_list(list(opts))
+            merge_config_file(cfg, config_file)
+    merge_options(cfg, opts)
     with explained(cfg, ""):
         register_coco_format(cfg.DATASETS.COCO_FORMAT)
     files = map(expand_data_root, cfg.DATASETS.PROPOSAL_FILES_TEST)
@@ -59,6 +59,12 @@ def load_config(
         check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
         if cfg.MODEL.LOAD_PROPOSALS:
             _check_proposals(cfg.DATASETS.TEST, cfg.DATASETS.PROPOSAL_FILES_TEST)
+        elif testing and cfg.DATASETS.TEST and cfg.MODEL.META_ARCHITECTURE == "RegionSpot":
+            raise ConfigError(
+                "MODEL.LOAD_PROPOSALS is False: RegionSpot names boxes that it is given. Set it to "
+                "True, and DATASETS.PROPOSAL_FILES_TEST to a file for each of DATASETS.TEST (or to "
+                "ground_truth://<dataset>)."
+            )
     if testing and not cfg.DATASETS.TEST:
         raise ConfigError(
             "DATASETS.TEST is empty: there is nothing to evaluate. Use a config named eval_*, or "
@@ -70,6 +76,51 @@ def load_config(
         check_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
     cfg.freeze()
     return cfg
+
+
+def merge_config_file(cfg: CfgNode, path: str) -> None:
+    """Merges a yaml file into a config, as Detectron2 does, but without running its tags.
+
+    Raises:
+        ConfigError: the file is missing, no config, or does not fit ``cfg``.
+    """
+    with explained(cfg, path):
+        content = read_yaml(path)
+        if content.get("VERSION", cfg.VERSION) != cfg.VERSION:
+            raise ValueError(f"VERSION is {content['VERSION']!r}; expected {cfg.VERSION}")
+        _merge(cfg, lambda: cfg.merge_from_other_cfg(CfgNode(content)))
+
+
+def merge_options(cfg: CfgNode, opts: Sequence[str]) -> None:
+    """Merges the keys and values of a command line into a config; ConfigError if they are wrong."""
+    with explained(cfg, "the options"):
+        _merge(cfg, lambda: cfg.merge_from_list(list(opts)))
+
+
+def _merge(cfg: CfgNode, merge: Callable[[], object]) -> None:
+    """Merges, and refuses what yacs lets pass: null in place of a value, and absurd numbers."""
+    before = _flat(cfg)
+    merge()
+    after = _flat(cfg)
+    for key, value in before.items():
+        if value is not None and (key not in after or after[key] is None):
+            kind = "section" if key not in after else type(value).__name__
+            raise ValueError(f"{key} is null, or inside something null; expected a {kind}")
+    for key, value in after.items():
+        # A comparison with NaN is False.
+        if type(value) in (int, float) and value != before.get(key) and not abs(value) < 2**63:
+            raise ValueError(f"{key} is {str(value)[:20]}, which is not a number to work with")
+
+
+def _flat(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
+    """The values of a config by their full keys."""
+    values: dict[str, Any] = {}
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            values |= _flat(value, f"{prefix}{key}.")
+        else:
+            values[f"{prefix}{key}"] = value
+    return values
 
 
 def check_datasets(key: str, names: Iterable[str]) -> None:
@@ -111,15 +162,18 @@ def explained(cfg: CfgNode, where: str) -> Iterator[None]:
     """
     try:
         yield
-    except (AssertionError, AttributeError, KeyError, OSError, ValueError, yaml.YAMLError) as error:
-        reason = str(error)
+    except ConfigError:
+        raise
+    # A type that does not fit can end in nearly anything.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         if unknown := re.search(r"Non-existent (?:config )?key: ([\w.]+)", reason):
             keys = [key.replace("/", ".") for key in flatten_results_dict(cfg)]
             reason = f"there is no config key {unknown[1]}.{_similar(unknown[1], keys)}"
         elif isinstance(error, OSError) and error.filename:
             reason = f"{error.strerror}: {error.filename}"
-        elif isinstance(error, AttributeError):  # yacs expects the yaml to hold a dict
-            reason = "this is not a config file, which maps keys to values"
+        elif isinstance(error, (RecursionError, MemoryError)):
+            reason = "it is nested too deeply"
         raise ConfigError(f"{where}: {reason}" if where else reason) from error
 
 
