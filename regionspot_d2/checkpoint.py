@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from .files import explained_weights, local_weights, write_atomically
 from .modeling.interfaces import RegionHead
-from .pickles import load_pickle
+from .safe_loading import load_pickle
 
 _HEAD = "region_head."
 # What DistributedDataParallel and torch.compile put before the names of a model that they wrap.

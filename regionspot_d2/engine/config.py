@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +19,13 @@ from ..config import add_regionspot_config
 from ..data.datasets import register_coco_format, source_file
 from ..data.proposals import proposals_exist
 from ..files import data_root, expand_data_root
-from .safe_yaml import read_yaml
+from ..safe_loading import read_yaml
+
+# Errors whose message says all; others are told with their type.
+_EXPECTED = {
+    *("ValueError", "OSError", "FileNotFoundError", "PermissionError", "FloatingPointError"),
+    *("ConfigError", "TokenCacheError", "WeightsNotFoundError", "ImageReadError"),
+}
 
 
 class ConfigError(ValueError):
@@ -126,6 +134,8 @@ def _flat(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
 def check_datasets(key: str, names: Iterable[str]) -> None:
     """Raises a ConfigError about ``key`` if a dataset is not registered or has no annotations."""
     for name in names:
+        if not isinstance(name, str):
+            raise ConfigError(f"{key} holds {name!r:.50}; expected names of datasets.")
         if name not in DatasetCatalog:
             raise ConfigError(
                 f"{key}: there is no dataset '{name}'.{_similar(name, DatasetCatalog.list())} "
@@ -174,7 +184,41 @@ def explained(cfg: CfgNode, where: str) -> Iterator[None]:
             reason = f"{error.strerror}: {error.filename}"
         elif isinstance(error, (RecursionError, MemoryError)):
             reason = "it is nested too deeply"
-        raise ConfigError(f"{where}: {reason}" if where else reason) from error
+        elif wrong := re.search(r"vs. <class '(\w+)'>\) .* config key: (\S+)$", reason):
+            expected = reason.split("'")[1].rpartition(".")[2].replace("CfgNode", "section")
+            reason = f"Type mismatch: {wrong[2]} is of type {wrong[1]}, expected {expected}"
+        raise ConfigError(f"{where}: {reason[:500]}" if where else reason) from error
+
+
+@contextlib.contextmanager
+def told_in_a_line(program: str) -> Iterator[None]:
+    """Ends a program with one line where it would end in a traceback; REGIONSPOT_DEBUG=1 shows it.
+
+    That is also so for errors in processes that Detectron2's ``launch`` starts, and in loaders.
+    """
+    try:
+        yield
+    except Exception as error:
+        if os.environ.get("REGIONSPOT_DEBUG") == "1":
+            raise
+        sys.exit(f"{program}: {cause(error)}")
+
+
+def cause(error: Exception) -> str:
+    """What a person is told of an error: its message, or that of the process that failed."""
+    text, kind = str(error), type(error).__name__
+    # The frames of a traceback are indented; the error stands below the last of them.
+    if raised := re.search(r"^([A-Za-z_][\w.]*)(?:: (.*))?\Z", _below_traceback(text), re.DOTALL):
+        kind, text = raised[1].rpartition(".")[2], raised[2] or ""
+    expected = kind in _EXPECTED or isinstance(error, (OSError, ValueError))
+    return text.strip() if text and expected else f"{kind}: {text.strip()}".rstrip(": ")
+
+
+def _below_traceback(text: str) -> str:
+    _, found, frames = text.rpartition("Traceback (most recent call last):\n")
+    lines = frames.splitlines()
+    start = next((i for i, line in enumerate(lines) if line[:1].strip()), len(lines))
+    return "\n".join(lines[start:]).strip() if found else ""
 
 
 def _similar(name: str, names: Iterable[str]) -> str:

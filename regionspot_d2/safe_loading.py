@@ -1,8 +1,10 @@
-"""Configs in yaml, with Detectron2's ``_BASE_``, read without running anything."""
+"""Pickles and yaml from anywhere, read without running what they ask for."""
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
 from typing import Any
 
 import yaml
@@ -13,6 +15,56 @@ _MAX_NODES = 100_000
 # The only expression in the configs of Detectron2's model zoo (Base-RetinaNet.yaml), and its value.
 _RETINANET = "[[x, x * 2**(1.0/3), x * 2**(2.0/3) ] for x in [32, 64, 128, 256, 512 ]]"
 _RETINANET_SIZES = [[x, x * 2 ** (1.0 / 3), x * 2 ** (2.0 / 3)] for x in (32, 64, 128, 256, 512)]
+
+
+class UnsafePickleError(ValueError):
+    """A pickle asks for more than arrays and plain containers; nothing of it was run."""
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Admits only what NumPy needs to rebuild an array; containers and numbers need no class."""
+
+    _ADMITTED = {
+        "numpy": ("dtype", "ndarray"),
+        "numpy.core.multiarray": ("_reconstruct", "scalar"),
+        "numpy.core.numeric": ("_frombuffer",),
+        "numpy._core.multiarray": ("_reconstruct", "scalar"),  # of NumPy 2
+        "numpy._core.numeric": ("_frombuffer",),
+        "_codecs": ("encode",),  # how Python 3 pickles bytes for Python 2,
+        "__builtin__": ("bytes",),  # and how it pickles them if there are none
+        "collections": ("OrderedDict",),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in self._ADMITTED.get(module, ()):
+            raise UnsafePickleError(
+                f"it asks for {module}.{name}; only NumPy arrays and plain containers are admitted"
+            )
+        return super().find_class(module, name)
+
+
+def load_pickle(path: str | os.PathLike[str]) -> Any:
+    """Reads a pickle of NumPy arrays and plain containers, such as Detectron2's proposals.
+
+    Args:
+        path: a file, or a path that Detectron2's ``PathManager`` can open.
+
+    Raises:
+        UnsafePickleError: it asks for anything else; nothing was run.
+        ValueError: it is not a file, not a pickle, or damaged.
+    """
+    local = PathManager.get_local_path(os.fspath(path))
+    if os.path.exists(local) and not os.path.isfile(local):  # reading a pipe may never end
+        raise ValueError(f"'{os.fspath(path)}' is not a file.")
+    with open(local, "rb") as file:
+        content = io.BytesIO(file.read())
+    try:
+        # latin1: Python 2 wrote the oldest of these files.
+        return _PlainUnpickler(content, encoding="latin1").load()
+    except UnsafePickleError as error:
+        raise UnsafePickleError(f"'{os.fspath(path)}' is not safe to open: {error}.") from None
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise ValueError(f"'{os.fspath(path)}' is not a pickle, or damaged: {error}") from error
 
 
 class _Loader(yaml.SafeLoader):
@@ -70,21 +122,20 @@ def read_yaml(path: str, _inside: tuple[str, ...] = ()) -> dict[str, Any]:
         raise ValueError(f"it has more than {_MAX_BYTES} bytes, which is no config")
     content = yaml.load(text, _Loader)
     if not isinstance(content, dict):
-        found = "empty" if content is None else f"a {type(content).__name__}"
-        raise ValueError(f"'{path}' is {found}; a config maps keys to values")
+        found = "nothing" if content is None else f"one {type(content).__name__}"
+        raise ValueError(
+            f"this is not a config file, which maps keys to values: '{path}' holds {found}"
+        )
     _check_keys(content)
     bases = content.pop("_BASE_", [])
     merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str):
-            raise ValueError(f"_BASE_ is {base!r}; expected a file or a list of files")
+            raise ValueError(f"_BASE_ holds {base!r}; expected a file or a list of files")
         base = os.path.expanduser(base)
-        if not base.startswith(("/", "http://", "https://")):
-            base = os.path.join(os.path.dirname(path), base)
-        _update(
-            merged,
-            read_yaml(os.path.normpath(base) if "://" not in base else base, (*_inside, path)),
-        )
+        if "://" not in base:
+            base = os.path.normpath(os.path.join(os.path.dirname(path), base))
+        _update(merged, read_yaml(base, (*_inside, path)))
     _update(merged, content)
     return merged
 
