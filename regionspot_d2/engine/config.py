@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import math
 import os
 import re
 import sys
@@ -115,9 +116,10 @@ def _merge(cfg: CfgNode, merge: Callable[[], object]) -> None:
             kind = "section" if key not in after else type(value).__name__
             raise ValueError(f"{key} is null, or inside something null; expected a {kind}")
     for key, value in after.items():
-        # A comparison with NaN is False.
-        if type(value) in (int, float) and value != before.get(key) and not abs(value) < 2**63:
-            raise ValueError(f"{key} is {str(value)[:20]}, which is not a number to work with")
+        whole = type(value) is int and abs(value) < 2**63  # larger ones fit no tensor
+        if type(value) in (int, float) and not whole and value != before.get(key):
+            if type(value) is int or not math.isfinite(value):
+                raise ValueError(f"{key} is {str(value)[:20]}, which is not a number to work with")
 
 
 def _flat(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
@@ -176,7 +178,8 @@ def explained(cfg: CfgNode, where: str) -> Iterator[None]:
         raise
     # A type that does not fit can end in nearly anything.
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()).replace('in "<byte string>"', "at")
+        reason = reason or type(error).__name__
         if unknown := re.search(r"Non-existent (?:config )?key: ([\w.]+)", reason):
             keys = [key.replace("/", ".") for key in flatten_results_dict(cfg)]
             reason = f"there is no config key {unknown[1]}.{_similar(unknown[1], keys)}"
