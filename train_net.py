@@ -28,7 +28,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from regionspot_d2.engine import ConfigError, RegionSpotTrainer, load_config
+from regionspot_d2.engine import RegionSpotTrainer, load_config
 from regionspot_d2.engine.config import told_in_a_line
 
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import socket
 import stat
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -29,10 +27,12 @@ from torch import nn
 from regionspot_d2.checkpoint import RegionSpotCheckpointer
 from regionspot_d2.engine import ConfigError, load_config
 from regionspot_d2.engine.config import merge_config_file, told_in_a_line
-from regionspot_d2.files import WeightsNotFoundError, local_weights, private_folder
+from regionspot_d2.files import WeightsNotFoundError, fingerprint, local_weights, private_folder
 from regionspot_d2.modeling import RegionSpotHead
 from regionspot_d2.modeling.vocabulary import TextEmbedder
 from regionspot_d2.safe_loading import load_pickle
+
+from .datasets_on_disk import write_coco
 
 KEY = "MODEL.WEIGHTS"
 
@@ -203,14 +203,16 @@ def test_options_that_do_not_fit(value):
         load_config("", ["MODEL", value], training=False)
 
 
-def test_evaluation_without_proposals_is_told_at_once():
-    with pytest.raises(ConfigError, match="MODEL.LOAD_PROPOSALS is False.*ground_truth://"):
-        load_config("", ["DATASETS.TEST", "()"], training=False, testing=None) and load_config(
-            "configs/mini/regionspot_mini.yaml",
-            ["DATASETS.TEST", "('one',)"],
-            training=False,
-            testing=True,
-        )
+def test_evaluation_without_proposals_is_told_at_once(tmp_path):
+    json_file, images = write_coco(tmp_path)
+    own = ["DATASETS.COCO_FORMAT", f"[['eval_me', '{json_file}', '{images}']]"]
+    own += ["DATASETS.TEST", "('eval_me',)", "MODEL.META_ARCHITECTURE", "RegionSpot"]
+    try:
+        with pytest.raises(ConfigError, match="MODEL.LOAD_PROPOSALS is False.*ground_truth://"):
+            load_config("", own, training=False, testing=True)
+    finally:
+        DatasetCatalog.remove("eval_me")
+        MetadataCatalog.remove("eval_me")
 
 
 # Downloads and the cache --------------------------------------------------------------------------
@@ -347,14 +349,8 @@ class Words(SimpleNamespace):
         return torch.tensor([[len(t), len(t.split()), 1.0] for t in texts])
 
 
-def change(path: Path, **metadata: str) -> torch.Tensor:
-    return load_file(path)["embeddings"]
-
-
 def rewrite(path: Path, embeddings: torch.Tensor) -> None:
     """Writes other rows under the same key, with a checksum that fits them."""
-    from regionspot_d2.files import fingerprint
-
     with safe_open(path, "pt") as file:
         content = file.metadata()
     content["sha256"] = fingerprint([("embeddings", embeddings)])

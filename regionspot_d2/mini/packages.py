@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.abc import MetaPathFinder, SourceLoader
+from importlib.abc import SourceLoader
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_loader
 from pathlib import Path
@@ -140,7 +140,7 @@ class Package:
         return f"{self.name}=={self.version}"
 
 
-class _WheelImporter(MetaPathFinder, SourceLoader):
+class _WheelImporter(SourceLoader):
     """Imports the modules of one package, under a private name, from a wheel in memory.
 
     ``SourceLoader`` reads and writes no compiled files for a loader without ``path_stats``.
