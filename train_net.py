@@ -15,8 +15,11 @@ Your own data needs no code, only DATASETS.COCO_FORMAT "[['mine', 'mine/train.js
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -25,9 +28,8 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from regionspot_d2.data.token_cache import TokenCacheError
-from regionspot_d2.engine import ConfigError, RegionSpotTrainer, load_config
-from regionspot_d2.files import WeightsNotFoundError
+from regionspot_d2.engine import RegionSpotTrainer, load_config
+from regionspot_d2.engine.config import told_in_a_line
 
 
 def _load_config(args: argparse.Namespace) -> CfgNode:
@@ -43,6 +45,7 @@ def main(args: argparse.Namespace) -> Mapping[str, Any] | None:
     """
     cfg = _load_config(args)
     default_setup(cfg, args)
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_without_traceback)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="regionspot_d2")
     if args.eval_only:
         results = RegionSpotTrainer.evaluate_checkpoint(cfg, resume=args.resume)
@@ -57,19 +60,39 @@ def main(args: argparse.Namespace) -> Mapping[str, Any] | None:
 def invoke_main() -> None:
     """Reads the command line and starts the processes."""
     args = default_argument_parser(epilog=__doc__).parse_args()
-    try:
+    with told_in_a_line("train_net.py"):
         # Check here first: a mistake is reported once, before any process starts.
-        _load_config(args)
-        launch(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
-    except (ConfigError, TokenCacheError, WeightsNotFoundError) as error:
-        sys.exit(f"train_net.py: {error}")
+        cfg = _load_config(args)
+        try:
+            launch(
+                main,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(args,),
+            )
+        except KeyboardInterrupt:
+            print(f"train_net.py: stopped. {_what_is_done(args, cfg)}", file=sys.stderr)
+            sys.exit(130)
+
+
+def _what_is_done(args: argparse.Namespace, cfg: CfgNode) -> str:
+    if args.eval_only:
+        return "Nothing was evaluated to the end; run the same command again."
+    marker = Path(cfg.OUTPUT_DIR, "last_checkpoint")
+    if not marker.is_file():
+        period = cfg.SOLVER.CHECKPOINT_PERIOD
+        return f"No checkpoint was written yet: there is one every {period} iterations."
+    last = marker.with_name(marker.read_text(errors="replace").strip())
+    return f"The last checkpoint is {last}; the same command with --resume goes on from it."
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Detectron2 logs the traceback of what stops a training; the last line says the same."""
+    if record.exc_info and os.environ.get("REGIONSPOT_DEBUG") != "1":
+        record.exc_info = None
+    return True
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 
 from .files import explained_weights, local_weights, write_atomically
 from .modeling.interfaces import RegionHead
-from .pickles import load_pickle
+from .safe_loading import load_pickle
 
 _HEAD = "region_head."
 # What DistributedDataParallel and torch.compile put before the names of a model that they wrap.
 _WRAPPERS = re.compile(r"^module\.|\b_orig_mod\.")
-# In the files of RegionSpot's authors, with whatever prefix.
-_AUTHORS_KEYS = ("to_clip.weight", "projector.weight", "mask_decoder.mask_tokens.weight")
+# In the files of RegionSpot's authors, beside the frozen models.
+_AUTHORS_KEY = "model.to_clip.weight"
 
 
 class RegionSpotCheckpointer(DetectionCheckpointer):
@@ -100,7 +100,7 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
             if isinstance(module, RegionHead):
                 _move_head(state, wanted, module.renamed_parameters)
         missing = [key for key in wanted if key not in state]
-        if all(any(key.endswith(own) for key in state) for own in _AUTHORS_KEYS):
+        if wanted and _AUTHORS_KEY in state:
             raise ValueError(
                 f"'{self._path}' is a checkpoint of RegionSpot's authors. Convert it first: "
                 f"python tools/convert_checkpoint.py {self._path} head.safetensors"

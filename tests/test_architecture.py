@@ -49,15 +49,15 @@ CONTRACTS = "modeling.interfaces modeling.prompts"
 
 RULES = (
     # The root: every other module may stand on these.
-    Rule("files config pickles", ""),
+    Rule("files config safe_loading", ""),
     Rule("model_zoo journal", "files"),
-    Rule("checkpoint", "files pickles modeling.interfaces"),
+    Rule("checkpoint", "files safe_loading modeling.interfaces"),
     # What a part is, and the arithmetic between the parts: torch and Detectron2's structures only.
     Rule("modeling.prompts modeling.lazy_masks", "", TORCH),
     Rule("modeling.interfaces modeling.questions", CONTRACTS, TORCH),
     Rule("modeling.naming", f"{CONTRACTS} modeling.lazy_masks", TORCH),
     Rule("modeling.region_head", CONTRACTS, f"{TORCH} fvcore"),
-    Rule("modeling.vocabulary", f"files {CONTRACTS}", f"{TORCH} tqdm"),
+    Rule("modeling.vocabulary", f"files {CONTRACTS}", f"{TORCH} safetensors tqdm"),
     # The model joins the parts; it works inside and around other detectors.
     Rule(
         "modeling.regionspot",
@@ -77,10 +77,10 @@ RULES = (
     ),
     # Data and evaluation know nothing of models. Extraction runs the localizer that it is given.
     Rule("data.token_extraction", f"files data {CONTRACTS}"),
-    Rule("data", "files pickles journal data"),
+    Rule("data", "files safe_loading journal data"),
     Rule("evaluation", "files data evaluation"),
     # What runs them all.
-    Rule("engine", "files config checkpoint modeling data evaluation engine"),
+    Rule("engine", "files safe_loading config checkpoint modeling data evaluation engine"),
     Rule("predictor", "files checkpoint data.images modeling"),
     Rule("app", "files config checkpoint model_zoo journal predictor modeling data engine app"),
     # The embedded default: nobody but the package itself, which registers it, imports it.

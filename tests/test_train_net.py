@@ -25,7 +25,7 @@ from detectron2.utils import comm
 
 import train_net
 from regionspot_d2 import add_regionspot_config
-from regionspot_d2.engine import RegionSpotTrainer
+from regionspot_d2.engine import ConfigError, RegionSpotTrainer
 from regionspot_d2.engine.hooks import ModelEMA
 
 from .shapes import shapes_cfg
@@ -297,13 +297,13 @@ def test_tokens_are_extracted_once_and_give_the_same_loss(cfg, caplog, monkeypat
         train(cached)
         assert "no tokens" not in caplog.text
     cached.INPUT.CACHED_IMAGE_SIZE = 32
-    with pytest.raises(train_net.ConfigError, match="CACHED_IMAGE_SIZE is 32, .* 64 x 64"):
+    with pytest.raises(ConfigError, match="CACHED_IMAGE_SIZE is 32, .* 64 x 64"):
         train(cached)
     cached.INPUT.CACHED_IMAGE_SIZE = 64
     # Millions of images are not extracted on the way.
     monkeypatch.setattr("regionspot_d2.engine.trainer.MAX_IMAGES_EXTRACTED", 3)
     cached.INPUT.TOKEN_CACHE += "_none"
-    with pytest.raises(train_net.ConfigError, match="12 images of 'shapes'.*extract_tokens.py"):
+    with pytest.raises(ConfigError, match="12 images of 'shapes'.*extract_tokens.py"):
         train(cached)
 
 
@@ -377,13 +377,13 @@ def test_commands_that_evaluate_have_something_to_evaluate(document):
 def test_wrong_config_files_are_named(tmp_path, text, message):
     file = tmp_path / "wrong.yaml"
     file.write_text(text)
-    with pytest.raises(train_net.ConfigError) as error:
+    with pytest.raises(ConfigError) as error:
         train_net.load_config(str(file))
     assert re.search(message, str(error.value), re.DOTALL)
 
 
 def test_missing_config_file_is_named():
-    with pytest.raises(train_net.ConfigError, match="nowhere.yaml"):
+    with pytest.raises(ConfigError, match="nowhere.yaml"):
         train_net.load_config("nowhere.yaml")
 
 

@@ -37,7 +37,6 @@ from typing import Any
 
 import torch
 from detectron2 import model_zoo
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.data.detection_utils import check_image_size
@@ -48,6 +47,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
+from regionspot_d2.checkpoint import RegionSpotCheckpointer
 from regionspot_d2.data import register_coco_format
 from regionspot_d2.data.images import ImageReadError, read_image
 from regionspot_d2.data.proposal_sources import from_glip_json, from_instances, from_results_json
@@ -63,7 +63,7 @@ from regionspot_d2.data.proposals import (
     write_proposals,
 )
 from regionspot_d2.engine import ConfigError, load_config
-from regionspot_d2.engine.config import check_datasets, explained
+from regionspot_d2.engine.config import check_datasets, explained, merge_config_file
 from regionspot_d2.files import WeightsNotFoundError, fingerprint
 from regionspot_d2.journal import Journal, JournalError
 from regionspot_d2.modeling.automatic_masks import AUTOMATIC_MASK_SETTINGS, automatic_boxes
@@ -136,11 +136,10 @@ def _detector_config(args: argparse.Namespace) -> CfgNode:
     if _is_lazy(args.config_file):
         return cfg
     if os.path.exists(args.config_file):
-        with explained(cfg, args.config_file):
-            cfg.merge_from_file(args.config_file)
+        merge_config_file(cfg, args.config_file)
     else:
         try:
-            cfg.merge_from_file(model_zoo.get_config_file(args.config_file))
+            merge_config_file(cfg, model_zoo.get_config_file(args.config_file))
             cfg.MODEL.WEIGHTS = model_zoo.get_checkpoint_url(args.config_file)
         except RuntimeError as error:
             raise ConfigError(f"--config-file {args.config_file}: no such file; {error}") from error
@@ -192,7 +191,7 @@ def detector_regions(args: argparse.Namespace, cfg: CfgNode) -> FindRegions:
         weights = cfg.MODEL.WEIGHTS
     if not weights:
         logger.warning("The config names no weights (MODEL.WEIGHTS): these boxes are random.")
-    DetectionCheckpointer(model).load(weights)
+    RegionSpotCheckpointer(model).load(weights)
     model.eval()
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ from detectron2.utils.file_io import PathManager
 from torchvision.ops import nms
 
 from ..files import write_atomically
-from ..pickles import load_pickle
+from ..safe_loading import load_pickle
 
 logger = logging.getLogger(__name__)
 

