@@ -137,7 +137,10 @@ def check_names(names: Sequence[str], *, repeats: bool = False) -> None:
     that a person typed it is a slip.
     """
     if isinstance(names, str):
-        raise ValueError(f"A vocabulary is a list of names, not one string ('{names}').")
+        raise ValueError(f"A vocabulary is a list of names, not one string ('{names:.60}').")
+    if not isinstance(names, Sequence | np.ndarray):
+        kind = type(names).__name__
+        raise ValueError(f"A vocabulary is a list of names, not a {kind}: pass list(...) of it.")
     if len(names) == 0:
         raise ValueError("The vocabulary is empty; give at least one name.")
     for place, name in enumerate(names):
