@@ -115,8 +115,8 @@ class RegionSpotPredictor:
         Raises:
             ValueError: there is no image, region or vocabulary, or one of them makes no sense.
         """
-        names = self._names(vocabulary)
         topk = _count(topk, "topk", "name per region")
+        names = self._names(vocabulary)
         prompts = as_prompts(
             self.image_size, boxes=boxes, points=points, point_labels=point_labels, masks=masks
         )
@@ -173,9 +173,9 @@ class RegionSpotPredictor:
             ValueError: as :meth:`predict`, with the number of the image; or there are not as many
                 boxes as images.
         """
-        names = self._names(vocabulary)
         topk = _count(topk, "topk", "name per region")
         batch_size = _count(batch_size, "batch_size", "image")
+        names = self._names(vocabulary)
         if not isinstance(boxes, Sequence | np.ndarray | Tensor):
             raise ValueError(f"boxes is of the type {type(boxes).__name__}; pass a list of boxes.")
         if not isinstance(images, Iterable) or isinstance(images, str | PathLike):

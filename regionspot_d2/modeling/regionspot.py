@@ -67,9 +67,6 @@ class RegionSpot(nn.Module):
             input_format: channel order of ``image`` in the inputs, "RGB" or "BGR".
             default_dataset: its class names serve an input without ``dataset_name``.
             max_regions: of an image that the region head sees together; more are named in groups.
-
-        Raises:
-            ValueError: ``max_regions`` is less than 1.
         """
         super().__init__()
         if max_regions < 1:
