@@ -198,6 +198,13 @@ def test_vocabularies_in_any_sequence(predictor):
         assert torch.equal(predictor.predict(boxes=BOX, vocabulary=vocabulary).scores, expected)
 
 
+def test_a_vocabulary_of_one_name_is_warned_of_once(predictor, caplog):
+    with caplog.at_level(logging.WARNING):
+        for name in ("cat", "dog"):
+            assert predictor.predict(boxes=BOX, vocabulary=[name]).scores.tolist() == [1.0]
+    assert caplog.text.count("The vocabulary has one name") == 1
+
+
 @pytest.mark.parametrize(
     "question",
     [

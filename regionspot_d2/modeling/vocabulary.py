@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.data import MetadataCatalog
+from detectron2.utils.logger import log_first_n
 from torch import Tensor
 from tqdm import tqdm
 
@@ -147,6 +148,13 @@ def check_names(names: Sequence[str], *, repeats: bool = False) -> None:
         if not isinstance(name, str):
             raise ValueError(f"Name {place} of the vocabulary is {name!r}: give non-empty text.")
     _check_texts(tuple(names), repeats)
+    if len(names) == 1 and not repeats:
+        log_first_n(
+            logging.WARNING,
+            f"The vocabulary has one name, '{names[0]:.60}', so its score is 1.0 for every region: "
+            "a score compares names. Add names of what else may be there.",
+            name=__name__,
+        )
 
 
 # Reading a thousand names takes longer than naming a box, so each vocabulary is read once.
