@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import islice
-from operator import length_hint
+from operator import index, length_hint
+from os import PathLike
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
@@ -60,9 +62,7 @@ class RegionSpotPredictor:
         Raises:
             ValueError: there are none, or one is empty, given twice, or unknown to the text side.
         """
-        check_names(names)
-        self.model.text_embedder(names, self.model.device)
-        self.vocabulary = list(names)
+        self.vocabulary = self._names(names)
 
     def set_image(self, image: ImageLike, *, channels: str = "RGB") -> None:
         """Encodes an image for the calls that follow.
@@ -102,24 +102,28 @@ class RegionSpotPredictor:
             points: R2 regions, each (P, 2) XY in pixels of the image, P may differ; or (R2, 2).
             point_labels: like ``points``, 1 on the region, 0 on the background; by default all 1.
             masks: (R3, H, W).
-            vocabulary: the class names; they stay set for later calls.
+            vocabulary: the class names; they stay set for later calls, unless this one is refused.
             topk: names per region.
 
         Returns:
             ``Instances`` of the image's size, ``topk`` for each region in the order boxes, points,
             masks, best name first: ``pred_boxes``, ``scores`` (softmax over the vocabulary),
             ``pred_classes`` (places in :attr:`vocabulary`), ``region_index`` and, if masks are on,
-            ``pred_masks`` (bool).
+            ``pred_masks`` (bool). Masks of more than 256 MB are made as they are read, see
+            :class:`~regionspot_d2.modeling.lazy_masks.LazyMasks`.
 
         Raises:
             ValueError: there is no image, region or vocabulary, or one of them makes no sense.
         """
-        self._check_question(vocabulary, topk)
+        topk = _count(topk, "topk", "name per region")
+        names = self._names(vocabulary)
         prompts = as_prompts(
             self.image_size, boxes=boxes, points=points, point_labels=point_labels, masks=masks
         )
         [answer] = self.model.answer(self._image(), [prompts], with_masks=self.model.with_masks)
-        return self.model.name(answer, self.vocabulary, topk=topk)
+        found = self.model.name(answer, names, topk=topk)
+        self.vocabulary = names
+        return found
 
     @torch.no_grad()
     def region_embeddings(self, **regions: Any) -> Tensor:
@@ -169,9 +173,13 @@ class RegionSpotPredictor:
             ValueError: as :meth:`predict`, with the number of the image; or there are not as many
                 boxes as images.
         """
-        self._check_question(vocabulary, topk)
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; at least one image is expected.")
+        topk = _count(topk, "topk", "name per region")
+        batch_size = _count(batch_size, "batch_size", "image")
+        names = self._names(vocabulary)
+        if not isinstance(boxes, Sequence | np.ndarray | Tensor):
+            raise ValueError(f"boxes is of the type {type(boxes).__name__}; pass a list of boxes.")
+        if not isinstance(images, Iterable) or isinstance(images, str | PathLike):
+            raise ValueError(f"images is {images!r:.60}; pass a list of images.")
         count = length_hint(images, len(boxes))
         if count != len(boxes):
             raise ValueError(f"There are {count} images but boxes for {len(boxes)}.")
@@ -189,20 +197,36 @@ class RegionSpotPredictor:
                     raise ValueError(f"Image {number}: {error}") from error
             encoded = self.model.encode(pixels)
             answers = self.model.answer(encoded, prompts, with_masks=self.model.with_masks)
-            results += [self.model.name(answer, self.vocabulary, topk=topk) for answer in answers]
+            results += [self.model.name(answer, names, topk=topk) for answer in answers]
         if len(results) < len(boxes):
             raise ValueError(f"There are {len(results)} images but boxes for {len(boxes)}.")
+        self.vocabulary = names
         return results
 
-    def _check_question(self, vocabulary: Sequence[str] | None, topk: int) -> None:
+    def _names(self, vocabulary: Sequence[str] | None) -> list[str]:
+        """The class names of a question, checked and embedded, but not yet set."""
         if vocabulary is not None:
-            self.set_vocabulary(vocabulary)
+            check_names(vocabulary)
+            self.model.text_embedder(vocabulary, self.model.device)
+            return list(vocabulary)
         if not self.vocabulary:
             raise ValueError("There is no vocabulary: pass vocabulary=[...], or set_vocabulary.")
-        if topk < 1:
-            raise ValueError(f"topk is {topk}; at least one name per region is expected.")
+        return self.vocabulary
 
     def _image(self) -> EncodedImages:
         if self._encoded is None:
             raise ValueError("There is no image yet: call set_image first.")
         return self._encoded
+
+
+def _count(value: Any, name: str, of: str) -> int:
+    """A number of things, at least one: any type of whole numbers, but not True."""
+    try:
+        count = index(value)
+    except TypeError:
+        count = 0
+    if count < 1 or isinstance(value, bool | np.bool_):
+        raise ValueError(
+            f"{name} is {value!r:.60}; a whole number, at least one {of}, is expected."
+        )
+    return count

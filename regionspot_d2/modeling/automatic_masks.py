@@ -10,7 +10,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 from segment_anything import SamAutomaticMaskGenerator
 from segment_anything.modeling import Sam
-from segment_anything.utils.amg import MaskData
+from segment_anything.utils.amg import MaskData, rle_to_mask
 from torch import Tensor
 
 from .sam import SamLocalizer
@@ -21,6 +21,8 @@ AUTOMATIC_MASK_SETTINGS: dict[str, int | float] = {
     for name, parameter in signature(SamAutomaticMaskGenerator).parameters.items()
     if isinstance(parameter.default, int | float)
 }
+# 256 MB of floats: more only where one point takes more.
+_MAX_BATCH_PIXELS = 2**26
 
 
 def automatic_boxes(
@@ -48,19 +50,25 @@ def automatic_boxes(
     parts = localizer.image_encoder, localizer.prompt_encoder, localizer.mask_decoder
     statistics = (x.flatten().tolist() for x in (localizer.pixel_mean, localizer.pixel_std))
     sam = Sam(*parts, *statistics).to(localizer.pixel_mean.device)
-    generator = _Generator(sam, **settings)
+    height, width = image.shape[-2:]
+    # The generator holds three masks of each point of a batch, as floats at the image's size.
+    batch = settings.pop("points_per_batch", AUTOMATIC_MASK_SETTINGS["points_per_batch"])
+    batch = min(batch, max(1, _MAX_BATCH_PIXELS // (3 * height * width)))
+    run_lengths = {"points_per_batch": batch, "output_mode": "uncompressed_rle"}
+    generator = _Generator(sam, **run_lengths, **settings)
     pixels = image.detach().cpu().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
     # With a stability threshold of 0, masks without a pixel come through; their stability is NaN.
     found = [mask for mask in generator.generate(np.ascontiguousarray(pixels)) if mask["area"] > 0]
     found.sort(key=_score, reverse=True)
-    height, width = image.shape[-2:]
     regions = Instances((height, width))
     xywh = torch.tensor([mask["bbox"] for mask in found], dtype=torch.float32).reshape(-1, 4)
     regions.pred_boxes = Boxes(torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:] + 1], dim=1))
     regions.scores = torch.tensor([_score(mask) for mask in found], dtype=torch.float32)
     if with_masks:
-        masks = np.array([mask["segmentation"] for mask in found], dtype=bool)
-        regions.pred_masks = torch.from_numpy(masks.reshape(-1, height, width))
+        masks = np.zeros((len(found), height, width), dtype=bool)
+        for mask, region in zip(masks, found):
+            mask[:] = rle_to_mask(region["segmentation"])
+        regions.pred_masks = torch.from_numpy(masks)
     return regions
 
 

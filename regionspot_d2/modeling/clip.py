@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import open_clip
@@ -32,6 +33,7 @@ CLIP_TEMPLATES = ("{}.", *(template("{}") for template in open_clip.OPENAI_IMAGE
 _WEIGHTS_KEY = "MODEL.VISION_LANGUAGE.WEIGHTS"
 _ARCH_KEY = "MODEL.VISION_LANGUAGE.ARCH"
 TEXTS_AT_A_TIME = 256
+_TOKENIZER = Lock()
 
 
 class ClipModel(VisionLanguageModel):
@@ -129,6 +131,11 @@ class ClipModel(VisionLanguageModel):
         return torch.cat(embeddings) if embeddings else self.pixel_mean.new_zeros(0, self.text_dim)
 
     def _tokenize(self, texts: list[str]) -> Tensor:
+        # The fast tokenizers of transformers change their own settings, and refuse a second thread.
+        with _TOKENIZER:
+            return self._token_ids(texts).to(self.pixel_mean.device)
+
+    def _token_ids(self, texts: list[str]) -> Tensor:
         tokens = self.tokenizer(texts)
         length = tokens.shape[1]
         # The tokenizers cut silently, then put the end token last. A text that fills its row is
@@ -142,7 +149,7 @@ class ClipModel(VisionLanguageModel):
                         f"A text has more than the {length} tokens that this model reads: "
                         f"'{texts[i][:60]}...'. Use a shorter name."
                     )
-        return tokens.to(self.pixel_mean.device)
+        return tokens
 
 
 @VISION_LANGUAGE_REGISTRY.register()

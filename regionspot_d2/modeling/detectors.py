@@ -177,9 +177,11 @@ class RegionSpotROIHeads(nn.Module):
             instances.scores, instances.pred_classes = named.scores, named.pred_classes
             if named.has("pred_masks") and not instances.has("pred_masks"):
                 # Detectron2 pastes masks into their boxes once the output size is known.
-                masks = BitMasks(named.pred_masks)
-                crops = masks.crop_and_resize(instances.pred_boxes.tensor, _MASK_SIDE)
-                instances.pred_masks = crops[:, None].float()
+                boxes = instances.pred_boxes.tensor
+                crops = boxes.new_zeros(len(boxes), 1, _MASK_SIDE, _MASK_SIDE)
+                for crop, mask, box in zip(crops, named.pred_masks, boxes):
+                    crop[:] = BitMasks(mask[None]).crop_and_resize(box[None], _MASK_SIDE)
+                instances.pred_masks = crops
         return found
 
 

@@ -120,7 +120,9 @@ def answer_regions(
     )
     device = encoded.image_tokens.device
     groups = [
-        torch.arange(len(prompt), device=device).tensor_split(max(1, ceil(len(prompt) / max_regions)))
+        torch.arange(len(prompt), device=device).tensor_split(
+            max(1, ceil(len(prompt) / max_regions))
+        )
         for prompt in prompts
     ]
     answers: list[list[Answer]] = [[] for _ in prompts]

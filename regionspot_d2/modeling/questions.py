@@ -198,8 +198,8 @@ def _numbers(values: Any, what: str) -> Tensor:
                 raise TypeError(f"they have the type {values.dtype}")
             # PyTorch reads no views with negative strides, such as points[:, ::-1].
             values = torch.from_numpy(np.require(values, _readable(values.dtype), ["C", "W"]))
-        if values.is_complex():
-            raise TypeError(f"they have the type {values.dtype}")
+        if values.is_complex() or values.layout != torch.strided:
+            raise TypeError(f"they are {values.layout} of {values.dtype}")
         return values.detach().cpu()
     except (TypeError, ValueError, RuntimeError, OverflowError, RecursionError) as error:
         raise ValueError(f"The {what} cannot be read as numbers: {error}.") from error

@@ -67,9 +67,6 @@ class RegionSpot(nn.Module):
             input_format: channel order of ``image`` in the inputs, "RGB" or "BGR".
             default_dataset: its class names serve an input without ``dataset_name``.
             max_regions: of an image that the region head sees together; more are named in groups.
-
-        Raises:
-            ValueError: ``max_regions`` is less than 1.
         """
         super().__init__()
         if max_regions < 1:
@@ -138,7 +135,7 @@ class RegionSpot(nn.Module):
         tokens = None
         if all("mask_tokens" in x for x in batched_inputs):
             dtype = torch.get_default_dtype()
-            tokens = [x["mask_tokens"].to(self.device, dtype) for x in batched_inputs]
+            tokens = [x["mask_tokens"].to(dtype).to(self.device) for x in batched_inputs]
         answers = self.answer(
             self.encode(self._images(batched_inputs)),
             [BoxPrompts(target.gt_boxes) for target in targets],
@@ -291,7 +288,10 @@ class RegionSpot(nn.Module):
         return {"loss_cls": loss}
 
     def _images(self, batched_inputs: list[dict[str, Any]]) -> list[Tensor]:
-        return [to_rgb(x["image"].to(self.device), self.input_format) for x in batched_inputs]
+        # Moved after it is cast: Apple's GPUs have no float64.
+        images = [x["image"] for x in batched_inputs]
+        images = [x.float() if x.dtype == torch.float64 else x for x in images]
+        return [to_rgb(image.to(self.device), self.input_format) for image in images]
 
     def _class_names(self, x: dict[str, Any]) -> Sequence[str]:
         return dataset_class_names(x.get("dataset_name", self.default_dataset))
@@ -300,12 +300,11 @@ class RegionSpot(nn.Module):
         self, i: int, x: dict[str, Any], detected: Instances | None
     ) -> tuple[Boxes, Tensor]:
         if detected is not None:
-            given = detected.to(self.device)
-            boxes = given.pred_boxes
-            scores = given.scores if given.has("scores") else boxes.tensor.new_ones(len(boxes))
+            boxes = detected.pred_boxes
+            ones = boxes.tensor.new_ones(len(boxes))
+            scores = detected.scores if detected.has("scores") else ones
         elif "proposals" in x:
-            given = x["proposals"].to(self.device)
-            boxes, scores = given.proposal_boxes, given.objectness_logits
+            boxes, scores = x["proposals"].proposal_boxes, x["proposals"].objectness_logits
         else:
             raise ValueError(
                 f"Input {i} ({x.get('file_name', 'no file name')}) has no regions: it needs "
@@ -316,4 +315,4 @@ class RegionSpot(nn.Module):
         if bad:
             where = f"Box {bad[0]} of input {i} ({x.get('file_name', 'no file name')})"
             raise ValueError(f"{where} is not finite: {boxes.tensor[bad[0]].tolist()}.")
-        return boxes, scores.float()
+        return boxes.to(self.device), scores.float().to(self.device)

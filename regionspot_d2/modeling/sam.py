@@ -202,9 +202,12 @@ class SamLocalizer(Localizer):
         # Each mask has a dense embedding of its own, so prompts are encoded by chunks too.
         for start in range(0, max(1, len(boxes)), self.chunk_size):
             rows = slice(start, start + self.chunk_size)
-            masks = prompts.masks[rows].to(embedding.device, torch.float32)[:, None]
-            masks = F.interpolate(masks, inner, mode="bilinear", align_corners=False)
-            masks = F.pad(masks, (0, width - inner[1], 0, height - inner[0]))
+            masks = boxes.new_zeros(len(boxes[rows]), 1, height, width)
+            for held, mask in zip(masks, prompts.masks[rows]):
+                # One mask at a time is float at full size.
+                whole = mask.to(boxes).expand(1, 1, -1, -1)
+                small = F.interpolate(whole, inner, mode="bilinear", align_corners=False)
+                held[:, : inner[0], : inner[1]] = small[0]
             logits = (masks * 2 - 1) * _MASK_PROMPT_LOGIT
             found.append(self._decode(embedding, with_masks, boxes=boxes[rows], masks=logits))
         tokens = torch.cat([token for token, _ in found])

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from detectron2.data import MetadataCatalog
+from detectron2.utils.logger import log_first_n
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -167,13 +168,23 @@ def check_names(names: Sequence[str], *, repeats: bool = False) -> None:
     that a person typed it is a slip.
     """
     if isinstance(names, str):
-        raise ValueError(f"A vocabulary is a list of names, not one string ('{names}').")
+        raise ValueError(f"A vocabulary is a list of names, not one string ('{names:.60}').")
+    if not isinstance(names, Sequence | np.ndarray):
+        kind = type(names).__name__
+        raise ValueError(f"A vocabulary is a list of names, not a {kind}: pass list(...) of it.")
     if len(names) == 0:
         raise ValueError("The vocabulary is empty; give at least one name.")
     for place, name in enumerate(names):
         if not isinstance(name, str):
             raise ValueError(f"Name {place} of the vocabulary is {name!r}: give non-empty text.")
     _check_texts(tuple(names), repeats)
+    if len(names) == 1 and not repeats:
+        log_first_n(
+            logging.WARNING,
+            f"The vocabulary has one name, '{names[0]:.60}', so its score is 1.0 for every region: "
+            "a score compares names. Add names of what else may be there.",
+            name=__name__,
+        )
 
 
 # Reading a thousand names takes longer than naming a box, so each vocabulary is read once.

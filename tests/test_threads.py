@@ -1,0 +1,76 @@
+"""Threads with a predictor each over one model get their own results."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
+from torch import nn
+
+from regionspot_d2 import RegionSpotPredictor
+from regionspot_d2.engine import load_config
+from regionspot_d2.files import WeightsNotFoundError
+
+from .tiny import tiny_cfg, tiny_model, tiny_openai_clip
+
+ROUNDS = 30
+BOXES = [[5, 5, 40, 50], [20, 10, 90, 60]]
+VOCABULARIES = [["cat", "dog", "bird"], ["dog", "car"], ["cup", "chair", "cat", "person"]]
+IMAGES = [
+    np.random.RandomState(i).randint(0, 255 // (i + 1), (64 + 8 * i, 96, 3), dtype=np.uint8)
+    for i in range(4)
+]
+
+
+def own_results(model: nn.Module) -> None:
+    def ask(predictor: RegionSpotPredictor, k: int) -> list[torch.Tensor]:
+        predictor.set_image(IMAGES[k % 4])
+        words = VOCABULARIES[k % 3]
+        found = predictor.predict(boxes=BOXES, points=[[30, 30]], vocabulary=words, topk=2)
+        assert predictor.vocabulary == words
+        boxes, masks = found.pred_boxes.tensor, found.get_fields().get("pred_masks", torch.zeros(0))
+        return [found.scores, boxes, masks.float()]
+
+    wanted = [ask(RegionSpotPredictor(model), k) for k in range(12)]
+    barrier = threading.Barrier(2)
+
+    def work(thread: int) -> int:
+        predictor = RegionSpotPredictor(model)
+        barrier.wait()
+        wrong = 0
+        for k in range(thread, thread + ROUNDS):
+            pairs = zip(ask(predictor, k), wanted[k % 12])
+            wrong += not all(torch.allclose(found, right, atol=1e-4) for found, right in pairs)
+        return wrong
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(work, range(2))) == [0, 0]
+
+
+@pytest.mark.usefixtures("vocabularies")
+def test_open_clip_and_sam():
+    own_results(tiny_model())
+
+
+@pytest.mark.usefixtures("vocabularies")
+def test_openai_clip_and_sam():
+    cfg = tiny_cfg()
+    cfg.MODEL.MASK_ON = True
+    cfg.MODEL.VISION_LANGUAGE.NAME = "OpenAIClip"
+    model = build_model(cfg).eval()
+    model.vision_language.model.load_state_dict(tiny_openai_clip().state_dict())
+    own_results(model)
+
+
+def test_mini():
+    config = Path(__file__).parents[1] / "configs/mini/regionspot_mini.yaml"
+    try:
+        predictor = RegionSpotPredictor(load_config(str(config), [], training=False))
+    except WeightsNotFoundError as error:
+        pytest.skip(str(error))
+    own_results(predictor.model)
