@@ -86,12 +86,10 @@ def extract_tokens(
         for images in map(writer.shard_images, mine)
         for first in range(0, len(images), images_per_batch)
     ]
+    # Training's mapper without augmentation: the regions are those that training will see.
+    mapper = RegionMapper(True, augmentations=[], max_pixels=cfg.INPUT.MAX_PIXELS)
     loader = DataLoader(
-        # Training's mapper without augmentation: the regions are those that training will see.
-        MapDataset(
-            DatasetFromList(records, copy=False),
-            partial(_map, RegionMapper(True, augmentations=[])),
-        ),
+        MapDataset(DatasetFromList(records, copy=False), partial(_map, mapper)),
         batch_sampler=batches,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=trivial_batch_collator,
