@@ -189,9 +189,7 @@ def _rgb_strip(image: Image.Image, deep: bool) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def as_image_tensor(
-    image: ImageLike, channels: str, *, max_pixels: int = MAX_PIXELS
-) -> Tensor:
+def as_image_tensor(image: ImageLike, channels: str, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Checks an image and copies it, so that a caller may draw on it afterwards.
 
     Args:
