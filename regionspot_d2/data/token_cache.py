@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -41,6 +42,9 @@ _FORMAT, _HEADER, _UNREADABLE = 3, "token_cache", -1
 _WITHOUT_HEADER_SHA256 = 2  # the format of caches that exist, and are read and continued
 _MAX_SHARDS = 1_000_000
 _REMEDY = "Delete this file and run tools/extract_tokens.py again; it writes only what is missing."
+# What a header of any content raises.
+_NO_SHARD = (SafetensorError, LookupError, AttributeError, TypeError, ValueError, OSError)
+_NO_SHARD += (RecursionError,)
 _LABELS = {
     "localizer": "MODEL.LOCALIZER.NAME",
     "arch": "MODEL.LOCALIZER.ARCH",
@@ -123,9 +127,10 @@ class _Shard:
             self.image_ids = np.array(header["image_ids"])
             self._counts = self._file.get_tensor("counts")
             self._check_layout()
-        except (SafetensorError, KeyError, TypeError, ValueError, OSError, RecursionError) as error:
+        except _NO_SHARD as error:
+            reason = textwrap.shorten(str(error), 200)
             raise TokenCacheError(
-                f"'{path}' is not a shard of a token cache, or is damaged ({error}). {_REMEDY}"
+                f"'{path}' is not a shard of a token cache, or is damaged ({reason}). {_REMEDY}"
             ) from error
         self._ends = self._counts.clip(min=0).cumsum()
 
