@@ -74,8 +74,11 @@ def _add_data(cfg: CN) -> None:
     cfg.DATASETS.TRAIN_RATIOS = []
     # Datasets whose rare classes the sampler RepeatFactorTrainingSampler repeats; empty means all.
     cfg.DATALOADER.REPEAT_DATASETS = []
-    # Share of the images that training and extraction may skip because they cannot be read.
+    # Share of the images of an epoch (and of 1000 more) that training and extraction may skip
+    # because they cannot be read.
     cfg.DATALOADER.MAX_UNREADABLE_SHARE = 0.01
+    # Width times height of an image file; larger ones are refused before they are decoded.
+    cfg.INPUT.MAX_PIXELS = 120_000_000
     # Folder of mask tokens by tools/extract_tokens.py; empty runs the localizer in training.
     cfg.INPUT.TOKEN_CACHE = ""
     # With TOKEN_CACHE: the side in pixels that the loader's workers resize images to, the same as

@@ -33,7 +33,13 @@ from regionspot_d2.data.build import (
 )
 from regionspot_d2.data.datasets import register_coco_format
 from regionspot_d2.data.images import ImageReadError
-from regionspot_d2.data.mapper import RegionMapper, UnreadableImages, squash
+from regionspot_d2.data.mapper import (
+    RegionMapper,
+    SampleError,
+    TooManyUnreadableError,
+    UnreadableImages,
+    squash,
+)
 from regionspot_d2.data.proposals import Proposals, write_proposals
 from regionspot_d2.data.published_tokens import PublishedTokens
 from regionspot_d2.data.token_cache import TokenCacheError, TokenCacheWriter
@@ -348,6 +354,97 @@ def test_how_many_unreadable_images_are_too_many() -> None:
         unreadable.add_bad(ImageReadError("bad"))
         for _ in range(99):
             unreadable.add_good()
+
+
+def test_shares_are_of_an_epoch() -> None:
+    # One of twelve, for 50 epochs: as good or bad as in the first.
+    unreadable = UnreadableImages(0.01, 12)
+    for draw in range(600):
+        if draw % 12 == 3:
+            unreadable.add_bad(ImageReadError("bad"), "3.png")
+        else:
+            unreadable.add_good()
+    # Nothing is left to train on: the loader would look for another image for ever.
+    unreadable = UnreadableImages(0.01, 12)
+    with pytest.raises(TooManyUnreadableError, match="7 of 7 images"):
+        for draw in range(100):
+            unreadable.add_bad(ImageReadError("bad"), f"{draw % 12}.png")
+
+
+def test_a_dataset_without_images_does_not_hang(register: Register) -> None:
+    folder = register("one", 4)
+    for path in (folder / "images").iterdir():
+        path.unlink()
+    with pytest.raises(TooManyUnreadableError, match=r"of \d images could not be used"):
+        next(iter(build_train_loader(loader_cfg("one"))))
+
+
+def test_errors_of_workers_are_one_line(register: Register, tmp_path: Path) -> None:
+    folder = register("one", 4)
+    cfg = loader_cfg("one", DATALOADER__NUM_WORKERS=1, DATALOADER__MAX_UNREADABLE_SHARE=0.0)
+    Image.new("RGB", (7, 7)).save(folder / "images" / "1.png")
+    with pytest.raises(SizeMismatchError, match=r"^Mismatched .*1\.png[^\n]*$"):
+        list(build_test_loader(cfg, "one"))
+    (folder / "images" / "1.png").write_bytes(b"no image")
+    with pytest.raises(ImageReadError, match=r"^'[^\n]*1\.png' is not an image[^\n]*$"):
+        list(build_test_loader(cfg, "one"))
+    with pytest.raises(TooManyUnreadableError, match=r"^1 of [^\n]*1\.png' is not an[^\n]*$"):
+        seen(build_train_loader(cfg), 4)
+    records = DatasetCatalog.get("one")
+    for record in records:
+        record["file_name"] = [3]
+    DatasetCatalog.remove("one")
+    DatasetCatalog.register("one", lambda: records)
+    with pytest.raises(SampleError, match=r"^The image 0 \(\[3\]\) or [^\n]* be used: [^\n]*$"):
+        list(build_test_loader(cfg, "one"))
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        [float("nan")] * 4,
+        [4, 6, float("nan"), 9],
+        [4, 6, 0, 9],
+        [4, 6, 5, -9],
+        [5000, 5000, 9, 9],
+        [-50, -50, 9, 9],
+    ],
+)
+def test_boxes_that_are_left_out_are_counted(
+    register: Register, box: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    register("one", 6, boxes=[[1, 1, 9, 9], box])
+    (batch,) = itertools.islice(build_train_loader(loader_cfg("one", batch=6)), 1)
+    assert all(x["instances"].gt_boxes.tensor.tolist() == [[1, 1, 10, 10]] for x in batch)
+    (said,) = [text for text in caplog.messages if "are not numbers, outside" in text]
+    assert re.match(r"6 of the 12 boxes of 'one' .* first is of the image 0, '.*/0\.png'", said)
+
+
+@pytest.mark.parametrize("box", [None, "abcd", [1, 2, 3], [1, 2, 3, None], {"x": 1}])
+def test_what_is_no_box_is_named(register: Register, box: Any) -> None:
+    register("one", 2)
+    records = DatasetCatalog.get("one")
+    records[1]["annotations"][0]["bbox"] = box
+    DatasetCatalog.remove("one")
+    DatasetCatalog.register("one", lambda: records)
+    with pytest.raises(ValueError, match="The image 1 of the dataset 'one' has the box "):
+        build_train_loader(loader_cfg("one"))
+
+
+def test_a_batch_that_does_not_divide(register: Register, monkeypatch: pytest.MonkeyPatch) -> None:
+    register("one", 2)
+    with pytest.raises(ValueError, match="IMS_PER_BATCH is 0; .* processes, 1"):
+        build_train_loader(loader_cfg("one", batch=0))
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 3)
+    with pytest.raises(ValueError, match="IMS_PER_BATCH is 4; .* multiple .* processes, 3"):
+        build_train_loader(loader_cfg("one", batch=4))
+
+
+def test_the_limit_on_pixels_is_a_config_key(register: Register) -> None:
+    register("one", 2)
+    cfg = loader_cfg("one", INPUT__MAX_PIXELS=100)
+    with pytest.raises(ImageReadError, match=r"too large.* raise INPUT\.MAX_PIXELS"):
+        list(build_test_loader(cfg, "one"))
 
 
 def test_cached_and_live_give_the_same_loss(

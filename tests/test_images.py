@@ -122,7 +122,9 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         Image.fromarray(noise).save(file, extension.replace("jpg", "jpeg"))
         path = tmp_path / f"cut.{extension}"
         path.write_bytes(file.getvalue()[: len(file.getvalue()) // 2])
-        with pytest.raises(ImageReadError, match=rf"cut\.{extension}' cannot be read: \S"):
+        with pytest.raises(
+            ImageReadError, match=rf"cut\.{extension}' (cannot be read: \S|is truncated)"
+        ):
             read_image(path)
     (tmp_path / "empty.jpg").touch()
     with pytest.raises(ImageReadError, match=r"empty\.jpg' is empty"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from detectron2.data import (
     get_detection_dataset_dicts,
 )
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
@@ -97,6 +99,8 @@ def build_train_loader(cfg: CfgNode, *, first_iteration: int = 0) -> DataLoader:
     parts = [load_records(name, with_annotations=True, filter_empty=filter_empty) for name in names]
     for name, part in zip(names, parts):
         logger.info(f"'{name}': {len(part)} images, {len(class_names(name))} classes.")
+        _warn_of_unusable_boxes(name, part)
+    _check_batch_size(cfg.SOLVER.IMS_PER_BATCH)
     factors, records = repeat_factors(cfg, parts), list(itertools.chain.from_iterable(parts))
     # Fixed where the config has no seed, so that a resumed run finds the same order.
     seed = max(cfg.SEED, 0)
@@ -105,7 +109,7 @@ def build_train_loader(cfg: CfgNode, *, first_iteration: int = 0) -> DataLoader:
         sampler = FastRepeatFactorSampler(factors, seed=seed)
     loader = build_detection_train_loader(
         records,
-        mapper=RegionMapper(cfg, True, token_caches=caches),
+        mapper=RegionMapper(cfg, True, token_caches=caches, num_images=len(records)),
         sampler=ResumableSampler(sampler),
         total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
         # All images end as the same square; grouping would only change their order.
@@ -116,6 +120,56 @@ def build_train_loader(cfg: CfgNode, *, first_iteration: int = 0) -> DataLoader:
     )
     start_at(loader, first_iteration)
     return loader
+
+
+def _check_batch_size(images: int) -> None:
+    processes = comm.get_world_size()
+    if images < 1 or images % processes:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is {images}; it must be a positive multiple of the number of "
+            f"processes, {processes}."
+        )
+
+
+def _warn_of_unusable_boxes(dataset: str, records: Sequence[Record]) -> None:
+    """Warns of boxes that training leaves out: not numbers, outside the image, or without area."""
+    count = total = 0
+    first: Record | None = None
+    for record in records:
+        width, height = record.get("width", math.inf), record.get("height", math.inf)
+        unusable = 0
+        for annotation in record["annotations"]:
+            x0, y0, x1, y1 = _corners(dataset, record, annotation)
+            # Also False if a number is NaN.
+            usable = min(x1, width) > max(x0, 0) and min(y1, height) > max(y0, 0)
+            unusable += not (usable and x0 <= x1 and y0 <= y1)
+        total += len(record["annotations"])
+        if unusable and first is None:
+            first = record
+        count += unusable
+    if first is not None:
+        logger.warning(
+            f"{count} of the {total} boxes of '{dataset}' are not numbers, outside their image or "
+            f"without area; training leaves them out. The first is of the image "
+            f"{first['image_id']!r}, {first['file_name']!r}."
+        )
+
+
+def _corners(dataset: str, record: Record, annotation: Record) -> tuple[float, ...]:
+    box = annotation.get("bbox")
+    try:
+        x0, y0, x1, y1 = map(float, box)
+        mode = BoxMode(annotation["bbox_mode"])
+        if mode == BoxMode.XYWH_ABS:
+            return x0, y0, x0 + x1, y0 + y1
+        if mode == BoxMode.XYXY_ABS:
+            return x0, y0, x1, y1
+        raise ValueError
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise ValueError(
+            f"The image {record['image_id']!r} of the dataset '{dataset}' has the box {box!r:.80}; "
+            "four numbers with the bbox_mode XYWH_ABS or XYXY_ABS are expected."
+        ) from None
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:

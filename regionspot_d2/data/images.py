@@ -33,7 +33,19 @@ _TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of TIFF
 _DEEP_GRAY = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
 
-class ImageReadError(OSError):
+class OneLineError(Exception):
+    """An error that stays one line on its way out of a loader's worker.
+
+    torch makes an error of the same type there, whose message is the worker's whole traceback.
+    """
+
+    def __init__(self, message: str) -> None:
+        if "Original Traceback (most recent call last)" in message:
+            message = message.rpartition(f"{type(self).__name__}: ")[2].strip()
+        super().__init__(message)
+
+
+class ImageReadError(OneLineError, OSError):
     """An image file is missing or cannot be read; the message names the file and the reason."""
 
 
@@ -177,9 +189,7 @@ def _rgb_strip(image: Image.Image, deep: bool) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def as_image_tensor(
-    image: ImageLike, channels: str, *, max_pixels: int = MAX_PIXELS
-) -> Tensor:
+def as_image_tensor(image: ImageLike, channels: str, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Checks an image and copies it, so that a caller may draw on it afterwards.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,8 +18,9 @@ from detectron2.data import transforms as T
 from detectron2.structures import Instances
 from torch import Tensor
 
-from .images import ImageReadError, read_image
+from .images import MAX_PIXELS, ImageReadError, OneLineError, read_image
 from .published_tokens import TokenSource
+from .token_cache import TokenCacheError
 
 logger = logging.getLogger(__name__)
 
@@ -26,26 +28,54 @@ logger = logging.getLogger(__name__)
 _IMAGES_OF_CREDIT = 1000
 
 
-class UnreadableImages:
-    """Counts images that cannot be used, and stops the run when they are too many.
+class TooManyUnreadableError(OneLineError, RuntimeError):
+    """More images cannot be used than ``DATALOADER.MAX_UNREADABLE_SHARE`` allows."""
 
-    ``max_share`` is of the images read and 1000 more; 0 stops at the first bad image.
+
+class ImageSizeError(OneLineError, utils.SizeMismatchError):
+    """An image file has another size than its record says."""
+
+
+class SampleError(OneLineError, ValueError):
+    """An image or its annotations cannot be used; the message names the file."""
+
+
+class UnreadableImages:
+    """Counts images that cannot be used in an epoch, and stops the run when they are too many.
+
+    Args:
+        max_share: of the images read and 1000 more; 0 stops at the first bad image.
+        num_images: of an epoch, which each process counts for itself; None if there is only one.
+            If over half of them are bad, that is too many for any share.
     """
 
-    def __init__(self, max_share: float) -> None:
-        self.max_share = max_share
-        self.bad = self.good = 0
+    def __init__(self, max_share: float, num_images: int | None = None) -> None:
+        self.max_share, self.num_images = max_share, num_images
+        self.bad, self.good = set[Any](), 0
+
+    def __len__(self) -> int:
+        return len(self.bad) + self.good
 
     def add_good(self) -> None:
         self.good += 1
+        if self.num_images and len(self) >= self.num_images:
+            self.bad, self.good = set(), 0
 
-    def add_bad(self, error: Exception) -> None:
-        """Logs a skipped image; raises a RuntimeError if there are too many."""
-        self.bad += 1
-        logger.warning(f"Skipped an image ({self.bad} of {self.bad + self.good}): {error}")
-        if self.bad > self.max_share * (self.bad + self.good + _IMAGES_OF_CREDIT):
-            raise RuntimeError(
-                f"{self.bad} of {self.bad + self.good} images could not be used, more than "
+    def add_bad(self, error: Exception, key: Any = None) -> None:
+        """Logs a skipped image, which ``key`` identifies, and raises if there are too many."""
+        key = len(self.bad) if key is None else key
+        if key in self.bad:
+            return  # another draw of the same image says nothing new
+        self.bad.add(key)
+        bad, seen = len(self.bad), len(self)
+        logger.warning(f"Skipped an image ({bad} of {seen}): {error}")
+        if (
+            bad > self.max_share * (seen + _IMAGES_OF_CREDIT)
+            or self.num_images
+            and 2 * bad > self.num_images
+        ):
+            raise TooManyUnreadableError(
+                f"{bad} of {seen} images could not be used, more than "
                 f"DATALOADER.MAX_UNREADABLE_SHARE = {self.max_share:g} allows. The last: {error}"
             ) from error
 
@@ -67,13 +97,17 @@ class RegionMapper(DatasetMapper):
         token_caches: Mapping[str, TokenSource] | None = None,
         cached_image_size: int = 0,
         max_unreadable_share: float | None = None,
+        num_images: int | None = None,
+        max_pixels: int = MAX_PIXELS,
         **stock: Any,
     ) -> None:
         """
         Args:
             token_caches: for training, by the name of the dataset.
             cached_image_size: side of the square in cached mode; 0 leaves images as they are.
-            max_unreadable_share: see :class:`UnreadableImages`; None raises the first error.
+            max_unreadable_share, num_images: see :class:`UnreadableImages`; a share of None raises
+                the first error.
+            max_pixels: see :func:`~regionspot_d2.data.images.read_image`.
             stock: ``augmentations`` (of live mode) and ``precomputed_proposal_topk``.
         """
         super().__init__(is_train, image_format=image_format, **stock)
@@ -81,7 +115,8 @@ class RegionMapper(DatasetMapper):
             raise ValueError(f"INPUT.FORMAT is '{image_format}'; it must be 'RGB' or 'BGR'.")
         self.token_caches, self.cached_image_size = dict(token_caches or {}), cached_image_size
         share = max_unreadable_share
-        self.unreadable = None if share is None else UnreadableImages(share)
+        self.unreadable = None if share is None else UnreadableImages(share, num_images)
+        self.max_pixels = max_pixels
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
@@ -100,6 +135,7 @@ class RegionMapper(DatasetMapper):
         return {
             **{key: ret[key] for key in kept & ret.keys()},
             "cached_image_size": cfg.INPUT.CACHED_IMAGE_SIZE,
+            "max_pixels": cfg.INPUT.MAX_PIXELS,
             "max_unreadable_share": cfg.DATALOADER.MAX_UNREADABLE_SHARE if is_train else None,
         }
 
@@ -114,7 +150,8 @@ class RegionMapper(DatasetMapper):
 
         Raises:
             ImageReadError, SizeMismatchError: the image may not be skipped.
-            RuntimeError: too many images were skipped.
+            TooManyUnreadableError: too many images were skipped.
+            SampleError: the record is not in Detectron2's format.
             TokenCacheError: the cache does not fit the annotations.
         """
         try:
@@ -122,15 +159,26 @@ class RegionMapper(DatasetMapper):
         except (ImageReadError, utils.SizeMismatchError) as error:
             if self.unreadable is None:
                 raise
-            self.unreadable.add_bad(error)
+            self.unreadable.add_bad(error, dataset_dict["file_name"])
             return None
+        except TokenCacheError:
+            raise
+        except Exception as error:  # of Detectron2, NumPy and torch, for records of any content
+            name, reason = dataset_dict.get("file_name"), textwrap.shorten(str(error), 200)
+            raise SampleError(
+                f"The image {dataset_dict.get('image_id')!r} ({name!r}) or its annotations cannot "
+                f"be used: {type(error).__name__}: {reason}"
+            ) from error
         if self.unreadable is not None:
             self.unreadable.add_good()
         return sample
 
     def _map(self, x: dict[str, Any]) -> dict[str, Any]:
-        image = read_image(x["file_name"])
-        utils.check_image_size(x, image)
+        image = read_image(x["file_name"], max_pixels=self.max_pixels)
+        try:
+            utils.check_image_size(x, image)
+        except utils.SizeMismatchError as error:
+            raise ImageSizeError(" ".join(str(error).split())) from error
         if self.image_format == "BGR":
             image = image[:, :, ::-1]
         if self.is_train and self.token_caches and x["dataset_name"] in self.token_caches:

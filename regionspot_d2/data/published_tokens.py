@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import textwrap
 from pathlib import Path
 
 import torch
@@ -30,14 +31,22 @@ class PublishedTokens:
         """
         path = self.folder / f"{image_id}.pth"
         try:
+            if not path.is_file():
+                raise FileNotFoundError
             content = torch.load(path, map_location="cpu", weights_only=True)
-            stored = torch.as_tensor(content["classes"], dtype=torch.int64).reshape(-1) - 1
+            numbers = torch.as_tensor(content["classes"]).reshape(-1)
+            stored = numbers.long() - 1
             tokens = torch.as_tensor(content["mask_tokens"]).reshape(len(stored), -1)
+            if not torch.equal(numbers, (stored + 1).to(numbers.dtype)):
+                raise ValueError("its classes are not whole numbers")
+            if not (tokens.is_floating_point() and tokens.isfinite().all()):
+                raise ValueError("its tokens are not finite numbers")
         except FileNotFoundError as error:
             raise ImageReadError(f"Image {image_id!r} has no tokens: no file '{path}'.") from error
         except Exception as error:  # a damaged file raises nearly anything
             raise ImageReadError(
-                f"'{path}' does not hold 'mask_tokens' and 'classes' of the same length: {error}"
+                f"'{path}' does not hold 'mask_tokens' and 'classes' of the same length: "
+                f"{textwrap.shorten(str(error), 200)}"
             ) from error
         wrong = stored[(stored < 0) | (stored >= self.num_classes)]
         if len(wrong):

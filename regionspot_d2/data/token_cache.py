@@ -2,23 +2,31 @@
 
 A cache is a folder with a safetensors file for each shard, a fixed range of the dataset's images::
 
-    header  JSON: the :class:`CacheManifest`, the shard's number and image ids, the sha256
+    header  JSON: the :class:`CacheManifest`, the shard's number and image ids, the sha256 of the
+            arrays, and the sha256 of the header before that
     tokens  (regions of the shard, token_dim), float16
     counts  (images,), int32: regions of each image; -1 if the image could not be read
 
 A shard appears only when complete, with the same bytes whichever process writes it. So a killed
 extraction can be continued with any number of processes, and loses only the shards it had open.
+
+A header is checked when the cache is opened, the arrays at the first use by each process. Files are
+mapped: one that is replaced under its name stays as it was, and one that is written over is checked
+again. Only a file that shrinks within the microseconds of a read still ends the process.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,11 +35,16 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from ..files import write_atomically
-from .images import ImageReadError
+from .images import ImageReadError, OneLineError
 
 PATIENCE_SECONDS = 60  # how long a network disk may hide what another machine has written
-_FORMAT, _HEADER, _UNREADABLE = 2, "token_cache", -1
+_FORMAT, _HEADER, _UNREADABLE = 3, "token_cache", -1
+_WITHOUT_HEADER_SHA256 = 2  # the format of caches that exist, and are read and continued
+_MAX_SHARDS = 1_000_000
 _REMEDY = "Delete this file and run tools/extract_tokens.py again; it writes only what is missing."
+# What a header of any content raises.
+_NO_SHARD = (SafetensorError, LookupError, AttributeError, TypeError, ValueError, OSError)
+_NO_SHARD += (RecursionError,)
 _LABELS = {
     "localizer": "MODEL.LOCALIZER.NAME",
     "arch": "MODEL.LOCALIZER.ARCH",
@@ -41,7 +54,7 @@ _LABELS = {
 }
 
 
-class TokenCacheError(ValueError):
+class TokenCacheError(OneLineError, ValueError):
     """A token cache is missing, unfinished, damaged, or made from something else."""
 
 
@@ -99,27 +112,52 @@ class _Shard:
 
     def __init__(self, path: Path) -> None:
         try:
+            if not path.is_file():
+                raise ValueError("it is not a file")
+            self.path, self._status, self._checked = path, _status(path), False
             self._file = safe_open(path, framework="numpy")
             header = json.loads(self._file.metadata()[_HEADER])
-            if header["format"] != _FORMAT:
+            promised = header.pop("header_sha256", None)
+            if header["format"] not in (_FORMAT, _WITHOUT_HEADER_SHA256):
                 raise ValueError(f"format {header['format']} instead of {_FORMAT}")
+            if header["format"] == _FORMAT and _sha256_of_header(header) != promised:
+                raise ValueError("the sha256 of its header is wrong")
             self.manifest = CacheManifest(**header["manifest"])
-            self.path, self.number, self._sha256 = path, header["shard"], header["sha256"]
+            self.number, self._sha256 = header["shard"], header["sha256"]
             self.image_ids = np.array(header["image_ids"])
             self._counts = self._file.get_tensor("counts")
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            self._check_layout()
+        except _NO_SHARD as error:
+            reason = textwrap.shorten(str(error), 200)
             raise TokenCacheError(
-                f"'{path}' is not a shard of a token cache, or is damaged ({error}). {_REMEDY}"
+                f"'{path}' is not a shard of a token cache, or is damaged ({reason}). {_REMEDY}"
             ) from error
         self._ends = self._counts.clip(min=0).cumsum()
 
+    def _check_layout(self) -> None:
+        made = self.manifest
+        numbers = (self.number, made.token_dim, made.num_images, made.images_per_shard)
+        if not all(type(number) is int and 0 <= number < 1 << 40 for number in numbers):
+            raise ValueError(f"its sizes are {numbers}")
+        if not made.images_per_shard or made.num_images > made.images_per_shard * _MAX_SHARDS:
+            raise ValueError(f"its {made.num_images} images are in too many shards")
+        names = made.class_names
+        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ValueError("its class names are not a list of names")
+        first = self.number * made.images_per_shard
+        images = max(0, min(made.images_per_shard, made.num_images - first))
+        counts, tokens = self._counts, self._file.get_slice("tokens")
+        kinds = (counts.dtype.str, tokens.get_dtype(), self.image_ids.dtype.kind)
+        if kinds[:2] != ("<i4", "F16") or kinds[2] not in "iU":
+            raise ValueError(f"its counts, tokens and image ids are of the kinds {kinds}")
+        shapes = [list(counts.shape), list(self.image_ids.shape), tokens.get_shape()[1:]]
+        wanted = [[images], [images], [made.token_dim]]
+        if shapes != wanted:
+            raise ValueError(f"counts, image ids and tokens have the shapes {shapes}, not {wanted}")
+
     def tokens(self, place: int) -> Tensor:
         """The tokens of the image at a place in the shard; ImageReadError if it has none."""
-        if self._sha256:  # not checked yet
-            content = self._file.get_tensor("tokens").tobytes() + self._counts.tobytes()
-            if hashlib.sha256(content).hexdigest() != self._sha256:
-                raise TokenCacheError(f"'{self.path}' is damaged: its sha256 is wrong. {_REMEDY}")
-            self._sha256 = ""
+        self._check_content()
         end, count = int(self._ends[place]), int(self._counts[place])
         if count == _UNREADABLE:
             raise ImageReadError(
@@ -129,6 +167,35 @@ class _Shard:
         if not count:  # safetensors refuses an empty slice at the end
             return torch.zeros(0, self.manifest.token_dim, dtype=torch.float16)
         return torch.from_numpy(self._file.get_slice("tokens")[end - count : end])
+
+    def _check_content(self) -> None:
+        status = _status(self.path)
+        if status and self._status and status != self._status and status[0] == self._status[0]:
+            # Written over. A mapping of more than the file has would end the process.
+            if status[1] != self._status[1]:
+                raise TokenCacheError(f"'{self.path}' was changed while it was in use. {_REMEDY}")
+            self._status, self._checked = status, False
+        if self._checked:
+            return
+        rows, counts = self._file.get_tensor("tokens"), self._file.get_tensor("counts")
+        if hashlib.sha256(rows.tobytes() + counts.tobytes()).hexdigest() != self._sha256:
+            raise TokenCacheError(f"'{self.path}' is damaged: its sha256 is wrong. {_REMEDY}")
+        if counts.min(initial=0) < _UNREADABLE or counts.clip(min=0).sum() != len(rows):
+            raise TokenCacheError(f"'{self.path}' does not count its {len(rows)} rows. {_REMEDY}")
+        self._checked = True
+
+
+def _status(path: Path) -> tuple[int, int, int] | None:
+    """What tells whether a file is another (first), or changed; None if it is gone."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _sha256_of_header(header: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(header).encode()).hexdigest()
 
 
 class TokenCacheWriter:
@@ -186,6 +253,7 @@ class TokenCacheWriter:
         counts = np.array([_UNREADABLE if each is None else len(each) for each in tokens], "i4")
         header = dict(format=_FORMAT, shard=shard, image_ids=ids, manifest=asdict(self._manifest))
         header["sha256"] = hashlib.sha256(rows.tobytes() + counts.tobytes()).hexdigest()
+        header["header_sha256"] = _sha256_of_header(header)
         # A single entry: safetensors writes several in random order, and bytes must not differ.
         with write_atomically(self._paths[shard]) as file:
             file.write(save({"tokens": rows, "counts": counts}, {_HEADER: json.dumps(header)}))
@@ -220,9 +288,17 @@ class TokenCache:
         for number, shard in enumerate(self._shards):
             if (shard.number, shard.manifest) != (number, manifest):
                 raise TokenCacheError(f"'{shard.path}' is of another cache or place. {_REMEDY}")
+        if len({shard.image_ids.dtype.kind for shard in self._shards}) > 1:
+            raise TokenCacheError(f"'{folder}' has image ids that are text and numbers. {_REMEDY}")
         # Not a dict: forked workers would copy its millions of ids.
         self._ids = np.concatenate([shard.image_ids for shard in self._shards])
         self._order = np.argsort(self._ids)
+        ids = self._ids[self._order]
+        if len(twice := ids[1:][ids[1:] == ids[:-1]]):
+            raise TokenCacheError(
+                f"The token cache '{folder}' has the image {twice[0].item()!r} more than once. "
+                "Delete it and run tools/extract_tokens.py again."
+            )
 
     def __reduce__(self) -> tuple[type[TokenCache], tuple[Path]]:
         return TokenCache, (self._folder,)  # processes share the pages of the files

@@ -7,6 +7,8 @@ import datetime
 import itertools
 import logging
 import os
+import signal
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -36,6 +38,10 @@ logger = logging.getLogger(__name__)
 _SHARDS_AT_LEAST = 64
 
 
+class ExtractionStoppedError(RuntimeError):
+    """An extraction was interrupted, or cannot write; the message says how to go on."""
+
+
 @torch.no_grad()
 def extract_tokens(
     cfg: CfgNode,
@@ -61,7 +67,8 @@ def extract_tokens(
     Raises:
         ValueError: see :func:`~regionspot_d2.data.build.load_records`.
         TokenCacheError: the folder holds tokens of something else.
-        RuntimeError: more images than ``DATALOADER.MAX_UNREADABLE_SHARE`` cannot be read.
+        TooManyUnreadableError: more images than ``DATALOADER.MAX_UNREADABLE_SHARE`` allows.
+        ExtractionStoppedError: Ctrl-C, a full disk, or no right to write.
     """
     records = load_records(dataset_name, with_annotations=True)
     device = next(localizer.parameters()).device
@@ -86,24 +93,36 @@ def extract_tokens(
         for images in map(writer.shard_images, mine)
         for first in range(0, len(images), images_per_batch)
     ]
+    # Training's mapper without augmentation: the regions are those that training will see.
+    mapper = RegionMapper(True, augmentations=[], max_pixels=cfg.INPUT.MAX_PIXELS)
     loader = DataLoader(
-        # Training's mapper without augmentation: the regions are those that training will see.
-        MapDataset(
-            DatasetFromList(records, copy=False),
-            partial(_map, RegionMapper(True, augmentations=[])),
-        ),
+        MapDataset(DatasetFromList(records, copy=False), partial(_map, mapper)),
         batch_sampler=batches,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=trivial_batch_collator,
+        worker_init_fn=_leave_interrupts,
     )
     unreadable = UnreadableImages(cfg.DATALOADER.MAX_UNREADABLE_SHARE)
-    with autocast:
-        _write_shards(writer, mine, _run(localizer, loader, unreadable))
+    try:
+        with autocast:
+            _write_shards(writer, mine, _run(localizer, loader, unreadable))
+    except (KeyboardInterrupt, OSError) as error:
+        done = writer.num_shards - len(writer.missing_shards())
+        raise ExtractionStoppedError(
+            f"Stopped ({textwrap.shorten(str(error), 200) or 'interrupted'}). {done} of "
+            f"{writer.num_shards} shards of '{dataset_name}' are in '{folder}'. The same command "
+            "goes on from there."
+        ) from error
     comm.synchronize()
     if comm.is_main_process():
         writer.finish()
     comm.synchronize()
     return TokenCache(folder, manifest)
+
+
+def _leave_interrupts(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; only the main one has something to say."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _write_shards(
@@ -141,7 +160,7 @@ def _run(
                 continue
             unreadable.add_good()
             yield next(found) if len(x["instances"]) else torch.zeros(0, localizer.token_dim)
-        text = f"{unreadable.good + unreadable.bad} images done."
+        text = f"{len(unreadable)} images done."
         log_every_n_seconds(logging.INFO, text, 60, name=__name__)
 
 
