@@ -34,8 +34,8 @@ from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransfor
 from torch import Tensor
 
 from regionspot_d2 import RegionSpotPredictor
-from regionspot_d2.engine import ConfigError, load_config
 from regionspot_d2.data.datasets.vocabularies import known_vocabulary
+from regionspot_d2.engine import ConfigError, load_config
 from regionspot_d2.modeling import BoxPrompts, RegionSpot
 from regionspot_d2.modeling.mask_tokens import MaskTokenDecoder
 
