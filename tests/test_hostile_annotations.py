@@ -179,7 +179,6 @@ def test_open_images_counts_annotation_zero(
     content = json.loads(json_file.read_text())
     TOOLS["annotation ids from 0"](content)
     json_file.write_text(json.dumps(content))
-    monkeypatch.setattr(DatasetCatalog, "data", {**DatasetCatalog.data})
     metadata = MetadataCatalog.get("openimages_v6_val")
     monkeypatch.setitem(vars(metadata), "json_file", str(json_file))
     for key in ("thing_classes", "thing_dataset_id_to_contiguous_id"):
@@ -362,7 +361,7 @@ def test_any_value_anywhere_is_refused_in_a_line_or_gives_the_same_numbers(
         holder = content
         for step in path:
             holder = holder[step]
-        holder[key] = data.draw(JSON)
+        holder[key] = copy.deepcopy(data.draw(JSON))
     Path(json_file).write_text(json.dumps(content))
     try:
         register_coco_format([[NAME, json_file, images]])
