@@ -23,9 +23,10 @@ from detectron2.utils.file_io import PathManager
 from tabulate import tabulate
 
 from regionspot_d2.data import ODINW_13, ODINW_35
-from regionspot_d2.data.datasets import source_file
+from regionspot_d2.data.datasets import AnnotationsError, checked_annotations, source_file
 from regionspot_d2.data.images import ImageReadError, read_image
 from regionspot_d2.engine import ConfigError, load_config
+from regionspot_d2.evaluation.lvis import check_federated
 from regionspot_d2.files import data_root
 
 _NAMED_OFFENDERS = 3
@@ -57,8 +58,11 @@ def dataset_names() -> list[str]:
     return coco_and_lvis + sorted(training) + list(dict.fromkeys(ODINW_13 + ODINW_35))
 
 
-def check_dataset(name: str, sample: int) -> Report:
-    """Checks the files of a registered dataset, and opens ``sample`` images spread over it."""
+def check_dataset(name: str, sample: int, backend: str = "hotcoco") -> Report:
+    """Checks the files of a registered dataset, and opens ``sample`` images spread over it.
+
+    ``backend`` is ``TEST.EVALUATION_BACKEND``.
+    """
     metadata = MetadataCatalog.get(name)
     split = metadata.get("split", "")
     paths = (metadata.get("json_file"), metadata.get("image_root"))
@@ -71,9 +75,13 @@ def check_dataset(name: str, sample: int) -> Report:
     if missing:
         return Report(name, split, None, None, None, [f"missing: {', '.join(missing)}"])
     try:
+        checked = checked_annotations(name) if json_file else None
+        if checked and metadata.get("evaluator_type") == "lvis":
+            check_federated(checked, backend)
         records = DatasetCatalog.get(name)
     except Exception as error:  # whatever is wrong with one dataset, check the others
-        return Report(name, split, None, None, None, [f"{type(error).__name__}: {error}"])
+        kind = "" if isinstance(error, AnnotationsError) else f"{type(error).__name__}: "
+        return Report(name, split, None, None, None, [f"{kind}{error}"])
     boxes = sum(len(record.get("annotations", [])) for record in records)
     classes = len(metadata.get("thing_classes", []))
     return Report(name, split, len(records), boxes, classes, _check_images(records, sample))
@@ -146,7 +154,7 @@ def main() -> None:
     unknown = [name for name in names if name not in DatasetCatalog]
     if unknown:
         parser.error(f"not registered: {', '.join(unknown)}")
-    reports = [check_dataset(name, args.sample) for name in names]
+    reports = [check_dataset(name, args.sample, cfg.TEST.EVALUATION_BACKEND) for name in names]
     print(f"Datasets in {data_root()}")
     print(table(reports))
     if args.dataset and any(report.problems for report in reports):

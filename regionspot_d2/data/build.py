@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from ..files import module_fingerprint, sha256_of_file
-from .datasets import class_names
+from .datasets import checked_annotations, class_names
 from .mapper import RegionMapper
 from .proposals import attach_proposals
 from .published_tokens import TokenSource, open_token_cache
@@ -57,6 +57,8 @@ def load_records(
     Raises:
         ValueError: annotations are missing, or have an unknown class, or an image has no proposals.
     """
+    if MetadataCatalog.get(dataset_name).get("json_file") is not None:
+        checked_annotations(dataset_name)
     # One at a time: Detectron2 refuses to load datasets of different classes together.
     records = get_detection_dataset_dicts(
         [dataset_name], filter_empty=filter_empty, check_consistency=False

@@ -17,7 +17,12 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils.file_io import PathManager
 
 from ..config import add_regionspot_config
-from ..data.datasets import register_coco_format, source_file
+from ..data.datasets import (
+    AnnotationsError,
+    checked_annotations,
+    register_coco_format,
+    source_file,
+)
 from ..data.proposals import proposals_exist
 from ..files import data_root, expand_data_root
 from ..safe_loading import read_yaml
@@ -150,6 +155,11 @@ def check_datasets(key: str, names: Iterable[str]) -> None:
                 f"of all datasets, DETECTRON2_DATASETS, is '{data_root()}'; datasets/README.md "
                 "says where to get them."
             )
+        if json_file:
+            try:
+                checked_annotations(name)
+            except AnnotationsError as error:
+                raise ConfigError(f"{key}: '{name}': {error}") from error
 
 
 def _check_proposals(names: Sequence[str], files: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ from ..checkpoint import RegionSpotCheckpointer
 from ..data.build import build_test_loader, build_train_loader, open_token_caches, start_at
 from ..data.published_tokens import has_tokens
 from ..data.token_extraction import extract_tokens
-from ..evaluation import build_evaluator, write_report
+from ..evaluation import build_evaluator, check_evaluation, write_report
 from ..files import write_atomically
 from ..modeling import RegionSpot
 from .config import ConfigError
@@ -99,6 +99,8 @@ class RegionSpotTrainer(DefaultTrainer):
         # refuses them on the CPU, and picks a step that requires CUDA for half precision.
         TrainerBase.__init__(self)
         self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        for name in cfg.DATASETS.TEST:
+            check_evaluation(cfg, name)  # not first after hours of training
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         if cfg.INPUT.TOKEN_CACHE:

@@ -113,7 +113,7 @@ def has_masks(checked: CheckedFile) -> bool:
     """Whether mask AP can be computed: all annotations have masks. Warns if only some have."""
     if 0 < checked.masks < checked.annotations:
         logger.warning(
-            f"{checked.path}: {checked.annotations - checked.masks} of {checked.annotations} "
+            f"{checked.file}: {checked.annotations - checked.masks} of {checked.annotations} "
             f"annotations have no mask, the first with id {checked.maskless}: mask AP is left out."
         )
     return 0 < checked.masks == checked.annotations

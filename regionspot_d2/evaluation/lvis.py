@@ -221,7 +221,7 @@ def check_federated(checked: CheckedFile, backend: str) -> None:
     """Raises an AnnotationsError if LVIS AP of the annotations would be wrong."""
     if checked.annotations and checked.unfederated is not None:
         raise AnnotationsError(
-            f"{checked.path}: image {checked.unfederated!r} has no 'neg_category_ids' or no "
+            f"{checked.file}: image {checked.unfederated!r} has no 'neg_category_ids' or no "
             "'not_exhaustive_category_ids', without which LVIS AP is wrong. Copy them from LVIS's "
             "own file, or register the annotations by DATASETS.COCO_FORMAT for COCO AP."
         )
@@ -229,7 +229,7 @@ def check_federated(checked: CheckedFile, backend: str) -> None:
     if backend == "hotcoco" and checked.flagged[0]:
         number, first = checked.flagged
         raise AnnotationsError(
-            f"{checked.path}: {number} annotations, the first with id {first}, are flagged "
+            f"{checked.file}: {number} annotations, the first with id {first}, are flagged "
             "'iscrowd' or 'ignore', which hotcoco and lvis treat differently. Remove the flags, or "
             "set TEST.EVALUATION_BACKEND: reference."
         )

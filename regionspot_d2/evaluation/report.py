@@ -63,7 +63,7 @@ def _collect(cfg: CfgNode, results: Mapping[str, Any]) -> dict[str, Any]:
             continue
         metadata = MetadataCatalog.get(dataset)
         common = {"dataset": dataset, "split": metadata.get("split"), **_describe_boxes(cfg, index)}
-        for suffix, kind in _KINDS[metadata.evaluator_type].items():
+        for suffix, kind in _KINDS[metadata.get("evaluator_type", "coco")].items():
             found = {"box": metrics.get("bbox" + suffix), "mask": metrics.get("segm" + suffix)}
             if found := {name: values for name, values in found.items() if values is not None}:
                 detection.append({**common, "ap_kind": kind, **found})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -16,7 +15,6 @@ from .annotations import (
     class_names,
     coco_dataset,
     register_coco_format,
-    register_corrected_coco,
     source_file,
 )
 from .lvis import minival, register_all_lvis
@@ -59,15 +57,11 @@ _VAST_VOCABULARY = {
 def register_all_objects365(root: str) -> None:
     """Registers ``objects365_v{1,2}_{train,val}`` below ``root``, the folder of all datasets."""
     for name, files in _OBJECTS365.items():
-        json_file, image_root = _paths(root, *files)
-        # The file itself stays ``json_file``: token caches are named after its content.
-        DatasetCatalog.register(name, partial(_load_objects365, image_root, name))
-        metadata = MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root)
-        metadata.set(evaluator_type="coco", split=name.rsplit("_", 1)[1])
+        _register(root, name, *files, load=_load_objects365)
 
 
-def _load_objects365(image_root: str, name: str) -> list[dict[str, Any]]:
-    records = load_coco_json(checked_annotations(name).path, "", name)
+def _load_objects365(json_file: str, image_root: str, name: str) -> list[dict[str, Any]]:
+    records = load_coco_json(json_file, "", name)
     for record in records:
         # v2 names an image "images/v1/patch8/x.jpg" that its archives store as "patch8/x.jpg".
         parts = record["file_name"].split("/")
@@ -76,16 +70,20 @@ def _load_objects365(image_root: str, name: str) -> list[dict[str, Any]]:
     return records
 
 
-def _paths(root: str, images: str, file: str) -> tuple[str, str]:
-    folder = os.path.join(root, images.split("/")[0], "annotations")
-    return os.path.join(folder, file), os.path.join(root, images)
+def _register(root: str, name: str, images: str, file: str, load: Any = load_coco_json) -> None:
+    image_root = os.path.join(root, images)
+    # Not annotations://<name>: reading class names must not parse gigabytes.
+    json_file = os.path.join(root, images.split("/")[0], "annotations", file)
+    DatasetCatalog.register(name, lambda: load(checked_annotations(name).path, image_root, name))
+    metadata = MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root)
+    metadata.set(evaluator_type="coco", split=name.rsplit("_", 1)[1])
 
 
 register_all_lvis(data_root())
 register_all_odinw(data_root())
 register_all_objects365(data_root())
 for _name, _files in _VAST_VOCABULARY.items():
-    register_corrected_coco(_name, *_paths(data_root(), *_files), _name.rsplit("_", 1)[1])
+    _register(data_root(), _name, *_files)
 
 # Detectron2 registers COCO without the split, which the results table shows.
 MetadataCatalog.get("coco_2017_train").set(split="train")

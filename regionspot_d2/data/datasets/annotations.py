@@ -23,6 +23,7 @@ from detectron2.utils.file_io import PathHandler, PathManager
 
 from ...files import expand_data_root
 from .corrections import CheckedFile, Correction, checked_file
+from .validation import check_annotations
 
 _PREFIX = "annotations://"
 
@@ -218,22 +219,25 @@ def read_categories(json_file: str) -> list[dict[str, Any]]:
     Raises:
         ValueError: the file has no categories.
     """
-    with (
-        open(PathManager.get_local_path(json_file), "rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-    ):
-        for match in re.finditer(rb'"categories"\s*:\s*(?=\[)', content):
-            found = _decode_list(content, match.end())
-            # Annotations may have a key of this name too, with other content.
-            if found and all(isinstance(c, dict) and {"id", "name"} <= c.keys() for c in found):
-                return sorted(found, key=lambda category: category["id"])
+    local_file = PathManager.get_local_path(json_file)
+    if os.path.getsize(local_file):  # nothing cannot be mapped
+        with (
+            open(local_file, "rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
+            for match in re.finditer(rb'"categories"\s*:\s*(?=\[)', content):
+                found = _decode_list(content, match.end())
+                # Annotations may have a key of this name too, with other content.
+                if found and all(isinstance(c, dict) and {"id", "name"} <= c.keys() for c in found):
+                    check_annotations({"images": [], "categories": found}, json_file)
+                    return sorted(found, key=lambda category: category["id"])
     raise ValueError(f"{json_file} has no 'categories' with 'id' and 'name'; is it in COCO format?")
 
 
 def _decode_list(content: mmap.mmap, start: int) -> list[Any]:
     """The JSON list that begins at ``start``, from as little text as suffices; else empty."""
     for size in (1 << 16, 1 << 20, 1 << 24, len(content)):
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(ValueError, RecursionError):
             text = content[start : start + size].decode(errors="ignore")
             return json.JSONDecoder().raw_decode(text)[0]
     return []

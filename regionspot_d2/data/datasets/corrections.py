@@ -59,7 +59,8 @@ class CheckedFile(NamedTuple):
     """An annotation file without faults, and what evaluation needs to know of it.
 
     Attributes:
-        path: the file itself, or a corrected copy.
+        file: the file as the user knows it.
+        path: what to read: the same file, or a corrected copy.
         annotations: how many there are, crowds included.
         masks: how many of them have a mask.
         flagged: how many have ``iscrowd`` or ``ignore``, and the id of the first.
@@ -67,6 +68,7 @@ class CheckedFile(NamedTuple):
         unfederated: the id of the first image without the lists of LVIS's federated evaluation.
     """
 
+    file: str
     path: str
     annotations: int
     masks: int
@@ -109,8 +111,8 @@ def checked_file(
         known = json.loads(note.read_text(encoding="utf-8"))
         sha256 = known.pop("sha256")
         if sha256 is None or sha256 == _sha256(copy, os.stat(copy).st_mtime_ns):
-            return CheckedFile(**known, path=str(copy) if sha256 else local_file)
-    content, plain = read_annotations(local_file, lvis=lvis)
+            return CheckedFile(**known, file=json_file, path=str(copy) if sha256 else local_file)
+    content, plain = read_annotations(json_file, lvis=lvis)
     facts, changed = correct(content, corrections, lvis=lvis)
     corrected = changed or not plain
     if corrected:
@@ -119,7 +121,7 @@ def checked_file(
         logger.info(f"Corrected the annotations of '{dataset}': {copy}")
     with write_atomically(note, "w") as file:
         json.dump({**facts, "sha256": sha256_of_file(copy) if corrected else None}, file)
-    return CheckedFile(**facts, path=str(copy) if corrected else local_file)
+    return CheckedFile(**facts, file=json_file, path=str(copy) if corrected else local_file)
 
 
 @functools.cache
