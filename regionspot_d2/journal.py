@@ -43,10 +43,7 @@ class Journal:
             self.reload()
         elif rank == 0:
             for file in self._files():
-                if file.read_bytes().count(b"\n") > 1:  # more than the settings
-                    logger.info(f"{file} is of an earlier run and is kept as {file.name}.old.")
-                    file.replace(f"{file}.old")
-                file.unlink(missing_ok=True)
+                _set_aside(file)
         comm.synchronize()  # nobody may write before all have read
         if own.exists():  # a new line after one that was cut off would become part of it
             os.truncate(own, _read(own)[1])
@@ -74,16 +71,42 @@ class Journal:
 
     def _files(self) -> list[Path]:
         name = re.escape(self._path.stem) + r"(\.\d+)?" + re.escape(self._path.suffix)
-        return sorted(f for f in self._path.parent.iterdir() if re.fullmatch(name, f.name))
+        files = sorted(f for f in self._path.parent.iterdir() if re.fullmatch(name, f.name))
+        if others := [file for file in files if not file.is_file()]:
+            raise OSError(f"{others[0]} is not a regular file.")
+        return files
+
+
+def _set_aside(file: Path) -> None:
+    """Keeps the journal of an earlier run under another name, unless nothing is in it."""
+    try:
+        is_empty = len(_read(file)[0]) < 2  # only settings, or only their beginning
+    except JournalError:
+        is_empty = False
+    if is_empty and file.stat().st_size < 1_000_000:
+        file.unlink()
+        return
+    kept, number = Path(f"{file}.old"), 2
+    while kept.exists():
+        kept, number = Path(f"{file}.old{number}"), number + 1
+    file.replace(kept)
+    logger.info(
+        f"{file.name} of an earlier run is kept as {kept.name}. To go on with that run, rename it "
+        "back and give --resume."
+    )
+
+
+def _is_entry(line: dict[str, Any]) -> bool:
+    return {*line} == {"key", "entry"} and isinstance(line["key"], str)
 
 
 def _read(file: Path) -> tuple[list[dict[str, Any]], int]:
     """The lines without a last one that was cut off, and the number of their bytes."""
     lines, content = file.read_bytes().splitlines(keepends=True), list[dict[str, Any]]()
-    with contextlib.suppress(ValueError):  # of a line that is not JSON
+    with contextlib.suppress(RecursionError, ValueError):  # of a line that is not JSON
         for line in lines:
             parsed = json.loads(line)
-            is_entry = isinstance(parsed, dict) and (not content or {*parsed} == {"key", "entry"})
+            is_entry = isinstance(parsed, dict) and (not content or _is_entry(parsed))
             if not is_entry or not line.endswith(b"\n"):
                 break
             content.append(parsed)

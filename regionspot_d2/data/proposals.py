@@ -285,14 +285,15 @@ def _load(path: str) -> tuple[ProposalsByImage, BoxMode, dict[str, Any]]:
     loaded = load_pickle(path)
     content = loaded if isinstance(loaded, dict) else {}
     # Detectron 1 calls two of them "indexes" and "scores".
-    ids, boxes = content.get("ids", content.get("indexes")), content.get("boxes")
-    scores = content.get("objectness_logits", content.get("scores"))
-    if not all(isinstance(each, (list, tuple, np.ndarray)) for each in (ids, boxes, scores)):
+    ids: Any = content.get("ids", content.get("indexes"))
+    scores: Any = content.get("objectness_logits", content.get("scores"))
+    boxes: Any = content.get("boxes")
+    if not all(map(_is_list, (ids, boxes, scores))):
         raise ValueError(
             f"{path} is not a proposal file: it must hold lists 'ids', 'boxes' and "
             f"'objectness_logits', but holds {sorted(map(str, content))[:10]}."
         )
-    if not np.size(ids) == len(ids) == len(boxes) == len(scores):
+    if not len(ids) == len(boxes) == len(scores):
         raise ValueError(
             f"{path} is damaged: it has {len(ids)} image ids, boxes of {len(boxes)} images, scores "
             f"of {len(scores)} images."
@@ -309,6 +310,10 @@ def _load(path: str) -> tuple[ProposalsByImage, BoxMode, dict[str, Any]]:
     info = content.get("info", {})
     found = as_probabilities(found, path)
     return found, BoxMode(mode), info if isinstance(info, dict) else {}
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim > 0)
 
 
 def _pair(where: str, boxes: Any, scores: Any) -> Proposals:
