@@ -43,7 +43,7 @@ class Journal:
             self.reload()
         elif rank == 0:
             for file in self._files():
-                _set_aside(file)
+                _set_aside(file, set(self._settings))
         comm.synchronize()  # nobody may write before all have read
         if own.exists():  # a new line after one that was cut off would become part of it
             os.truncate(own, _read(own)[1])
@@ -77,15 +77,13 @@ class Journal:
         return files
 
 
-def _set_aside(file: Path) -> None:
-    """Keeps the journal of an earlier run under another name, unless nothing is in it."""
-    try:
-        is_empty = len(_read(file)[0]) < 2  # only settings, or only their beginning
-    except JournalError:
-        is_empty = False
-    if is_empty and file.stat().st_size < 1_000_000:
-        file.unlink()
-        return
+def _set_aside(file: Path, keys: set[str]) -> None:
+    """Keeps the journal of an earlier run under another name, unless it has only settings."""
+    with contextlib.suppress(JournalError):
+        lines, size = _read(file)
+        if size == file.stat().st_size and [set(line) for line in lines] in ([], [keys]):
+            file.unlink()
+            return
     kept, number = Path(f"{file}.old"), 2
     while kept.exists():
         kept, number = Path(f"{file}.old{number}"), number + 1
@@ -110,7 +108,9 @@ def _read(file: Path) -> tuple[list[dict[str, Any]], int]:
             if not is_entry or not line.endswith(b"\n"):
                 break
             content.append(parsed)
-    if len(content) < len(lines) - 1:
+    # What does not even begin like a journal is somebody else's file.
+    is_foreign = not content and lines and not lines[0].startswith((b"{", b"\0"))
+    if len(content) < len(lines) - 1 or is_foreign:
         raise JournalError(
             f"{file}, line {len(content) + 1} is not what a run writes there: "
             f"{lines[len(content)][:40]!r}. Repair or delete the line, or delete the file."
