@@ -84,7 +84,6 @@ def test_probabilities_stay_as_they_are(tmp_path: Path) -> None:
         ({"boxes": [BOXES[0], [["1", "1", "5", "5"]]]}, "image '2' has boxes that are not finite"),
         ({"boxes": [BOXES[0], [[10**400, 1, 2, 3]]]}, "image '2' has boxes"),
         ({"objectness_logits": [[0.5, np.nan], [0.5]]}, "image '1' has scores that are not finite"),
-        ({"objectness_logits": [[0.5, 1j], [0.5]]}, "image '1' has scores that are not finite"),
         ({"bbox_mode": 4}, "bbox_mode is 4"),
         ({"bbox_mode": [0]}, r"bbox_mode is \[0\]"),
     ],
@@ -100,7 +99,7 @@ def refused(read: Callable[[str], Any], path: Path) -> str:
         read(str(path))
     except (OSError, ValueError, SystemExit) as error:
         message = str(error)
-        assert message and "\n" not in message and path.name in message and len(message) < 500
+        assert message and message.isprintable() and path.name in message and len(message) < 500
         return message
     return ""
 

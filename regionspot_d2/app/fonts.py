@@ -49,6 +49,12 @@ def font_of(text: str) -> str:
     return max(fonts_of(text), key=lambda file: len(_letters(file) & set(map(ord, text))))
 
 
+def forget_fonts() -> None:
+    """Looks for fonts again, for instance after one was installed while a notebook runs."""
+    for remembered in (_font_with, _installed, _letters):
+        remembered.cache_clear()
+
+
 @cache
 def _font_with(letter: str) -> str | None:
     # Variation selectors and joiners shape the letters beside them, and have no picture.

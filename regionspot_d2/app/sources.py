@@ -119,7 +119,7 @@ def from_file(file: str) -> RegionSource:
         raise SystemExit(f"error: --proposals {file}: a dict from file names to boxes is expected.")
     for name, entry in entries.items():
         if fault := _fault(entry):
-            raise SystemExit(f"error: --proposals {file}: '{name}' {fault}")
+            raise SystemExit(f"error: --proposals {file}: {shown(name)} {fault}")
     are_logits = any(map(look_like_logits, (e.get("scores") or [] for e in entries.values())))
     if are_logits:
         print(f"--proposals {file}: {LOGITS}", file=sys.stderr)

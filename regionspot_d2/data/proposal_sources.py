@@ -37,7 +37,7 @@ def from_glip_json(json_file: str) -> ProposalsByImage:
         )
     found = {}
     for image_id, entry in content.items():
-        where = f"{json_file}: image '{image_id}'"
+        where = f"{json_file}: image {shown(image_id)}"
         if not isinstance(entry, dict) or not {"boxes", "scores"} <= entry.keys():
             raise ValueError(f"{where} must have 'boxes' and 'scores', but has {_content(entry)}.")
         found[str(image_id)] = _parse(where, entry["boxes"], entry["scores"])
@@ -78,7 +78,7 @@ def from_results_json(json_file: str) -> ProposalsByImage:
     found = {}
     for image_id, lists in grouped.items():
         # In float64, or x + w would be rounded twice.
-        xywh, values = _parse(f"{json_file}: image '{image_id}'", *lists, dtype=np.float64)
+        xywh, values = _parse(f"{json_file}: image {shown(image_id)}", *lists, dtype=np.float64)
         found[image_id] = Proposals.create(
             BoxMode.convert(xywh, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS), values
         )

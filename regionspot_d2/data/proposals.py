@@ -291,7 +291,7 @@ def _load(path: str) -> tuple[ProposalsByImage, BoxMode, dict[str, Any]]:
     if not all(map(_is_list, (ids, boxes, scores))):
         raise ValueError(
             f"{path} is not a proposal file: it must hold lists 'ids', 'boxes' and "
-            f"'objectness_logits', but holds {sorted(map(str, content))[:10]}."
+            f"'objectness_logits', but holds {shown(sorted(map(str, content)))}."
         )
     if not len(ids) == len(boxes) == len(scores):
         raise ValueError(
@@ -306,7 +306,7 @@ def _load(path: str) -> tuple[ProposalsByImage, BoxMode, dict[str, Any]]:
         if not isinstance(image_id, (int, str, np.integer)) or str(image_id) in found:
             fault = "is there twice" if isinstance(image_id, (int, str)) else "is no id"
             raise ValueError(f"{path}: the image {shown(image_id)} {fault}.")
-        found[str(image_id)] = _pair(f"{path}: image '{image_id}'", rows, values)
+        found[str(image_id)] = _pair(f"{path}: image {shown(str(image_id))}", rows, values)
     info = content.get("info", {})
     found = as_probabilities(found, path)
     return found, BoxMode(mode), info if isinstance(info, dict) else {}
