@@ -172,7 +172,7 @@ VALUES = st.recursive(
     | st.dictionaries(
         st.sampled_from("boxes scores image_id bbox score images id annotations".split()), inner
     ),
-    max_leaves=8,
+    max_leaves=5,
 )
 ENTRIES = st.one_of(
     VALUES,

@@ -67,7 +67,9 @@ def _font_with(letter: str) -> str | None:
 def _installed() -> list[str]:
     # Those that matplotlib was given, and those installed since it made its list.
     given = [font.fname for font in font_manager.fontManager.ttflist]
-    return list(dict.fromkeys([*given, *sorted(font_manager.findSystemFonts())]))
+    files = dict.fromkeys([*given, *sorted(font_manager.findSystemFonts())])
+    # Matplotlib's font of last resort "knows" every letter, as a box.
+    return [file for file in files if "LastResort" not in Path(file).name]
 
 
 @cache

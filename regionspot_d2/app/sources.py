@@ -91,7 +91,7 @@ def _parse_points(text: str) -> list[list[float]]:
             f"error: --points {text}: x,y or x,y,label is expected, with ';' between the points of "
             "one region; label 1 is on the region, 0 beside it."
         )
-    if any(is_fraction(point[:2]) and sum(point[:2]) % 1 for point in points):
+    if any(is_fraction(point[:2]) and any(v % 1 for v in point[:2]) for point in points):
         raise SystemExit(f"error: --points {text}: these are fractions of the image; {_PIXELS}")
     return points
 

@@ -163,5 +163,6 @@ def _numbers(values: Any, shape: tuple[int, ...], dtype: type = np.float32) -> n
         array: np.ndarray = np.asarray(values, dtype=dtype)
     except (OverflowError, TypeError, ValueError):
         return None
-    array = array.reshape(shape) if array.size == 0 else array
+    if array.size == 0 and 0 in shape:  # no regions, in a list without inner lists
+        array = array.reshape(shape)
     return array if array.shape == shape and np.isfinite(array).all() else None
