@@ -46,7 +46,16 @@ REQUIREMENTS = [
 
 EXTRAS = {
     "demo": ["matplotlib", "scikit-image"],
-    "dev": ["black", "isort", "mypy", "pytest", "pytest-xdist", "ruff", "supervision"],
+    "dev": [
+        "black",
+        "hypothesis",
+        "isort",
+        "mypy",
+        "pytest",
+        "pytest-xdist",
+        "ruff",
+        "supervision",
+    ],
     "onnx": ["onnx", "onnxruntime", "onnxscript"],
     "slurm": ["submitit"],
 }

@@ -43,10 +43,7 @@ class Journal:
             self.reload()
         elif rank == 0:
             for file in self._files():
-                if file.read_bytes().count(b"\n") > 1:  # more than the settings
-                    logger.info(f"{file} is of an earlier run and is kept as {file.name}.old.")
-                    file.replace(f"{file}.old")
-                file.unlink(missing_ok=True)
+                _set_aside(file, set(self._settings))
         comm.synchronize()  # nobody may write before all have read
         if own.exists():  # a new line after one that was cut off would become part of it
             os.truncate(own, _read(own)[1])
@@ -74,20 +71,46 @@ class Journal:
 
     def _files(self) -> list[Path]:
         name = re.escape(self._path.stem) + r"(\.\d+)?" + re.escape(self._path.suffix)
-        return sorted(f for f in self._path.parent.iterdir() if re.fullmatch(name, f.name))
+        files = sorted(f for f in self._path.parent.iterdir() if re.fullmatch(name, f.name))
+        if others := [file for file in files if not file.is_file()]:
+            raise OSError(f"{others[0]} is not a regular file.")
+        return files
+
+
+def _set_aside(file: Path, keys: set[str]) -> None:
+    """Keeps the journal of an earlier run under another name, unless it has only settings."""
+    with contextlib.suppress(JournalError):
+        lines, size = _read(file)
+        if size == file.stat().st_size and [set(line) for line in lines] in ([], [keys]):
+            file.unlink()
+            return
+    kept, number = Path(f"{file}.old"), 2
+    while kept.exists():
+        kept, number = Path(f"{file}.old{number}"), number + 1
+    file.replace(kept)
+    logger.info(
+        f"{file.name} of an earlier run is kept as {kept.name}. To go on with that run, rename it "
+        "back and give --resume."
+    )
+
+
+def _is_entry(line: dict[str, Any]) -> bool:
+    return {*line} == {"key", "entry"} and isinstance(line["key"], str)
 
 
 def _read(file: Path) -> tuple[list[dict[str, Any]], int]:
     """The lines without a last one that was cut off, and the number of their bytes."""
     lines, content = file.read_bytes().splitlines(keepends=True), list[dict[str, Any]]()
-    with contextlib.suppress(ValueError):  # of a line that is not JSON
+    with contextlib.suppress(RecursionError, ValueError):  # of a line that is not JSON
         for line in lines:
             parsed = json.loads(line)
-            is_entry = isinstance(parsed, dict) and (not content or {*parsed} == {"key", "entry"})
+            is_entry = isinstance(parsed, dict) and (not content or _is_entry(parsed))
             if not is_entry or not line.endswith(b"\n"):
                 break
             content.append(parsed)
-    if len(content) < len(lines) - 1:
+    # What does not even begin like a journal is somebody else's file.
+    is_foreign = not content and lines and not lines[0].startswith((b"{", b"\0"))
+    if len(content) < len(lines) - 1 or is_foreign:
         raise JournalError(
             f"{file}, line {len(content) + 1} is not what a run writes there: "
             f"{lines[len(content)][:40]!r}. Repair or delete the line, or delete the file."

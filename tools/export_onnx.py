@@ -20,14 +20,23 @@ import os
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
 from regionspot_d2 import RegionSpotPredictor
-from regionspot_d2.data.datasets.vocabularies import VOCABULARIES, known_vocabulary
+from regionspot_d2.app.inputs import read_vocabulary
+from regionspot_d2.data.datasets.vocabularies import VOCABULARIES
 from regionspot_d2.engine import ConfigError, load_config
 from regionspot_d2.modeling import RegionSpotHead
+
+try:
+    import onnx  # noqa: F401
+    import onnxruntime
+    import onnxscript  # noqa: F401
+except ModuleNotFoundError as missing:
+    raise SystemExit(
+        f"error: the package {missing.name} is missing: pip install regionspot_d2[onnx]"
+    ) from missing
 
 TOLERANCE = 1e-4
 
@@ -107,10 +116,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="file to write (.onnx)")
     parser.add_argument("opts", nargs="*", help="config changes: KEY VALUE ...")
     args = parser.parse_args()
+    args.output = args.output.expanduser()
+    if args.output.is_dir() or args.output.suffix != ".onnx":
+        parser.error(f"--output {args.output}: a file that ends in .onnx is expected")
     try:
         cfg = load_config(args.config_file, args.opts, training=False)
         words = args.vocabulary
-        names = known_vocabulary(words) if words in VOCABULARIES else words.split(",")
+        names = read_vocabulary(words)
         predictor = RegionSpotPredictor(cfg, vocabulary=names)
     except (ConfigError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
@@ -120,11 +132,14 @@ def main() -> None:
         raise SystemExit(
             f"error: MODEL.REGION_HEAD.NAME is {kind}; only RegionSpotHead is exported."
         )
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     scale, width = model.vision_language.logit_scale, model.vision_language.text_dim
-    worst = export(model.region_head, scale, width, args.output)
     text = args.output.with_suffix(".npy")
-    np.save(text, model.text_embedder(names).numpy())
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        worst = export(model.region_head, scale, width, args.output)
+        np.save(text, model.text_embedder(names).numpy())
+    except OSError as error:
+        raise SystemExit(f"error: --output: {error}") from error
     print(
         f"{args.output} differs from torch by at most {worst:.1e}. "
         f"The embeddings of its {len(names)} class names are in {text}."

@@ -27,9 +27,9 @@ MODEL.LOAD_PROPOSALS True DATASETS.PROPOSAL_FILES_TEST "('lvis_v1_val_gt.pkl',)"
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -47,6 +47,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
+from regionspot_d2.app.names import OutputFolder, one_line
 from regionspot_d2.checkpoint import RegionSpotCheckpointer
 from regionspot_d2.data import register_coco_format
 from regionspot_d2.data.images import ImageReadError, read_image
@@ -265,7 +266,11 @@ def main(args: argparse.Namespace, cfg: CfgNode) -> None:
     chosen = {image_id: select(regions, **limits) for image_id, regions in fitted.items()}
     print(summary(args.output, write_proposals(args.output, records, chosen, info)))
     if args.source in _MODELS:
-        shutil.rmtree(unfinished)
+        # Only what was written here: the folder may be somebody's.
+        for file in Path(unfinished).glob("finished*.jsonl"):
+            file.unlink()
+        with contextlib.suppress(OSError):
+            Path(unfinished).rmdir()
 
 
 def summary(output: str, info: Mapping[str, Any]) -> str:
@@ -284,9 +289,33 @@ def summary(output: str, info: Mapping[str, Any]) -> str:
     )
 
 
+def wrong_option(args: argparse.Namespace) -> str | None:
+    """What is wrong with an option, before a model is built; None if nothing."""
+    if args.topk is not None and args.topk < 1:
+        return f"--topk {args.topk}: 1 or more is expected"
+    if args.nms is not None and not 0 <= args.nms <= 1:
+        return f"--nms {args.nms}: an IoU in 0..1 is expected"
+    if args.min_score is not None and not 0 <= args.min_score <= 1:
+        return f"--min-score {args.min_score}: scores are in 0..1"
+    output, folder = args.output, os.path.dirname(os.path.abspath(args.output))
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    if not output or os.path.isdir(output) or not os.path.isdir(folder):
+        return f"--output {output}: a file to write is expected"
+    if not os.access(folder, os.W_OK):
+        return f"--output {output}: there is no right to write to {folder}"
+    if OutputFolder(Path(folder), filter(None, [args.boxes])).is_input(Path(output)):
+        return f"--output {output}: this is the file of --boxes, which would be replaced"
+    return None
+
+
 def invoke_main(arguments: list[str] | None = None) -> None:
     parser = argument_parser()
     args = parser.parse_args(arguments)
+    for name in ("boxes", "output", "config_file"):
+        vars(args)[name] = os.path.expanduser(vars(args)[name] or "")
+    if fault := wrong_option(args):
+        parser.error(fault)
     if args.source in _FILES and not args.boxes:
         parser.error(f"--source {args.source} needs --boxes FILE")
     if args.source in _FILES and not proposals_exist(args.boxes):
@@ -309,7 +338,11 @@ def invoke_main(arguments: list[str] | None = None) -> None:
         # Other failures of a model need the traceback.
         if args.source in _MODELS and not isinstance(error, _MISTAKES):
             raise
-        sys.exit(f"prepare_proposals.py: {error}")
+        sys.exit(one_line(f"prepare_proposals.py: {error}"))
+    except KeyboardInterrupt:
+        more = "; the same command goes on" if args.source in _MODELS else ""
+        print(f"prepare_proposals.py: stopped{more}.", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ TIDE's errors, and the most frequent confusions of one class with another.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 from collections.abc import Mapping, Sequence
@@ -35,9 +34,13 @@ from detectron2.utils.visualizer import Visualizer
 from PIL import Image, ImageDraw
 from pycocotools import mask as mask_api
 
+from regionspot_d2.app.names import OutputFolder, one_line
+from regionspot_d2.app.results import is_number
 from regionspot_d2.data.images import read_image
+from regionspot_d2.data.proposal_sources import read_json
 from regionspot_d2.engine import load_config
 from regionspot_d2.engine.config import check_datasets
+from regionspot_d2.files import write_atomically
 
 _TITLE_HEIGHT = 24
 _GROUPS = {
@@ -96,6 +99,8 @@ def draw_images(
 ) -> None:
     """Writes ``<image id>.jpg`` to an existing folder for each of the images.
 
+    What cannot be part of a file name is replaced, and an id whose name is taken gets a number.
+
     Args:
         dataset: a registered dataset.
         runs: results by title.
@@ -112,6 +117,7 @@ def draw_images(
         for result in results:
             if result["image_id"] in wanted:
                 by_image.setdefault((title, result["image_id"]), []).append(result)
+    names = OutputFolder(output, [r["file_name"] for r in DatasetCatalog.get(dataset)])
     for record in records:
         image = read_image(record["file_name"])
         truth = Visualizer(image, metadata).draw_dataset_dict(record)
@@ -121,7 +127,9 @@ def draw_images(
             found = to_instances(best, image.shape[:2], contiguous_ids)
             drawn = Visualizer(image, metadata).draw_instance_predictions(found)
             pictures[title] = drawn.get_image()
-        side_by_side(pictures).save(output / f"{record['image_id']}.jpg", quality=90)
+        [path] = names.claim(str(record["image_id"]), ".jpg")
+        with write_atomically(path) as file:
+            side_by_side(pictures).save(file, format="JPEG", quality=90)
 
 
 def dataset_ids(dataset: str) -> Mapping[int, int]:
@@ -223,14 +231,21 @@ def read_results(path: str) -> list[dict[str, Any]]:
         ValueError: it has another format.
         OSError: it does not exist.
     """
-    with PathManager.open(path) as file:
-        try:
-            results = json.load(file)
-        except ValueError as error:
-            raise ValueError(f"{path} is not a json file: {error}") from error
+    results = read_json(path)
     needed = {"image_id", "category_id", "bbox", "score"}
-    if not isinstance(results, list) or (results and not needed <= results[0].keys()):
+    if not isinstance(results, list):
         raise ValueError(f"{path} is not a results json, a list of dicts with {sorted(needed)}.")
+    for number, result in enumerate(results):
+        if not isinstance(result, dict) or not needed <= result.keys():
+            raise ValueError(f"{path}: entry {number} is not a dict with {sorted(needed)}.")
+        ids = [type(result[key]) for key in ("image_id", "category_id")]
+        box, score = result["bbox"], result["score"]
+        is_box = isinstance(box, list) and len(box) == 4 and all(map(is_number, box))
+        if not is_box or not is_number(score) or not set(ids) <= {int, str}:
+            raise ValueError(
+                f"{path}: entry {number} must have ids (numbers or texts), four numbers as 'bbox' "
+                "and a number as 'score'."
+            )
     if not results:
         raise ValueError(f"{path} has no results.")
     return results
@@ -255,16 +270,35 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = get_parser().parse_args(arguments)
+    parser = get_parser()
+    args = parser.parse_args(arguments)
+    if args.images < 0 or not 0 <= args.threshold <= 1:
+        parser.error("--images must be 0 or more, --threshold in 0..1")
     paths = [args.input, args.compare] if args.compare else [args.input]
     try:
         load_config("", args.opts, training=False, testing=False)
         check_datasets("--dataset", [args.dataset])
         runs = {title: read_results(path) for title, path in zip(titles(paths), paths)}
     except (OSError, ValueError) as error:
-        sys.exit(f"visualize_results.py: {error}")
+        sys.exit(one_line(f"visualize_results.py: {error}"))
+    try:
+        draw(args, runs)
+    except (OSError, ValueError) as error:
+        sys.exit(one_line(f"visualize_results.py: {error}"))
+
+
+def draw(args: argparse.Namespace, runs: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Draws the pictures and the plots of the command."""
     records = DatasetCatalog.get(args.dataset)
-    output = Path(args.output)
+    known = dataset_ids(args.dataset)
+    for title, results in runs.items():
+        for number, result in enumerate(results):
+            if result["category_id"] not in known:
+                raise ValueError(
+                    f"{title}: entry {number} has the category_id {result['category_id']}, which "
+                    f"{args.dataset} does not have."
+                )
+    output = Path(args.output).expanduser()
     output.mkdir(parents=True, exist_ok=True)
 
     ids = [record["image_id"] for record in records]

@@ -104,8 +104,8 @@ def parse_arguments(arguments: Iterable[str]) -> argparse.Namespace:
     if not args.output:
         parser.error("--output is empty; a folder is expected")
     for option in ("config_file", "output", "proposals", "detector_weights"):
-        value = getattr(args, option)
-        setattr(args, option, value and os.path.expanduser(value))
+        value = vars(args)[option]
+        vars(args)[option] = value and os.path.expanduser(value)
     return args
 
 

@@ -100,6 +100,7 @@ def side_by_side(panels: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
     for i, (title, picture) in enumerate(panels):
         x = gap + i % columns * (width + gap)
         y = i // columns * (height + strip)
+        title = printable(title)  # an unprintable letter is an error of PIL
         file = font_of(title)
         font = ImageFont.truetype(file, size)
         if font.getlength(title) > width:

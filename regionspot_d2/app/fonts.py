@@ -49,6 +49,12 @@ def font_of(text: str) -> str:
     return max(fonts_of(text), key=lambda file: len(_letters(file) & set(map(ord, text))))
 
 
+def forget_fonts() -> None:
+    """Looks for fonts again, for instance after one was installed while a notebook runs."""
+    for remembered in (_font_with, _installed, _letters):
+        remembered.cache_clear()
+
+
 @cache
 def _font_with(letter: str) -> str | None:
     # Variation selectors and joiners shape the letters beside them, and have no picture.
@@ -61,7 +67,9 @@ def _font_with(letter: str) -> str | None:
 def _installed() -> list[str]:
     # Those that matplotlib was given, and those installed since it made its list.
     given = [font.fname for font in font_manager.fontManager.ttflist]
-    return list(dict.fromkeys([*given, *sorted(font_manager.findSystemFonts())]))
+    files = dict.fromkeys([*given, *sorted(font_manager.findSystemFonts())])
+    # Matplotlib's font of last resort "knows" every letter, as a box.
+    return [file for file in files if "LastResort" not in Path(file).name]
 
 
 @cache

@@ -91,7 +91,7 @@ def _parse_points(text: str) -> list[list[float]]:
             f"error: --points {text}: x,y or x,y,label is expected, with ';' between the points of "
             "one region; label 1 is on the region, 0 beside it."
         )
-    if any(is_fraction(point[:2]) and sum(point[:2]) % 1 for point in points):
+    if any(is_fraction(point[:2]) and any(v % 1 for v in point[:2]) for point in points):
         raise SystemExit(f"error: --points {text}: these are fractions of the image; {_PIXELS}")
     return points
 
@@ -119,7 +119,7 @@ def from_file(file: str) -> RegionSource:
         raise SystemExit(f"error: --proposals {file}: a dict from file names to boxes is expected.")
     for name, entry in entries.items():
         if fault := _fault(entry):
-            raise SystemExit(f"error: --proposals {file}: '{name}' {fault}")
+            raise SystemExit(f"error: --proposals {file}: {shown(name)} {fault}")
     are_logits = any(map(look_like_logits, (e.get("scores") or [] for e in entries.values())))
     if are_logits:
         print(f"--proposals {file}: {LOGITS}", file=sys.stderr)

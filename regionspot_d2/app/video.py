@@ -49,6 +49,11 @@ class Video:
         # Damaged headers have rates of 0, NaN, or a million.
         self.fps = (rate if 1e-3 <= rate <= 1000 else 25.0) / apart
 
+    @staticmethod
+    def names(path: Path) -> bool:
+        """Whether a file's name is that of a video."""
+        return path.suffix.lower() in VIDEO_SUFFIXES
+
     @property
     def expected_frames(self) -> int | None:
         """How many frames will be chosen, if the file says so."""

@@ -37,7 +37,7 @@ def from_glip_json(json_file: str) -> ProposalsByImage:
         )
     found = {}
     for image_id, entry in content.items():
-        where = f"{json_file}: image '{image_id}'"
+        where = f"{json_file}: image {shown(image_id)}"
         if not isinstance(entry, dict) or not {"boxes", "scores"} <= entry.keys():
             raise ValueError(f"{where} must have 'boxes' and 'scores', but has {_content(entry)}.")
         found[str(image_id)] = _parse(where, entry["boxes"], entry["scores"])
@@ -78,7 +78,7 @@ def from_results_json(json_file: str) -> ProposalsByImage:
     found = {}
     for image_id, lists in grouped.items():
         # In float64, or x + w would be rounded twice.
-        xywh, values = _parse(f"{json_file}: image '{image_id}'", *lists, dtype=np.float64)
+        xywh, values = _parse(f"{json_file}: image {shown(image_id)}", *lists, dtype=np.float64)
         found[image_id] = Proposals.create(
             BoxMode.convert(xywh, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS), values
         )
@@ -163,5 +163,6 @@ def _numbers(values: Any, shape: tuple[int, ...], dtype: type = np.float32) -> n
         array: np.ndarray = np.asarray(values, dtype=dtype)
     except (OverflowError, TypeError, ValueError):
         return None
-    array = array.reshape(shape) if array.size == 0 else array
+    if array.size == 0 and 0 in shape:  # no regions, in a list without inner lists
+        array = array.reshape(shape)
     return array if array.shape == shape and np.isfinite(array).all() else None

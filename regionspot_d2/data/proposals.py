@@ -286,14 +286,15 @@ def _load(path: str) -> tuple[ProposalsByImage, BoxMode, dict[str, Any]]:
     loaded = load_pickle(path)
     content = loaded if isinstance(loaded, dict) else {}
     # Detectron 1 calls two of them "indexes" and "scores".
-    ids, boxes = content.get("ids", content.get("indexes")), content.get("boxes")
-    scores = content.get("objectness_logits", content.get("scores"))
-    if not all(isinstance(each, (list, tuple, np.ndarray)) for each in (ids, boxes, scores)):
+    ids: Any = content.get("ids", content.get("indexes"))
+    scores: Any = content.get("objectness_logits", content.get("scores"))
+    boxes: Any = content.get("boxes")
+    if not all(map(_is_list, (ids, boxes, scores))):
         raise ValueError(
             f"{path} is not a proposal file: it must hold lists 'ids', 'boxes' and "
-            f"'objectness_logits', but holds {sorted(map(str, content))[:10]}."
+            f"'objectness_logits', but holds {shown(sorted(map(str, content)))}."
         )
-    if not np.size(ids) == len(ids) == len(boxes) == len(scores):
+    if not len(ids) == len(boxes) == len(scores):
         raise ValueError(
             f"{path} is damaged: it has {len(ids)} image ids, boxes of {len(boxes)} images, scores "
             f"of {len(scores)} images."
@@ -306,10 +307,14 @@ def _load(path: str) -> tuple[ProposalsByImage, BoxMode, dict[str, Any]]:
         if not isinstance(image_id, (int, str, np.integer)) or str(image_id) in found:
             fault = "is there twice" if isinstance(image_id, (int, str)) else "is no id"
             raise ValueError(f"{path}: the image {shown(image_id)} {fault}.")
-        found[str(image_id)] = _pair(f"{path}: image '{image_id}'", rows, values)
+        found[str(image_id)] = _pair(f"{path}: image {shown(str(image_id))}", rows, values)
     info = content.get("info", {})
     found = as_probabilities(found, path)
     return found, BoxMode(mode), info if isinstance(info, dict) else {}
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim > 0)
 
 
 def _pair(where: str, boxes: Any, scores: Any) -> Proposals:

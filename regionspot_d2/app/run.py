@@ -1,0 +1,135 @@
+"""A run: names the regions of one image after another, draws them, and notes the results."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ..data.images import read_image
+from ..files import write_atomically
+from ..journal import Journal
+from ..predictor import RegionSpotPredictor
+from .drawing import draw_attention, draw_regions, side_by_side
+from .names import one_line, printable
+from .results import Entry, OtherResults, is_entry, to_entry
+from .sources import RegionSource
+from .video import Video, video_writer
+
+
+class Run:
+    """Names the regions of one image after another, draws them, and notes the results."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        predictor: RegionSpotPredictor,
+        source: RegionSource,
+        journal: Journal,
+        other: OtherResults | None,
+    ) -> None:
+        self.args = args
+        self.predictor = predictor
+        self.source = source
+        self.journal = journal
+        self.other = other
+        self.names = dict(enumerate(predictor.vocabulary, start=1))
+        self.entries: list[Entry] = []
+
+    def photo(self, path: Path, pictures: Sequence[Path]) -> None:
+        """Names the regions of a photo and draws them, and with --attention where the head looks.
+
+        Results are kept even if the picture cannot be drawn or written.
+        """
+        entry = self.known(str(path))
+        if entry is None or not all(map(Path.exists, pictures)):
+            image = read_image(str(path))
+            entry, attention = self.name_regions(str(path), image)
+            self.journal.add(path, entry)
+            self.entries.append(entry)
+            _save(self.draw(entry, image), pictures[0])
+            if attention is not None:
+                panels = draw_attention(image, attention, entry["annotations"], self.names)
+                _save(panels, pictures[1])
+        else:
+            self.entries.append(entry)
+
+    def video(self, path: Path, pictures: Sequence[Path]) -> None:
+        """Names the regions of a video's frames and draws them as a video."""
+        video = Video(path, self.args.every)
+        label = printable(path.name)
+        frames = tqdm(video, desc=label, unit="frame", total=video.expected_frames, leave=False)
+        with video_writer(pictures[0], video.fps) as write:
+            for number, image in frames:
+                name = f"{path}#{number}"
+                # An unfinished video is written again, from what the journal has of its frames.
+                entry = self.known(name)
+                if entry is None:
+                    entry, _ = self.name_regions(name, image)
+                    self.journal.add(name, entry)
+                self.entries.append(entry)
+                write(self.draw(entry, image))
+        # Only now, so that what could be read is kept.
+        video.check_whole()
+
+    def known(self, name: str) -> Entry | None:
+        """The results that a run which is continued has of an image."""
+        entry = self.journal.entries.get(name)
+        return entry if is_entry(entry, self.names) else None
+
+    def name_regions(self, file_name: str, image: np.ndarray) -> tuple[Entry, np.ndarray | None]:
+        """The names of an image's regions, and with --attention (R, rows, columns) maps."""
+        regions = self.source(Path(file_name).name, image)
+        prompts: dict[str, Any] = {
+            "boxes": regions.boxes,
+            "points": regions.points,
+            "point_labels": regions.point_labels,
+        }
+        self.predictor.set_image(image)
+        found = self.predictor.predict(**prompts, topk=self.args.topk)
+        if len(found) == 0:
+            write_line(f"{file_name}: there is no region to name.")
+        # Only background points can leave an empty mask; a name for nothing would mislead.
+        empty = ~found.pred_boxes.nonempty()
+        for region in found.region_index[empty].unique().tolist():
+            write_line(
+                f"{file_name}: region {region} is left out: it has only background points, and "
+                "its mask is empty."
+            )
+        if regions.scores is not None:
+            scores = found.scores.new_tensor(regions.scores)
+            found.scores = found.scores * scores[found.region_index]
+        attention = None
+        if self.args.attention:
+            attention = self.predictor.attention_maps(**prompts).float().cpu().numpy()
+        found = found[~empty & (found.scores >= self.args.confidence_threshold)]
+        return to_entry(file_name, found), attention
+
+    def draw(self, entry: Entry, image: np.ndarray) -> np.ndarray:
+        """The picture of an image (H, W, 3), beside the other run's if there is one."""
+        ours = draw_regions(image, entry["annotations"], self.names)
+        if self.other is None:
+            return ours
+        title = printable("/".join(Path(self.args.compare).absolute().parts[-2:]))
+        annotations = self.other.of(entry["file_name"])
+        if annotations is None:
+            return side_by_side([(f"{title}: no results", image), ("this run", ours)])
+        theirs = draw_regions(image, annotations, self.other.names)
+        return side_by_side([(title, theirs), ("this run", ours)])
+
+
+def _save(picture: np.ndarray, path: Path) -> None:
+    # Whole or not at all: --resume takes a picture that exists for finished.
+    with write_atomically(path) as file:
+        Image.fromarray(picture).save(file, format="PNG")
+
+
+def write_line(message: str) -> None:
+    """Prints a message about an image as one line, above the progress bar."""
+    tqdm.write(one_line(message), file=sys.stderr)
