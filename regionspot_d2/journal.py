@@ -44,7 +44,7 @@ class Journal:
         elif rank == 0:
             for file in self._files():
                 if file.read_bytes().count(b"\n") > 1:  # more than the settings
-                    logger.info(f"{file} is of an earlier run and is kept as {file.name}.old.")
+                    logger.info(f"{file} is from an earlier run and is kept as {file.name}.old.")
                     file.replace(f"{file}.old")
                 file.unlink(missing_ok=True)
         comm.synchronize()  # nobody may write before all have read

@@ -6,8 +6,8 @@
 
 The inputs of the graph are ``mask_tokens`` (R, 256), ``image_tokens`` (L, W) and ``text`` (C, D),
 rows of unit length; its output is ``logits`` (R, C). R, L and C may vary from call to call. The
-text matrix of the vocabulary is written beside it (``.npy``), so another vocabulary is another
-file. The graph is checked against torch before it is kept.
+text matrix of the vocabulary is written next to it (``.npy``), so for another vocabulary only that
+file changes. The graph is checked against torch before it is kept.
 
 The localizer's decoder is exported by segment-anything's own ``scripts/export_onnx_model.py``; the
 image encoders run in torch, or are exported by their libraries.

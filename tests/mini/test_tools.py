@@ -80,7 +80,7 @@ def jpeg(shade: int) -> bytes:
 
 @pytest.fixture
 def prepare(monkeypatch, tmp_path) -> ModuleType:
-    """The script on a package of npm and one of PyPI that lie on the disk."""
+    """Runs the script on an npm package and a PyPI package that are already on disk."""
     tool = load_tool("prepare_package_photos", monkeypatch)
     with tarfile.open(tmp_path / "theme-1.0.tgz", "w:gz") as archive:
         for name, shade in (("a.jpg", 10), ("b.jpg", 20)):

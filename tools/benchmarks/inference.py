@@ -12,7 +12,7 @@
 
 ``image`` and ``mask-tokens`` build real architectures with random weights, on which speed does not
 depend. ``predictor`` runs the mini model, or with ``--random`` any architecture without weights.
-Contenders run in turns, and a ratio is the median of the ratios of neighboring runs, which other
+Both sides run in turns, and a ratio is the median of the ratios of neighboring runs, which other
 load on the machine disturbs least.
 """
 
@@ -34,14 +34,14 @@ from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransfor
 from torch import Tensor
 
 from regionspot_d2 import RegionSpotPredictor
-from regionspot_d2.engine import ConfigError, load_config
 from regionspot_d2.data.datasets.vocabularies import known_vocabulary
+from regionspot_d2.engine import ConfigError, load_config
 from regionspot_d2.modeling import BoxPrompts, RegionSpot
 from regionspot_d2.modeling.mask_tokens import MaskTokenDecoder
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NUM_NAMES = 1203
-# Of the predictor: time against the bare modules, and difference of scores from single questions.
+# Of ``predictor``: time against the bare modules, and difference of scores from single questions.
 LIMIT, TOLERANCE = 1.05, 1e-5
 # Prompts that serve to find the fastest chunk size.
 NUM_TRIED = 24
@@ -209,7 +209,7 @@ def run_predictor(args: argparse.Namespace) -> None:
     for _ in range(args.calls):
         order = torch.randperm(len(known), generator=generator)[: args.names]
         asked.append((random_boxes(args.boxes, size, generator), [known[i] for i in order]))
-        predictor.set_vocabulary(asked[-1][1])  # embedded once, which is not what is measured
+        predictor.set_vocabulary(asked[-1][1])  # embedded here, because it is not measured
     bare_modules(predictor.model, image, asked[:1])  # warm up
     pairs = [
         (

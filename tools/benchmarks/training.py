@@ -104,7 +104,7 @@ def write_data(args: argparse.Namespace, folder: Path) -> None:
     (folder / "instances.json").write_text(json.dumps(content))
 
     cfg = benchmark_config(args, folder)
-    torch.manual_seed(cfg.SEED)  # random weights are those the trainer will make
+    torch.manual_seed(cfg.SEED)  # the same random weights as the trainer's
     localizer = LOCALIZER_REGISTRY.get(cfg.MODEL.LOCALIZER.NAME)(cfg)
     manifest = cache_manifest(cfg, "synthetic", module_fingerprint(localizer))
     writer = TokenCacheWriter(

@@ -171,7 +171,7 @@ def timings(
 
 
 def cell(values: list[float]) -> str:
-    """Mean and standard deviation in percent; NaN stands for a split without such boxes."""
+    """Mean and standard deviation in percent; NaN means a split without such boxes."""
     values = [value for value in values if not math.isnan(value)]
     if not values:
         return "–"
