@@ -62,8 +62,8 @@ def export(head: RegionSpotHead, logit_scale: Tensor, text_dim: int, path: Path)
     scale = model.scale
     token_dim, image_dim = head.to_clip.in_features, head.to_clip.out_features
 
-    def example(regions: int, tokens: int, words: int) -> tuple[Tensor, Tensor, Tensor]:
-        text = nn.functional.normalize(torch.randn(words, text_dim), dim=1)
+    def example(regions: int, tokens: int, names: int) -> tuple[Tensor, Tensor, Tensor]:
+        text = nn.functional.normalize(torch.randn(names, text_dim), dim=1)
         return torch.randn(regions, token_dim), torch.randn(tokens, image_dim), text
 
     part = path.with_name(f".{path.name}")
@@ -76,7 +76,7 @@ def export(head: RegionSpotHead, logit_scale: Tensor, text_dim: int, path: Path)
         dynamic_shapes={
             "mask_tokens": {0: torch.export.Dim("regions", min=1)},
             "image_tokens": {0: torch.export.Dim("tokens", min=1)},
-            "text": {0: torch.export.Dim("words", min=1)},
+            "text": {0: torch.export.Dim("names", min=1)},
         },
         dynamo=True,
         external_data=False,
@@ -109,8 +109,10 @@ def main() -> None:
     args = parser.parse_args()
     try:
         cfg = load_config(args.config_file, args.opts, training=False)
-        words = args.vocabulary
-        names = known_vocabulary(words) if words in VOCABULARIES else words.split(",")
+        vocabulary = args.vocabulary
+        names = (
+            known_vocabulary(vocabulary) if vocabulary in VOCABULARIES else vocabulary.split(",")
+        )
         predictor = RegionSpotPredictor(cfg, vocabulary=names)
     except (ConfigError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error

@@ -29,7 +29,7 @@ import torch
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
-from measuring import Stopwatch, give_random_words, peak_bytes, reset_peak, seconds
+from measuring import Stopwatch, peak_bytes, reset_peak, seconds, use_random_text_embeddings
 from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
 from torch import Tensor
 
@@ -80,7 +80,7 @@ def measure_image(args: argparse.Namespace, boxes: int, results: Any) -> None:
     opts = ["MODEL.LOCALIZER.WEIGHTS", "", "MODEL.VISION_LANGUAGE.WEIGHTS", ""]
     opts += ["MODEL.DEVICE", DEVICE, "MODEL.MASK_ON", str(not args.no_masks)]
     model = build_model(load_config(args.config_file, opts, training=False)).eval()
-    give_random_words(model)
+    use_random_text_embeddings(model)
     MetadataCatalog.get("benchmark").thing_classes = [f"name {i}" for i in range(NUM_NAMES)]
     model([random_input(1)])  # warm up
     reset_peak()
@@ -200,7 +200,7 @@ def run_predictor(args: argparse.Namespace) -> None:
     except (ConfigError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
     if args.random:
-        give_random_words(predictor.model)
+        use_random_text_embeddings(predictor.model)
     generator = torch.Generator().manual_seed(0)
     size = (args.size[0], args.size[1])
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
@@ -252,8 +252,8 @@ def bare_modules(model: RegionSpot, image: Tensor, asked: Sequence[Question]) ->
             model.localizer.full_size_masks(masks, size)
         relative = boxes.tensor / boxes.tensor.new_tensor([size[1], size[0]] * 2)
         [embeddings] = model.region_head([tokens], encoded.image_tokens, [relative])
-        words = model.text_embedder(names, model.device)
-        logits = embeddings @ words.T * model.vision_language.logit_scale.exp()
+        text = model.text_embedder(names, model.device)
+        logits = embeddings @ text.T * model.vision_language.logit_scale.exp()
         answers.append(logits.softmax(1).max(1))
     return answers
 

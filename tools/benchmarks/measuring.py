@@ -70,12 +70,12 @@ def peak_bytes() -> int:
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
-def give_random_words(model: RegionSpot) -> None:
+def use_random_text_embeddings(model: RegionSpot) -> None:
     """Makes random text embeddings, since the text encoder runs only once per vocabulary."""
 
     @functools.cache
-    def words(count: int) -> Tensor:
+    def random_text(count: int) -> Tensor:
         vectors = torch.randn(count, model.vision_language.text_dim)
         return normalize(vectors, dim=1).to(model.device)
 
-    model.text_embedder = lambda names, device: words(len(names))
+    model.text_embedder = lambda names, device: random_text(len(names))

