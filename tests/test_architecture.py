@@ -48,7 +48,7 @@ class Rule(NamedTuple):
 CONTRACTS = "modeling.interfaces modeling.prompts"
 
 RULES = (
-    # The root: every other module may use these.
+    # The root: every other module may stand on these.
     Rule("files config", ""),
     Rule("model_zoo journal", "files"),
     Rule("checkpoint", "files modeling.interfaces"),
