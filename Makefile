@@ -1,13 +1,13 @@
-# Each target sets up what it needs, once, in a virtual environment of its own: `make help`.
+# Every target first sets up a virtual environment, once. `make help` lists the targets.
 
 VENV ?= .venv
-# The first Python that is new enough; another one: make PYTHON=/path/to/python3
+# The first Python that is new enough. To choose one: make PYTHON=/path/to/python3
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.10; do \
 	$$python -c '$(IS_NEW_ENOUGH)' 2>/dev/null && echo $$python && break; done)
-# Another torch, from the default index or another one, see INSTALL.md.
+# INSTALL.md says how to choose another torch, or another index.
 TORCH_SPEC ?= torch==2.14.1 torchvision==0.29.1
 TORCH_INDEX ?=
-# Versions proven together. Empty (CONSTRAINTS=): keep whatever the environment has.
+# Versions tested together. Empty (CONSTRAINTS=): keep whatever the environment has.
 CONSTRAINTS ?= tools/setup/constraints.txt
 
 PY = $(VENV)/bin/python
@@ -19,7 +19,7 @@ DEMO = $(PY) demo/demo.py --input $$($(PY) demo/photos.py) --proposals demo/boxe
 	--vocabulary lvis --output output/demo
 
 IS_NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 10))
-# A pair that does not fit together imports, but fails at its first operator.
+# A torch and a torchvision that do not match import, but fail at the first operator.
 TORCH_WORKS = import torch, torchvision; \
 	torchvision.ops.nms(torch.rand(1, 4), torch.rand(1), 0.5)
 
@@ -54,8 +54,8 @@ clean:  ## remove the virtual environment .venv, output and every cache of the t
 	rm -f $(READY)
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Every step first looks whether its work is done, so an interrupted set-up goes on where it was.
-# The stamp comes last; it is renewed when a file that decides over the set-up changes.
+# Every step checks first whether its work is done, so an interrupted set-up continues where it was.
+# The stamp is written last. The set-up runs again when one of the files that define it changes.
 $(READY): setup.py Makefile $(wildcard tools/setup/*)
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -c '$(IS_NEW_ENOUGH)' || { echo \
 		"regionspot_d2 needs Python 3.10 or newer ($(or $(PYTHON),python3) is not):" \
@@ -67,7 +67,7 @@ $(READY): setup.py Makefile $(wildcard tools/setup/*)
 	$(PY) -c "import cv2" 2>/dev/null \
 		|| $(PIP_INSTALL) -q $(WITH_CONSTRAINTS) opencv-python-headless
 	$(PIP_INSTALL) -q $(WITH_CONSTRAINTS) --no-build-isolation --editable ".[all]"
-	@# lvis, a reference for the tests, would bring a second OpenCV.
+	@# lvis, a reference for the tests, would install a second OpenCV.
 	$(PIP_INSTALL) -q $(WITH_CONSTRAINTS) --no-deps lvis==0.5.3
 	$(PY) tools/setup/install_detectron2.py $(WITH_CONSTRAINTS)
 	touch $@

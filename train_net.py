@@ -38,7 +38,7 @@ def _load_config(args: argparse.Namespace) -> CfgNode:
 
 
 def main(args: argparse.Namespace) -> Mapping[str, Any] | None:
-    """What each process does.
+    """Runs in each process.
 
     Returns:
         Results of ``--eval-only``, and of training if ``TEST.EXPECTED_RESULTS`` is set.

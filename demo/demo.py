@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Names regions of photos and videos. README.md beside this file has examples."""
+"""Names regions of photos and videos. README.md in this folder has examples."""
 
 import sys
 

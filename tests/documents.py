@@ -1,4 +1,4 @@
-"""The documents of the repository, and what they tell a reader to run."""
+"""The documents of the repository, and the commands in them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan of the code: who may import whom, how large things are, what stands only once."""
+"""The plan of the code: who may import whom, how large things are, what is written only once."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Rule(NamedTuple):
         modules: names inside the package; "data" stands for all of ``data/``. The first rule with a
             name of a module, or of a folder that it is in, is the rule of that module.
         may_import: names inside the package, in the same way. A module may always import itself.
-        libraries: what it may import beside the standard library; None if anything.
+        libraries: what it may import besides the standard library; None if anything.
     """
 
     modules: str
@@ -180,14 +180,14 @@ def test_the_docstring_of_a_function_is_not_counted() -> None:
     assert list(functions(Source("new", text))) == [("new.f", 4)]
 
 
-# Where an object is looked at to learn what it can do, and why no interface says so.
+# Where hasattr and getattr are allowed, and why no interface can replace them.
 LOOKED_AT = {
     "modeling.image_towers": "open_clip's image towers have no common interface",
     "modeling.clip": "torch's layers have no common name for their number of heads",
 }
 
 
-def test_what_a_part_can_do_is_said_by_its_interface() -> None:
+def test_what_a_part_can_do_is_declared_by_its_interface() -> None:
     models = [m for m in MODULES if covers("modeling predictor app engine", m.name)]
     found = {m.name: list(calls(m, "hasattr", "getattr")) for m in models}
     assert {name: uses for name, uses in found.items() if uses and name not in LOOKED_AT} == {}
@@ -201,7 +201,7 @@ SOFTMAX = {
 }
 
 
-def test_softmax_over_a_vocabulary_stands_once() -> None:
+def test_softmax_over_a_vocabulary_is_written_once() -> None:
     found = [m.name for m in MODULES if any(calls(m, "softmax", "log_softmax", "Softmax"))]
     assert [name for name in found if not covers(" ".join(SOFTMAX), name)] == []
     naming = next(m for m in MODULES if m.name == "modeling.naming")

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, in the formats people have, refused if they do not fit."""
+"""Checkpoints: written whole or not at all, read in common formats, refused if they do not fit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Model(nn.Module):
 
 
 class Detector(nn.Module):
-    """The head inside another model, beside parameters of its own."""
+    """The head inside another model that has parameters of its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def test_round_trip_with_other_state(tmp_path):
 
 @pytest.mark.parametrize("prefix", ["", "region_head."])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_files_of_a_head_alone(tmp_path, prefix, suffix):
+def test_files_of_only_a_head(tmp_path, prefix, suffix):
     trained = head()
     state = {prefix + name: value for name, value in trained.state_dict().items()}
     path = tmp_path / f"head{suffix}"

@@ -1,4 +1,4 @@
-"""Class lists come with the package: they need no other one, no download and no mini model."""
+"""Class lists come with the package: no download, no other package and no mini model is needed."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_training_configs(name):
     cfg = read(name)
     assert cfg.DATASETS.TRAIN
     assert max(cfg.SOLVER.STEPS, default=0) < cfg.SOLVER.MAX_ITER
-    # Runs do not write over each other, nor share tokens of different kinds.
+    # Runs do not overwrite each other's output or share tokens of different kinds.
     assert cfg.OUTPUT_DIR.endswith(Path(name).stem)
     if not name.startswith("mini"):
         sam, kind = cfg.MODEL.LOCALIZER.ARCH, cfg.MODEL.LOCALIZER.TOKENS
@@ -105,7 +105,7 @@ def test_evaluation_configs(name):
             assert file == f"ground_truth://{dataset}"
         else:
             assert file == f"$DETECTRON2_DATASETS/proposals/{dataset}_{source}.pkl"
-    # Tokens are of the very images, which the frozen models resize themselves.
+    # Tokens are of the original images, which the frozen models resize themselves.
     assert cfg.INPUT.MIN_SIZE_TEST == 0
 
 

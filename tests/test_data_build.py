@@ -208,7 +208,7 @@ def test_a_class_outside_the_vocabulary_is_named(register: Register) -> None:
         build_train_loader(loader_cfg("one"))
 
 
-def test_batches_mix_datasets_of_different_words(register: Register) -> None:
+def test_batches_mix_datasets_of_different_vocabularies(register: Register) -> None:
     register("one", 4)
     register("two", 12, ("fox", "owl", "elk"))
     batches = seen(build_train_loader(loader_cfg("one", "two")), 4)
@@ -280,7 +280,7 @@ def test_wrong_keys_are_named(register: Register, keys: dict, said: str) -> None
 
 
 @pytest.mark.parametrize("ratios", [[], [1, 1]])
-def test_training_goes_on_where_it_stopped(register: Register, ratios: list) -> None:
+def test_training_continues_where_it_stopped(register: Register, ratios: list) -> None:
     register("one", 5)
     register("two", 9)
     cfg = loader_cfg("one", "two", DATASETS__TRAIN_RATIOS=ratios)
@@ -318,7 +318,7 @@ def test_processes_share_the_images_of_an_iteration(
         assert len(first) == len(second) == 4 and sorted(first + second) == sorted(whole)
 
 
-def test_the_loader_leaves_the_models_random_numbers_alone(register: Register) -> None:
+def test_the_loader_does_not_touch_the_models_random_numbers(register: Register) -> None:
     register("one", 4)
     loader = build_train_loader(loader_cfg("one"))
     before = torch.get_rng_state()

@@ -226,7 +226,7 @@ def test_own_data_is_registered_once_and_for_all(tmp_path: Path, catalogs: None)
         register_coco_format([["coco_2017_val", json_file, images]])
 
 
-def test_own_data_that_is_not_there_is_named_with_its_key(tmp_path: Path, catalogs: None) -> None:
+def test_missing_own_data_is_named_with_its_key(tmp_path: Path, catalogs: None) -> None:
     json_file, images = write_coco(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"COCO_FORMAT\[1\] \('b'\).*'/no/file.json'"):
         register_coco_format([["a", json_file, images], ["b", "/no/file.json", images]])
@@ -483,7 +483,7 @@ def test_check_datasets_names_what_is_wrong(tmp_path: Path, catalogs: None) -> N
     assert f"missing: {tmp_path}/odinw/pothole/valid/annotations_without_background.json" in text
 
 
-def test_check_datasets_goes_on_after_an_image_that_pil_fails_on(
+def test_check_datasets_continues_after_an_image_that_pil_fails_on(
     tmp_path: Path, catalogs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PIL's errors are of many kinds, among them SyntaxError and its guard against large images."""
@@ -535,7 +535,7 @@ def test_check_datasets_exits_with_1_on_a_missing_dataset(
         (["DATASETS.COCO_FORMT", "[]"], "no config key DATASETS.COCO_FORMT.*COCO_FORMAT"),
     ],
 )
-def test_check_datasets_tells_mistakes_in_a_line(
+def test_check_datasets_reports_mistakes_in_one_line(
     monkeypatch: pytest.MonkeyPatch, opts: list[str], message: str
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["check_datasets.py", *opts])
@@ -562,7 +562,7 @@ def test_check_datasets_reports_what_a_config_needs_and_lacks(
     "script", sorted((ROOT / "tools").glob("*.py")), ids=lambda path: path.stem
 )
 def test_examples_name_registered_datasets(script: Path) -> None:
-    # Without an underscore are own data and words of a sentence.
+    # Names without an underscore are a user's own data, or plain text.
     named = re.findall(r"--dataset ([a-z0-9]+_\w+)", script.read_text(encoding="utf-8"))
     assert set(named) <= set(DatasetCatalog.list())
 

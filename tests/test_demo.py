@@ -127,7 +127,7 @@ def test_proposals_with_scores_and_a_threshold(demo, photos, tmp_path):
     assert annotation["bbox"] == [0, 0, 9, 9] and 0.45 <= annotation["score"] <= 0.9
 
 
-def test_an_unreadable_image_is_told_and_the_others_are_done(demo, photos, tmp_path, capsys):
+def test_an_unreadable_image_is_reported_and_the_others_are_named(demo, photos, tmp_path, capsys):
     (photos / "broken.jpg").write_bytes((photos / "b.jpg").read_bytes()[:200])
     arguments = ["--input", photos, "--output", tmp_path / "out", "--boxes", "0,0,9,9"]
     assert demo(*arguments, "--vocabulary", "cat,dog") == 1
@@ -263,7 +263,7 @@ def test_a_detector_finds_the_regions(demo, photos, tmp_path, detector):
     config, weights, reference = detector
     arguments = ["--input", photos / "a.png", "--output", tmp_path / "out"]
     detectors = ["--detector-config", config, "--detector-weights", weights]
-    # The softmax over one word is 1, and leaves the detector's score.
+    # The softmax over one name is 1, and leaves the detector's score.
     assert demo(*arguments, *detectors, "--vocabulary", "cat") == 0
     found = reference(cv2.imread(str(photos / "a.png")))["instances"]
     assert len(found) > 0
@@ -328,7 +328,7 @@ def test_options_that_do_not_go_together(demo, photos, tmp_path, capsys, regions
     assert "error: " in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_an_image_without_regions_is_no_failure(demo, photos, tmp_path, capsys):
+def test_an_image_without_regions_is_not_a_failure(demo, photos, tmp_path, capsys):
     file = tmp_path / "boxes.json"
     file.write_text(json.dumps({"a.png": {"boxes": []}, "b.jpg": {"boxes": [[1, 2, 9, 9]]}}))
     arguments = ["--input", photos, "--output", tmp_path / "out", "--proposals", file]
@@ -522,7 +522,7 @@ def test_a_video_of_any_rate_lasts_as_long_as_it_should(tmp_path, fps, pictures)
     assert seconds == pytest.approx(pictures / fps, rel=2e-3)
 
 
-def test_the_first_frame_alone_lasts_as_long_as_the_video(demo, video, tmp_path):
+def test_a_single_named_frame_lasts_as_long_as_the_video(demo, video, tmp_path):
     arguments = ["--input", video, "--output", tmp_path / "out", "--boxes", "2,3,20,25"]
     assert demo(*arguments, "--vocabulary", "cat,dog", "--every", 10**9) == 0
     written = cv2.VideoCapture(str(tmp_path / "out" / "clip.avi.mp4"))
@@ -557,7 +557,7 @@ def images_encoded(monkeypatch):
     return encoded
 
 
-def test_a_stopped_run_goes_on(demo, photos, video, tmp_path, images_encoded, capsys):
+def test_a_stopped_run_continues(demo, photos, video, tmp_path, images_encoded, capsys):
     def run(output, *options):
         common = ["--input", photos / "a.png", video, photos / "b.jpg", "--boxes", "2,3,20,25"]
         return demo(*common, "--vocabulary", "cat,dog", "--output", tmp_path / output, *options)
@@ -586,7 +586,7 @@ def test_a_stopped_run_goes_on(demo, photos, video, tmp_path, images_encoded, ca
     assert run("out") == 0 and len(images_encoded) == 16
 
 
-def test_going_on_draws_what_was_deleted(demo, photos, tmp_path, capsys):
+def test_resuming_draws_what_was_deleted(demo, photos, tmp_path, capsys):
     output = tmp_path / "out"
     arguments = ["--input", photos, "--output", output, "--boxes", "2,3,20,25", "--attention"]
     arguments += ["--vocabulary", "cat,dog", "--resume", *HEAD_WITH_ATTENTION]
@@ -615,7 +615,7 @@ def test_going_on_draws_what_was_deleted(demo, photos, tmp_path, capsys):
         (lambda lines: [lines[0][:30]], None),
     ],
 )
-def test_going_on_from_a_damaged_record(demo, photos, tmp_path, damage, line):
+def test_resuming_from_a_damaged_journal(demo, photos, tmp_path, damage, line):
     record = tmp_path / "out" / "results.jsonl"
     arguments = ["--input", photos, "--output", record.parent, "--boxes", "2,3,20,25"]
     arguments += ["--vocabulary", "cat,dog", "--resume"]
@@ -640,7 +640,7 @@ def test_going_on_from_a_damaged_record(demo, photos, tmp_path, damage, line):
         ["--opts", "MODEL.REGION_HEAD.NAME", "PooledRegionHead"],
     ],
 )
-def test_a_run_does_not_go_on_with_other_settings(demo, photos, tmp_path, options):
+def test_a_run_does_not_continue_with_other_settings(demo, photos, tmp_path, options):
     common = ["--input", photos / "a.png", "--output", tmp_path / "out"]
     common += ["--boxes", "0,0,9,8", "--vocabulary", "cat,dog"]
     assert demo(*common) == 0

@@ -88,7 +88,7 @@ class Parsed(Exception):
 
 @pytest.fixture
 def stop_after_parsing(monkeypatch):
-    """Scripts end with ``Parsed`` as soon as their command line turned out to be right."""
+    """Scripts end with ``Parsed`` as soon as their command line has been parsed."""
     depth = 0
 
     def outermost_stops(parse):

@@ -77,7 +77,7 @@ def test_oracle(content: dict[str, Any], masks: bool) -> None:
 def test_oracle_on_the_layout_of_odinw(
     content: dict[str, Any], tmp_path: Path, empty_cache: Path, backend: str
 ) -> None:
-    """A background class 0 would be a class too many, annotation id 0 a missed object."""
+    """A background class 0 would be one class too many, annotation id 0 a missed object."""
     name = f"odinw_like_{backend}"
     content["categories"].insert(0, {"id": 0, "name": "things", "supercategory": "none"})
     for number, annotation in enumerate(content["annotations"]):

@@ -311,7 +311,7 @@ def test_flags_that_the_libraries_treat_differently(
         with pytest.raises(ValueError, match=message):
             LVISAPEvaluator(NAME, backend=backend)
     else:
-        # lvis knows no crowds.
+        # The package lvis does not know crowds.
         found = data.run(LVISAPEvaluator(NAME, backend=backend), content, outputs)
         assert found["bbox"] == pytest.approx(unflagged["bbox"], nan_ok=True)
 

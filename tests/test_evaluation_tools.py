@@ -27,7 +27,7 @@ def content(tmp_path: Path) -> Iterator[dict[str, Any]]:
     made = data.annotations(np.random.default_rng(0), num_images=3)
     data.register_lvis(LVIS, made, tmp_path)
     data.register_coco(COCO, made, tmp_path)
-    # load_lvis looks for val2017/, load_coco_json for the file name alone.
+    # load_lvis looks for val2017/, load_coco_json only for the file name.
     (tmp_path / "val2017").mkdir()
     for image in made["images"]:
         blank = Image.new("RGB", (data.SIDE, data.SIDE), "gray")

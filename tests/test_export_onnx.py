@@ -1,4 +1,4 @@
-"""The exported head gives torch's logits for any number of regions, tokens and words."""
+"""The exported head gives torch's logits for any number of regions, tokens and class names."""
 
 from __future__ import annotations
 

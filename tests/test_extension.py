@@ -1,4 +1,4 @@
-"""Parts from outside the package: the examples of CONTRIBUTING.md, by registry and nothing else."""
+"""Parts from outside the package: the examples of CONTRIBUTING.md, through the registries only."""
 
 from __future__ import annotations
 

@@ -27,9 +27,9 @@ CAT, DOG = 0, 1
 GLIP = {
     # Both found.
     "1": [([4.25, 6.5, 24.25, 37.25], 0.9, CAT), ([30.0, 10.0, 63.5, 30.0], 0.7, DOG)],
-    # The dog of image 2 is missed; of image 3 there is nothing to say.
+    # The dog of image 2 is missed; image 3 has no objects and is not in the file.
     "2": [],
-    # A box beside the cat misses it, and a dog is seen where there is none.
+    # One box misses the cat, the other is a dog where there is none.
     "4": [([10.0, 10.0, 18.0, 18.0], 0.8, CAT), ([30.0, 5.0, 60.0, 40.0], 0.95, DOG)],
 }
 

@@ -1,4 +1,4 @@
-"""Images of any kind are read alike, or refused with the file's name and the reason."""
+"""Images of every kind are read correctly, or refused with the file's name and the reason."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def test_entries_survive_numbers_and_text(open_as: OpenJournal, tmp_path: Path) 
     assert len(lines) == 4
 
 
-def test_processes_write_beside_each_other_and_may_change_in_number(open_as: OpenJournal) -> None:
+def test_processes_write_their_own_files_and_may_change_in_number(open_as: OpenJournal) -> None:
     for rank in (0, 1, 2):
         open_as(rank).add(f"by {rank}", rank)
     expected = {"by 0": 0, "by 1": 1, "by 2": 2}
@@ -79,7 +79,7 @@ def test_a_first_line_that_was_cut_off_is_a_run_to_begin(
 
 
 @pytest.mark.parametrize("damage", [b"{}\n", b"3\n", b"\n", b'{"key": "b"\n', b"\xff\n"])
-def test_damage_is_told_with_its_line(open_as: OpenJournal, tmp_path: Path, damage: bytes) -> None:
+def test_damage_names_its_line(open_as: OpenJournal, tmp_path: Path, damage: bytes) -> None:
     journal = open_as()
     for key in "abc":
         journal.add(key, key)

@@ -1,6 +1,6 @@
 """SamLocalizer gives stock SAM's tokens.
 
-The order of the prompts, the chunks, the prompts beside them and their kind do not matter.
+The result does not depend on their order, the chunks, or the kinds of the other prompts.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def test_images_of_a_batch_do_not_matter_to_each_other(image, boxes, localizer):
         torch.testing.assert_close(masks[i], expected_masks, atol=1e-4, rtol=0)
 
 
-def test_points_equal_stock_sam_whatever_stands_beside_them(image, localizer):
+def test_points_equal_stock_sam_whatever_the_other_prompts(image, localizer):
     points = torch.tensor([[[60.0, 60.0], [0, 0], [0, 0]], [[80, 30], [20, 50], [100, 80]]])
     labels = torch.tensor([[1, -1, -1], [1, 0, 0]])
     tokens, masks = decode(localizer, image, PointPrompts(points, labels))
@@ -93,7 +93,7 @@ def test_points_equal_stock_sam_whatever_stands_beside_them(image, localizer):
         torch.testing.assert_close(masks[i], low, atol=1e-4, rtol=0)
 
 
-def test_padding_points_may_stand_anywhere(image, localizer):
+def test_padding_points_may_be_anywhere(image, localizer):
     points = torch.tensor([[[60.0, 60.0], [20, 50]]])
     first = PointPrompts(torch.cat([torch.zeros(1, 1, 2), points], 1), torch.tensor([[-1, 1, 0]]))
     expected, _ = decode(localizer, image, PointPrompts(points, torch.tensor([[1, 0]])))
@@ -149,7 +149,7 @@ def test_kinds_of_tokens(image, boxes):
     both, _ = decode(both_model, image, box_prompts(boxes))
     assert both_model.token_dim == both.shape[1] == 64
     torch.testing.assert_close(both, torch.cat([prompt, mask], 1))
-    # A prompt token knows the place alone, a mask token the image too.
+    # A prompt token depends only on the place, a mask token also on the image.
     dark = torch.zeros_like(image)
     torch.testing.assert_close(decode(build(tokens="prompt"), dark, box_prompts(boxes))[0], prompt)
     assert (decode(build(), dark, box_prompts(boxes))[0] - mask).abs().max() > 1e-3

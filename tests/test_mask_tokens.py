@@ -93,7 +93,7 @@ def test_any_depth(prompt_encoder, image, depth):
         assert_close(actual, stock(decoder, image, sparse, dense))
 
 
-def test_one_dense_embedding_stands_for_all_prompts(decoder, prompt_encoder, image):
+def test_one_dense_embedding_serves_all_prompts(decoder, prompt_encoder, image):
     sparse, dense = prompts(prompt_encoder, "boxes")
     decode = MaskTokenDecoder(decoder)
     # One row, the encoder's expanded view, and a real copy for each prompt.
@@ -128,7 +128,7 @@ def test_without_masks_the_tokens_are_the_same(decoder, prompt_encoder, image, k
     assert torch.equal(tokens, with_masks[0]) and torch.equal(ious, with_masks[2])
 
 
-def test_without_masks_nothing_is_up_sampled(prompt_encoder, image):
+def test_without_masks_nothing_is_upsampled(prompt_encoder, image):
     decoder = build_decoder()
     decoder.output_upscaling = decoder.output_hypernetworks_mlps = None
     sparse, dense = prompts(prompt_encoder, "boxes")

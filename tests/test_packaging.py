@@ -25,7 +25,7 @@ PACKAGE = ROOT / "regionspot_d2"
 
 # Needed, but left to the user: setup.py says why.
 UNDECLARED = {"torch", "torchvision", "detectron2", "opencv-python", "opencv-python-headless"}
-# Of modules that are not called like the distribution they come in.
+# Modules whose distribution has another name.
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "clip": "clip-anytorch",
@@ -33,7 +33,7 @@ DISTRIBUTIONS = {
     "open_clip": "open-clip-torch",
     "yaml": "pyyaml",
 }
-# Imported where asked for, with an error that names what to install.
+# Imported only where needed, with an error that names what to install.
 OPTIONAL_MODULES = {"lvis", "supervision", "transformers", "onnx", "onnxruntime", "onnxscript"}
 
 
@@ -75,7 +75,7 @@ def test_the_version_is_read_without_importing_the_package(metadata) -> None:
     assert metadata.version == regionspot_d2.__version__
 
 
-def test_the_metadata_tells_what_a_package_index_shows(metadata) -> None:
+def test_the_metadata_has_what_a_package_index_shows(metadata) -> None:
     fields = metadata.metadata
     for field in ("Summary", "Author", "Keywords", "Project-URL", "License-Expression"):
         assert fields[field]

@@ -1,4 +1,4 @@
-"""RegionSpotPredictor: any image, any prompts, any words, in any order of calls."""
+"""RegionSpotPredictor: any image, any prompts, any vocabulary, in any order of calls."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_all_kinds_of_images_are_the_same_image(predictor, boxes, image, tmp_pat
         torch.testing.assert_close(predictor.predict(boxes=boxes).scores, expected)
 
 
-def test_grey_arrays(predictor, boxes, image):
+def test_gray_arrays(predictor, boxes, image):
     predictor.set_image(np.repeat(image[..., :1], 3, 2))
     expected = predictor.predict(boxes=boxes).scores
     predictor.set_image(image[..., 0])
@@ -97,7 +97,7 @@ def test_mixed_prompts_are_one_question(predictor, boxes):
     assert found.region_index.tolist() == [0, 1, 2, 3, 4]
     torch.testing.assert_close(found.pred_boxes.tensor[:2], torch.from_numpy(boxes[:2]))
     assert found.pred_boxes.tensor[4].tolist() == [30, 20, 70, 50]
-    # Every region sees the others: alone, each has another score.
+    # Every region sees the others: by itself, each has another score.
     alone = predictor.predict(masks=mask)
     assert (alone.scores[0] - found.scores[4]).abs() > 1e-6
 
@@ -191,7 +191,7 @@ def test_predict_batch_names_the_image_that_is_wrong(predictor, boxes, image):
         (torch.full((3, 9, 9), 256), "0..255 is expected"),
     ],
 )
-def test_images_that_cannot_be_meant(predictor, given, message):
+def test_impossible_images_are_refused(predictor, given, message):
     with pytest.raises(ValueError, match=message):
         predictor.set_image(given)
 
@@ -206,7 +206,7 @@ def test_pixels_of_any_type(predictor, boxes, image, dtype):
     expected = predictor.predict(boxes=boxes).scores
     predictor.set_image(image.astype(dtype))
     found = predictor.predict(boxes=boxes).scores
-    # Resizing rounds whole numbers alone.
+    # Resizing rounds only integers.
     torch.testing.assert_close(
         found, expected, rtol=0, atol=1e-3 if np.issubdtype(dtype, np.floating) else 1e-6
     )

@@ -220,7 +220,7 @@ def test_sam_masks(
     assert read_proposals(str(tmp_path / "sam.pkl"))[1]["settings"]["points_per_side"] == 2
 
 
-@pytest.mark.parametrize("kind", ["16-bit grey", "transparent"])
+@pytest.mark.parametrize("kind", ["16-bit gray", "transparent"])
 def test_sam_sees_the_image_as_the_model_does(
     dataset: list[dict],
     tool: ModuleType,
@@ -230,18 +230,18 @@ def test_sam_sees_the_image_as_the_model_does(
     kind: str,
 ) -> None:
     record = {"file_name": str(tmp_path / "a.png"), "width": 2, "height": 1, "image_id": 1}
-    if kind == "16-bit grey":
+    if kind == "16-bit gray":
         Image.fromarray(np.array([[0, 25700]], np.uint16)).save(record["file_name"])
     else:
-        colours = np.array([[[255, 0, 0, 255], [0, 0, 0, 0]]], np.uint8)
-        Image.fromarray(colours).save(record["file_name"])
+        colors = np.array([[[255, 0, 0, 255], [0, 0, 0, 0]]], np.uint8)
+        Image.fromarray(colors).save(record["file_name"])
     seen = []
     monkeypatch.setattr(tool, "automatic_boxes", lambda _, image, **settings: seen.append(image))
     args = ["--dataset", "mine", "--source", "sam", "--output", "a.pkl"]
 
     tool.sam_regions(tool.argument_parser().parse_args(args), tiny.tiny_cfg())(record)
 
-    expected = [[0, 0, 0], [100] * 3] if kind == "16-bit grey" else [[255, 0, 0], [255] * 3]
+    expected = [[0, 0, 0], [100] * 3] if kind == "16-bit gray" else [[255, 0, 0], [255] * 3]
     assert seen[0].permute(1, 2, 0).tolist() == [expected]
 
 
@@ -295,7 +295,7 @@ def test_any_detectron2_model(
     assert_loads(tmp_path / "detector.pkl", expected)
 
 
-def test_a_model_of_proposals_alone() -> None:
+def test_a_model_that_only_proposes() -> None:
     instances = Instances((48, 64))
     instances.proposal_boxes = Boxes([[1, 2, 3, 4], [5, 6, 7, 8]])
     instances.objectness_logits = torch.tensor([0.0, -2.0])
@@ -320,7 +320,7 @@ def test_coco_photos_with_crowds_and_empty_images(
 # Interrupted and divided runs
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(
+def test_an_interrupted_run_continues_where_it_stopped(
     dataset: list[dict],
     tool: ModuleType,
     tmp_path: Path,
@@ -349,7 +349,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     with pytest.raises(SystemExit, match="130"):
         run(tool, "detector", output, "--config-file", detector)
     assert not output.exists()
-    # As if the power had failed while image 2 was written.
+    # As if the power failed while image 2 was being written.
     part = tmp_path / "boxes.pkl.parts" / "finished.jsonl"
     part.write_text(part.read_text()[:-20])
 
@@ -377,7 +377,7 @@ def test_two_processes_share_the_images(
     detector: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two threads stand for two processes, which take long to start."""
+    """Two threads play the two processes, which would take long to start."""
     arguments = ["--dataset", "mine", "--source", "detector", "--config-file", str(detector)]
     process = threading.local()
     barrier = threading.Barrier(2, timeout=60)
@@ -616,7 +616,7 @@ def test_files_of_python_2(dataset: list[dict], tmp_path: Path) -> None:
 # Ground truth without a file
 
 
-def test_ground_truth_in_place_of_a_file(dataset: list[dict], tool: ModuleType, tmp_path: Path):
+def test_ground_truth_instead_of_a_file(dataset: list[dict], tool: ModuleType, tmp_path: Path):
     run(tool, "gt", tmp_path / "gt.pkl")
     written, written_info = read_proposals(str(tmp_path / "gt.pkl"))
 
@@ -700,7 +700,7 @@ def test_boxes_without_area_are_left_out(
     assert "1 of 2 boxes have no area" in caplog.text and "image '1', region 1" in caplog.text
 
 
-def test_numbers_that_are_none(dataset: list[dict]) -> None:
+def test_numbers_that_are_not_finite(dataset: list[dict]) -> None:
     broken = {"2": Proposals.create([[1, 1, 9, 9]] * 3, [1, 0.5, np.nan])}
     with pytest.raises(ValueError, match="x: image '2', region 2: the score is nan"):
         fit_to_dataset(broken, dataset, "x")
@@ -732,7 +732,7 @@ def test_select_by_score_overlap_and_number() -> None:
 
 
 def test_recall_is_the_share_of_objects_that_are_covered(dataset: list[dict]) -> None:
-    """IoU 0.72 and none in image 1, exactly 1 twice in image 2, none in image 4."""
+    """IoU 0.72 and 0 in image 1, exactly 1 twice in image 2, 0 in image 4."""
     shifted = [4.25, 6.5, 24.25, 37.25 - 0.28 * 30.75]
     boxes = {"1": [shifted, [0, 0, 3, 3]], "2": [[0, 0, 50, 70]] * 2, "3": [[0, 0, 9, 9]], "4": []}
     proposals = {key: Proposals.create(b, np.ones(len(b))) for key, b in boxes.items()}
@@ -834,7 +834,7 @@ def test_incomplete_commands(
         ),
     ],
 )
-def test_mistakes_are_told_in_a_line(
+def test_mistakes_give_one_line(
     dataset: list[dict], tool: ModuleType, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     common = ["--dataset", "mine", "--output", str(tmp_path / "x.pkl")]

@@ -1,4 +1,4 @@
-"""Region heads: published sizes, padding, order, and what a box is worth to the baseline."""
+"""Region heads: published sizes, padding, order, and the baseline's weights of cells."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_pooling_answers_for_boxes_without_area_and_skips_the_class_token():
     torch.testing.assert_close(regions, F.one_hot(torch.tensor([1, 3, 0]), 4).float())
 
 
-def test_without_image_tokens_regions_see_each_other_alone():
+def test_without_image_tokens_regions_see_only_each_other():
     torch.manual_seed(0)
     head = RegionSpotHead(
         token_dim=12,

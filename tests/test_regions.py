@@ -29,7 +29,7 @@ def test_boxes_in_any_container(boxes):
     assert as_boxes(boxes, SIZE).tensor.tolist() == [[1, 2, 3, 4]]
 
 
-def test_boxes_are_cut_at_the_edge_and_the_input_is_left_alone():
+def test_boxes_are_clipped_and_the_input_is_not_changed():
     given = Boxes(torch.tensor([[-10.0, 5, 200, 300]]))
     assert as_boxes(given, SIZE).tensor.tolist() == [[0, 5, 90, 60]]
     assert given.tensor.tolist() == [[-10, 5, 200, 300]]
@@ -51,7 +51,7 @@ def test_no_boxes():
         ([1, -9, 5, -2], "Box 1 is .* outside"),
     ],
 )
-def test_boxes_that_cannot_be_meant(box, message):
+def test_impossible_boxes_are_refused(box, message):
     with pytest.raises(ValueError, match=message):
         as_boxes([[1, 2, 3, 4], box], SIZE)
 
@@ -89,7 +89,7 @@ def test_one_point_a_region():
         (5, None, "points are 5; a list"),
     ],
 )
-def test_points_that_cannot_be_meant(points, labels, message):
+def test_impossible_points_are_refused(points, labels, message):
     with pytest.raises(ValueError, match=message):
         as_points(points, labels, SIZE, first_region=2)
 
@@ -147,14 +147,14 @@ def test_the_box_of_points_holds_them_and_their_mask():
     points = torch.tensor([[[50.5, 20.2], [10.0, 70.0]], [[50.5, 20.2], [10.0, 70.0]]])
     prompts = PointPrompts(points, torch.tensor([[1, 1], [1, 0]]))
     nothing = torch.zeros(2, 40, 60, dtype=torch.bool)
-    # Nothing is found: the pixels of the points on the region are what is known of it.
+    # An empty mask: only the pixels of the points on the region are known.
     boxes = prompts.boxes(size, nothing)
     assert boxes.tensor.tolist() == [[10, 20, 51, 71], [50, 20, 51, 21]]
     corner = PointPrompts(torch.tensor([[[120.0, 80.0]]]), torch.ones(1, 1, dtype=torch.long))
     assert corner.boxes(size, nothing[:1]).tensor.tolist() == [[119, 79, 120, 80]]
     # All of the image is found.
     assert prompts.boxes(size, ~nothing).tensor.tolist() == [[0, 0, 120, 80]] * 2
-    # Of points beside a region, and no mask, nothing is known.
+    # Points outside a region say nothing about it without a mask.
     prompts = PointPrompts(points, torch.zeros(2, 2, dtype=torch.long))
     assert not prompts.boxes(size, nothing).tensor.any()
     with pytest.raises(ValueError, match="pass the masks"):

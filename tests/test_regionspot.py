@@ -114,7 +114,7 @@ def test_threshold_and_cap():
     torch.testing.assert_close(above.scores, everything.scores[everything.scores > thresh])
 
 
-def test_results_have_the_size_that_is_asked_for():
+def test_results_have_the_requested_size():
     model = tiny_model()
     x = random_input(6, (60, 90), 3)
     small = model([x])[0]["instances"]
@@ -147,7 +147,7 @@ def test_bgr_inputs():
     assert_same(found[0]["instances"], tiny_model()([x])[0]["instances"])
 
 
-def test_loss_is_summed_over_words_and_averaged_over_regions():
+def test_loss_is_summed_over_names_and_averaged_over_regions():
     model = tiny_model().train()
     model.region_head.eval()  # without dropout
     inputs = [random_input(10, (60, 90), 3), random_input(11, (50, 50), 4, "regionspot_food")]
@@ -195,7 +195,7 @@ def test_a_batch_without_regions_trains_on():
     assert all(p.grad is not None and (p.grad == 0).all() for p in model.region_head.parameters())
 
 
-def test_checkpoint_holds_the_head_alone_and_loads(tmp_path):
+def test_checkpoint_holds_only_the_head_and_loads(tmp_path):
     model = tiny_model()
     DetectionCheckpointer(model, str(tmp_path)).save("head")
     saved = torch.load(tmp_path / "head.pth", weights_only=True)["model"]
@@ -230,7 +230,7 @@ def test_boxes_that_are_not_numbers_are_named():
         tiny_model()([{**x, "file_name": "a.jpg"}])
 
 
-def test_unknown_words_are_asked_for():
+def test_a_missing_vocabulary_is_named():
     x = random_input(18, (60, 90), 3)
     x["dataset_name"] = "regionspot_no_words"
     with pytest.raises(ValueError, match="regionspot_no_words.*thing_classes"):
@@ -238,7 +238,7 @@ def test_unknown_words_are_asked_for():
     MetadataCatalog.remove("regionspot_no_words")
 
 
-def test_boxes_outside_or_without_area_have_an_answer():
+def test_boxes_outside_or_without_area_get_an_answer():
     x = random_input(19, (60, 90), 4)
     x["proposals"].proposal_boxes = Boxes(
         torch.tensor(
@@ -252,7 +252,7 @@ def test_boxes_outside_or_without_area_have_an_answer():
     assert found.region_index.unique().tolist() == [0, 1]
 
 
-def test_a_missing_weights_file_is_told_before_anything_is_built(monkeypatch):
+def test_a_missing_weights_file_is_reported_before_anything_is_built(monkeypatch):
     cfg = tiny.tiny_cfg()
     cfg.MODEL.VISION_LANGUAGE.WEIGHTS = "no/such/file.pt"
     cfg.MODEL.LOCALIZER.ARCH = "would fail if it were built"

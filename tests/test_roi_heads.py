@@ -63,7 +63,7 @@ def inputs(size: tuple[int, int] = (64, 96)) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", DETECTORS)
-def test_wrapped_detectors_keep_their_boxes_and_get_open_names(name):
+def test_wrapped_detectors_keep_their_boxes_and_get_new_names(name):
     torch.manual_seed(0)
     detector = DETECTORS[name]().eval()
     before = copy.deepcopy(detector.state_dict())
@@ -91,7 +91,7 @@ def test_wrapped_detectors_keep_their_boxes_and_get_open_names(name):
         assert torch.equal(value, before[key]), key
 
 
-def test_wrapping_changes_words_and_refuses_slips():
+def test_wrapping_changes_the_vocabulary_and_refuses_mistakes():
     model = regionspot_d2.wrap(fcos(), tiny_model(), vocabulary=["cup"])
     model.set_vocabulary(["cat", "dog"])
     assert set(model(inputs())[0]["instances"].pred_classes.tolist()) <= {0, 1}
@@ -235,7 +235,7 @@ def test_a_finished_detector_becomes_the_host(detector_file, checkpointer, caplo
 
 def test_masks_of_detections_are_those_of_the_hosts_classes():
     model = build_plugged("StandardROIHeads", masks=True).eval()
-    # More words than the host has classes.
+    # More names than the host has classes.
     model.roi_heads.vocabulary = [f"word {i}" for i in range(50)]
     with torch.no_grad():
         [found] = model.inference(inputs(), do_postprocess=False)
@@ -247,7 +247,7 @@ def test_masks_of_detections_are_those_of_the_hosts_classes():
     assert torch.equal(again.pred_classes, found.pred_classes)
 
 
-def test_words_are_asked_for():
+def test_a_missing_vocabulary_is_an_error():
     cfg = plugged_cfg("", False)
     cfg.DATASETS.TEST = cfg.DATASETS.TRAIN = ()
     heads = build_model(cfg).roi_heads

@@ -1,4 +1,4 @@
-"""tools/slurm_train.py: which command each node runs. Slurm itself is not asked."""
+"""tools/slurm_train.py: which command each node runs. Slurm itself is not used."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_failed_training_fails_its_job(tmp_path, commands):
         slurm_train.Training(["--config-file", "a.yaml"], nodes=1, num_gpus=1, port=1)()
 
 
-def test_mistakes_are_told(tmp_path):
+def test_mistakes_give_one_line(tmp_path):
     with pytest.raises(SystemExit, match="--config-file is missing"):
         slurm_train.submit(["--cluster", "debug"])
     with pytest.raises(SystemExit, match="has one node; --nodes is 2"):

@@ -339,7 +339,7 @@ def test_sha256_of_weights() -> None:
 
 
 class FakeLocalizer(torch.nn.Module):
-    """Tokens tell the box, and what the image looks like under it."""
+    """Tokens depend on the box and on the image under it."""
 
     token_dim = 8
 

@@ -123,7 +123,7 @@ def test_trains_evaluates_and_evaluates_again(cfg):
     assert {"data_time", "eta_seconds", "lr", "bbox/AP"} <= set().union(*lines)
     assert next(output.glob("events.out.tfevents*")).stat().st_size > 0
 
-    # The head alone is saved: no frozen weights.
+    # Only the head is saved, without frozen weights.
     final = saved(cfg)
     assert all(key.startswith("region_head.") for key in final["model"])
     best = saved(cfg, "model_best")
@@ -157,7 +157,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(cfg):
         assert loss == pytest.approx(expected[iteration], abs=1e-6)
     assert_same_weights(saved(parts), saved(whole), atol=1e-6)
     assert_same_weights(saved(parts), saved(whole), atol=1e-6, key="ema")
-    # It was not a matter of a seed that does nothing: dropout draws anew in each step.
+    # The seed matters (dropout depends on it), so the equality above is no coincidence.
     again = without_tests(cfg, "seed")
     again.SEED = 6
     again.SOLVER.MAX_ITER = 1
@@ -169,7 +169,7 @@ def _run_in_a_new_process(cfg: CfgNode) -> None:
     run(cfg)
 
 
-def test_a_killed_run_goes_on(cfg):
+def test_a_killed_run_continues(cfg):
     whole = without_tests(cfg, "whole")
     whole.SOLVER.MAX_ITER = 16
     run(whole)
@@ -207,7 +207,7 @@ def test_two_processes_train_as_one_with_the_whole_batch(cfg):
     assert len(found) == 20
     for iteration, loss in found.items():
         assert loss == pytest.approx(expected[int(iteration)], abs=1e-5)
-    # What one number of processes saved, another loads and goes on with.
+    # A checkpoint of one number of processes is continued by another number.
     one.SOLVER.MAX_ITER = two.SOLVER.MAX_ITER = 22
     expected = train(one, resume=True).values
     found = train(two, resume=True).values
@@ -300,7 +300,7 @@ def test_tokens_are_extracted_once_and_give_the_same_loss(cfg, caplog, monkeypat
     with pytest.raises(ConfigError, match="CACHED_IMAGE_SIZE is 32, .* 64 x 64"):
         train(cached)
     cached.INPUT.CACHED_IMAGE_SIZE = 64
-    # Millions of images are not extracted on the way.
+    # Large datasets are not extracted implicitly.
     monkeypatch.setattr("regionspot_d2.engine.trainer.MAX_IMAGES_EXTRACTED", 3)
     cached.INPUT.TOKEN_CACHE += "_none"
     with pytest.raises(ConfigError, match="12 images of 'shapes'.*extract_tokens.py"):
@@ -341,7 +341,7 @@ def test_a_second_stage_starts_from_the_weights_of_the_first(cfg):
         (["MODEL.WEIGHTS", "no.pth"], "MODEL.WEIGHTS names a weights file that does not exist"),
     ],
 )
-def test_mistakes_are_told_in_a_line(cfg, monkeypatch, options, message):
+def test_mistakes_give_one_line(cfg, monkeypatch, options, message):
     file = arguments(cfg).config_file
     monkeypatch.setenv("DETECTRON2_DATASETS", "/nowhere")
     monkeypatch.setattr(sys, "argv", ["train_net.py", "--config-file", file, *options])
@@ -354,7 +354,7 @@ def test_mistakes_are_told_in_a_line(cfg, monkeypatch, options, message):
     [ROOT / "train_net.py", *sorted(ROOT.glob("tools/*.py")), *sorted(ROOT.glob("*.md"))],
     ids=lambda path: path.name,
 )
-def test_commands_that_evaluate_have_something_to_evaluate(document):
+def test_evaluating_needs_a_dataset(document):
     lines = document.read_text(encoding="utf-8").splitlines()
     for line in (line for line in lines if "--eval-only" in line):
         for config in re.findall(r"--config-file (\S+)", line):

@@ -162,7 +162,7 @@ def test_text_embeddings_ignore_autocast(clip_model):
         tokens = clip_model(random_images((64, 64)))
     assert actual.dtype == torch.float32
     assert torch.equal(actual, wanted)
-    # The image side honours it: not the same as in full precision, but near.
+    # The image side follows autocast: close to full precision, but not equal.
     precise = clip_model(random_images((64, 64)))
     assert not torch.equal(tokens.float(), precise)
     close(tokens.float(), precise, 0.3)

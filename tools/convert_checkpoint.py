@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Takes the trained head out of a published RegionSpot checkpoint.
+"""Extracts the trained head from a published RegionSpot checkpoint.
 
 The authors' files (RegionSpot-BB, -BL, -BL@336) hold the frozen SAM and CLIP too, about 1 to 2 GB;
 only the head was trained. Those weights are under CC BY-NC 4.0, not this project's license.
@@ -43,12 +43,12 @@ class ConversionError(ValueError):
 
 
 class Conversion(NamedTuple):
-    """A head, and what became of every key of the file.
+    """A head, and what was done with every key of the file.
 
     Attributes:
         head: state dict of a :class:`RegionSpotHead`.
         used: keys of the file that became the head.
-        dropped: all other keys, of the frozen models for the most part.
+        dropped: all other keys, most of them of the frozen models.
         unknown: those of ``dropped`` that belong to no part of the published model.
     """
 
@@ -106,10 +106,10 @@ def convert(state: dict[str, Tensor]) -> Conversion:
     expected = _expected_head(head)
     missing = sorted(expected.keys() - head.keys())
     wrong = [k for k in expected.keys() & head.keys() if expected[k].shape != head[k].shape]
-    strangers = sorted(head.keys() - expected.keys())
-    if missing or wrong or strangers:
+    unexpected = sorted(head.keys() - expected.keys())
+    if missing or wrong or unexpected:
         lines = [f"  missing: {key}" for key in missing]
-        lines += [f"  unknown: {key}" for key in strangers]
+        lines += [f"  unknown: {key}" for key in unexpected]
         lines += [
             f"  {key}: {tuple(head[key].shape)}, expected {tuple(expected[key].shape)}"
             for key in wrong
@@ -134,13 +134,13 @@ def _expected_head(head: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def report(conversion: Conversion) -> str:
-    """A table of what became of the keys, by part, and which published model it is."""
+    """A table of the keys that were used and dropped, by part, and which published model it is."""
     rows = []
-    for fate, keys in (("used", conversion.used), ("dropped", conversion.dropped)):
+    for use, keys in (("used", conversion.used), ("dropped", conversion.dropped)):
         groups = Counter(
             key.removeprefix("module.").removeprefix("model.").split(".")[0] for key in keys
         )
-        rows += [[fate, group, count] for group, count in sorted(groups.items())]
+        rows += [[use, group, count] for group, count in sorted(groups.items())]
     rows.append(["missing", "", 0])
     lines = [tabulate(rows, headers=["", "part", "keys"])]
     image_dim, text_dim = (len(conversion.head[f"{k}.bias"]) for k in ("to_clip", "projector"))
@@ -155,9 +155,11 @@ def report(conversion: Conversion) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path, help="file of the authors (.pth)")
-    parser.add_argument("output", type=Path, help="the head (.safetensors)")
-    parser.add_argument("--keys", action="store_true", help="print every key and its fate")
+    parser.add_argument("checkpoint", type=Path, help="the authors' file (.pth)")
+    parser.add_argument("output", type=Path, help="the head to write (.safetensors)")
+    parser.add_argument(
+        "--keys", action="store_true", help="print every key, and whether it was used"
+    )
     args = parser.parse_args()
     try:
         conversion = convert(read_state_dict(args.checkpoint))

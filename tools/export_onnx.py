@@ -6,8 +6,8 @@
 
 The inputs of the graph are ``mask_tokens`` (R, 256), ``image_tokens`` (L, W) and ``text`` (C, D),
 rows of unit length; its output is ``logits`` (R, C). R, L and C may vary from call to call. The
-text matrix of the vocabulary is written beside it (``.npy``), so another vocabulary is another
-file. The graph is checked against torch before it is kept.
+text matrix of the vocabulary is written next to it (``.npy``), so for another vocabulary only that
+file changes. The graph is checked against torch before it is kept.
 
 The localizer's decoder is exported by segment-anything's own ``scripts/export_onnx_model.py``; the
 image encoders run in torch, or are exported by their libraries.
@@ -71,8 +71,8 @@ def export(head: RegionSpotHead, logit_scale: Tensor, text_dim: int, path: Path)
     scale = model.scale
     token_dim, image_dim = head.to_clip.in_features, head.to_clip.out_features
 
-    def example(regions: int, tokens: int, words: int) -> tuple[Tensor, Tensor, Tensor]:
-        text = nn.functional.normalize(torch.randn(words, text_dim), dim=1)
+    def example(regions: int, tokens: int, names: int) -> tuple[Tensor, Tensor, Tensor]:
+        text = nn.functional.normalize(torch.randn(names, text_dim), dim=1)
         return torch.randn(regions, token_dim), torch.randn(tokens, image_dim), text
 
     part = path.with_name(f".{path.name}")
@@ -85,7 +85,7 @@ def export(head: RegionSpotHead, logit_scale: Tensor, text_dim: int, path: Path)
         dynamic_shapes={
             "mask_tokens": {0: torch.export.Dim("regions", min=1)},
             "image_tokens": {0: torch.export.Dim("tokens", min=1)},
-            "text": {0: torch.export.Dim("words", min=1)},
+            "text": {0: torch.export.Dim("names", min=1)},
         },
         dynamo=True,
         external_data=False,

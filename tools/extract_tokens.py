@@ -41,11 +41,13 @@ def argument_parser() -> argparse.ArgumentParser:
         "--dataset", nargs="+", help="registered datasets; by default those of DATASETS.TRAIN"
     )
     parser.add_argument(
-        "--output", help="gets one folder per dataset; by default INPUT.TOKEN_CACHE"
+        "--output", help="folder for a token cache per dataset; by default INPUT.TOKEN_CACHE"
     )
     parser.add_argument("--images-per-batch", type=int, default=1, help="for the localizer")
     parser.add_argument(
-        "--images-per-shard", type=int, help="how many a crash loses; by default 1024 or fewer"
+        "--images-per-shard",
+        type=int,
+        help="the most that a crash can lose; by default 1024 or fewer",
     )
     parser.add_argument("--amp", action="store_true", help="run the localizer in half precision")
     return parser
@@ -81,7 +83,9 @@ def invoke_main(arguments: list[str] | None = None) -> None:
         # The datasets that the config evaluates on may be missing.
         cfg = load_config(args.config_file, opts, testing=False)
         if not cfg.INPUT.TOKEN_CACHE:
-            raise ConfigError("INPUT.TOKEN_CACHE is empty; --output says where the tokens go.")
+            raise ConfigError(
+                "INPUT.TOKEN_CACHE is empty; set it or --output to the folder for the tokens."
+            )
         launch(
             main,
             args.num_gpus,

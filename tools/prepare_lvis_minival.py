@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Makes LVIS minival from LVIS v1 val: its images of COCO val2017, on which no detector trained.
+"""Extracts LVIS minival from LVIS v1 val: the images in COCO val2017, not used to train detectors.
 
     tools/prepare_lvis_minival.py
 
-It reads $DETECTRON2_DATASETS/lvis/lvis_v1_val.json and writes lvis_v1_minival.json beside it.
+It reads $DETECTRON2_DATASETS/lvis/lvis_v1_val.json and writes lvis_v1_minival.json next to it.
 """
 
 from __future__ import annotations

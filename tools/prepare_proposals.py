@@ -12,7 +12,7 @@
     tools/prepare_proposals.py --dataset lvis_v1_minival --source sam \\
         --config-file configs/regionspot_B.yaml --points-per-side 32 --num-gpus 8 \\
         --output lvis_v1_minival_sam.pkl
-    # any Detectron2 model: a yaml or LazyConfig file with its weights, or a name of the model zoo
+    # any Detectron2 model: a yaml or LazyConfig file with its weights, or a name in the model zoo
     tools/prepare_proposals.py --dataset coco_2017_val --source detector --num-gpus 8 \\
         --config-file COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml --output coco_2017_val_frcnn.pkl
     # an existing proposal file: select some of its boxes, see their recall
@@ -123,7 +123,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if args.source == "detector":
         cfg = _detector_config(args)
     else:
-        # The proposal files that the config names may be the ones that are written here.
+        # testing=False: the proposal files that the config names may be the ones written here.
         cfg = load_config(args.config_file, args.opts, training=False, testing=False)
         cfg.defrost()
     check_datasets("--dataset", [args.dataset])
@@ -211,7 +211,7 @@ def run_model(
     Finished images are kept in ``folder`` until all are finished.
 
     Returns:
-        In the main process the regions of all images, in the others nothing.
+        The regions of all images in the main process, {} in the others.
     """
     config = Path(args.config_file).read_text() if _is_lazy(args.config_file) else cfg.dump()
     settings = {
@@ -222,7 +222,7 @@ def run_model(
         "opts": args.opts,
         **(_sam_settings(args) if args.source == "sam" else {}),
     }
-    # All processes divide the same list: the journal lets nobody write before all have read it.
+    # All processes divide the same list, since the journal lets none write before all have read.
     journal = Journal(Path(folder, "finished.jsonl"), settings, resume=True)
     todo = [record for record in records if str(record["image_id"]) not in journal.entries]
     logger.info(f"{len(journal.entries)} images are finished, {len(todo)} are left.")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draws results beside the ground truth, and plots where a model is right and where it is wrong.
+"""Draws results next to the ground truth, and plots where a model is right or wrong.
 
     tools/visualize_results.py --dataset coco_2017_val --output pictures \\
         --input output/inference/coco_2017_val/coco_instances_results.json
@@ -69,7 +69,7 @@ def to_instances(
     image_size: tuple[int, int],
     contiguous_ids: Mapping[int, int],
 ) -> Instances:
-    """Converts results in COCO format to what Detectron2 draws."""
+    """Converts results in COCO format to the Instances that Detectron2 draws."""
     found = Instances(image_size)
     boxes = np.array([result["bbox"] for result in results]).reshape(-1, 4)
     found.pred_boxes = Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS))
@@ -156,7 +156,7 @@ def evaluate(
 def confusions(
     annotations: hotcoco.COCO, results: Sequence[Mapping[str, Any]], task: str
 ) -> dict[str, Any]:
-    """Counts what each object was taken for, in hotcoco's format.
+    """Counts which names each object was given, in hotcoco's format.
 
     The background does not count: a second name of a region that was found is not a false positive.
     """
@@ -217,7 +217,7 @@ def plot_groups(runs: Mapping[str, hotcoco.COCOeval], is_lvis: bool, output: Pat
 
 
 def titles(paths: Sequence[str]) -> list[str]:
-    """The file names, or the names of the closest parent folders, that tell the paths apart."""
+    """The file names, or the names of the closest parent folders, that distinguish the paths."""
     parts = [Path(path).absolute().with_suffix("").parts[::-1] for path in paths]
     return next(
         (list(names) for names in zip(*parts) if len(set(names)) == len(paths)), list(paths)

@@ -89,7 +89,7 @@ def test_fit_goes_from_the_baseline_to_the_targets_and_is_exact():
     first = head.embed(data.baseline, data.descriptions)
     torch.testing.assert_close(first, data.baseline, atol=1e-5, rtol=0)
     linear = distance(fit(head, data, ridge=1e-6, radial_share=0.0), data)
-    # Sixty random targets are no linear function of twenty-two numbers, but they can be remembered.
+    # No linear function of 22 numbers gives 60 random targets, but they can be remembered.
     assert 1.0 < linear < 0.9 * far
     assert distance(fit(head, data, ridge=1e-6), data) < 0.05
     weights = [part.clone() for part in head.state_dict().values()]
@@ -97,7 +97,7 @@ def test_fit_goes_from_the_baseline_to_the_targets_and_is_exact():
     assert all(map(torch.equal, weights, head.state_dict().values()))
 
 
-def test_what_is_far_from_all_training_regions_gets_the_linear_part_alone():
+def test_what_is_far_from_all_training_regions_gets_only_the_linear_part():
     head = untrained()
     data = some_regions(head, 30)
     fit(head, data, width=50.0)
@@ -177,7 +177,7 @@ def test_another_number_of_centers_than_the_file_has_is_an_error(centers, messag
         RegionSpotCheckpointer(model).load(SHIPPED)
 
 
-def test_a_file_with_the_buffer_s_former_name_loads(tmp_path):
+def test_a_file_with_the_former_buffer_name_loads(tmp_path):
     head = load_file(PathManager.get_local_path(SHIPPED))
     count = len(head["centers"])
     former = {name.replace("centers", "centres"): part for name, part in head.items()}
@@ -199,7 +199,7 @@ def test_a_file_with_the_buffer_s_former_name_loads(tmp_path):
         assert all(torch.equal(found[name], part.float()) for name, part in head.items())
 
 
-def test_the_config_key_s_former_name_is_an_error_that_tells_the_new_one(tmp_path):
+def test_the_former_config_key_is_an_error_that_names_the_new_one(tmp_path):
     former = "MODEL.REGION_HEAD.NUM_CENTRES"
     message = f"Key {former} was renamed to MODEL.REGION_HEAD.NUM_CENTERS; please update"
     with pytest.raises(ConfigError, match=message) as error:

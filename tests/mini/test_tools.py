@@ -80,7 +80,7 @@ def jpeg(shade: int) -> bytes:
 
 @pytest.fixture
 def prepare(monkeypatch, tmp_path) -> ModuleType:
-    """The script on a package of npm and one of PyPI that lie on the disk."""
+    """Runs the script on an npm package and a PyPI package that are already on disk."""
     tool = load_tool("prepare_package_photos", monkeypatch)
     with tarfile.open(tmp_path / "theme-1.0.tgz", "w:gz") as archive:
         for name, shade in (("a.jpg", 10), ("b.jpg", 20)):
@@ -129,7 +129,7 @@ def test_another_photo_than_the_one_labeled_is_an_error(prepare, monkeypatch, tm
     packages[1]["photos"][0]["sha256"] = "0" * 64
     prepare.PHOTOS.write_text(json.dumps(packages))
     with pytest.raises(
-        SystemExit, match="data lacks data/c.jpg, or has another one than version 1.0"
+        SystemExit, match="data lacks data/c.jpg, or it is not the one of version 1.0"
     ):
         run(prepare, "--output", tmp_path / "out", monkeypatch=monkeypatch)
 

@@ -1,4 +1,4 @@
-"""The mini model's towers: their packages arrive undamaged, and a cat is a cat."""
+"""The mini model's towers: their packages are verified, and a cat is a cat."""
 
 from __future__ import annotations
 
@@ -354,7 +354,7 @@ def test_imagenet_classes_lie_at_their_names(mini):
     vectors = imagenet_vectors(mini.text_vectors)
     coco = known_vocabulary("coco")
     words = mini.encode_text(coco) - mini.text_vectors.mean
-    # Egyptian cat, zebra, banana, and a cliff, which no name stands for.
+    # Egyptian cat, zebra, banana, and a cliff, which matches no name.
     nearest = (vectors[[285, 340, 954]] @ words.T).argmax(1).tolist()
     assert [coco[index] for index in nearest] == ["cat", "zebra", "banana"]
     assert not vectors[972].any()
@@ -367,7 +367,7 @@ def test_dense_answers_average_to_the_package_s_own(small):
         features, logits = small.classifier(images)
         expected = stock_network(96)((images - 127) / 128)
     assert [part.shape for part in features] == [(2, 352, 6, 6), (2, 120, 6, 6), (2, 48, 6, 6)]
-    # A deep feature stands for four cells.
+    # A deep feature covers four cells.
     assert torch.equal(features[0][..., ::2, ::2], features[0][..., 1::2, 1::2])
     torch.testing.assert_close(logits.mean((2, 3)), expected, atol=1e-3, rtol=0)
 

@@ -6,8 +6,8 @@
 
 ``lvis`` runs our evaluator with hotcoco against Detectron2's with the package lvis. Both get the
 same synthetic results (by default 500 images, 1203 classes, 150,000 detections) and are timed from
-the annotation file to the metrics, results json included. On a busy machine processor time tells
-more than wall time. The exit status is 1 if a metric differs by more than 1e-6.
+the annotation file to the metrics, results json included. On a busy machine processor time is more
+reliable than wall time. The exit status is 1 if a metric differs by more than 1e-6.
 """
 
 from __future__ import annotations

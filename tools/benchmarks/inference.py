@@ -12,7 +12,7 @@
 
 ``image`` and ``mask-tokens`` build real architectures with random weights, on which speed does not
 depend. ``predictor`` runs the mini model, or with ``--random`` any architecture without weights.
-Contenders run in turns, and a ratio is the median of the ratios of neighboring runs, which other
+Both sides run in turns, and a ratio is the median of the ratios of neighboring runs, which other
 load on the machine disturbs least.
 """
 
@@ -29,7 +29,7 @@ import torch
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
-from measuring import Stopwatch, give_random_words, peak_bytes, reset_peak, seconds
+from measuring import Stopwatch, peak_bytes, reset_peak, seconds, use_random_text_embeddings
 from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
 from torch import Tensor
 
@@ -41,7 +41,7 @@ from regionspot_d2.modeling.mask_tokens import MaskTokenDecoder
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NUM_NAMES = 1203
-# Of the predictor: time against the bare modules, and difference of scores from single questions.
+# Of ``predictor``: time against the bare modules, and difference of scores from single questions.
 LIMIT, TOLERANCE = 1.05, 1e-5
 # Prompts that serve to find the fastest chunk size.
 NUM_TRIED = 24
@@ -80,7 +80,7 @@ def measure_image(args: argparse.Namespace, boxes: int, results: Any) -> None:
     opts = ["MODEL.LOCALIZER.WEIGHTS", "", "MODEL.VISION_LANGUAGE.WEIGHTS", ""]
     opts += ["MODEL.DEVICE", DEVICE, "MODEL.MASK_ON", str(not args.no_masks)]
     model = build_model(load_config(args.config_file, opts, training=False)).eval()
-    give_random_words(model)
+    use_random_text_embeddings(model)
     MetadataCatalog.get("benchmark").thing_classes = [f"name {i}" for i in range(NUM_NAMES)]
     model([random_input(1)])  # warm up
     reset_peak()
@@ -200,7 +200,7 @@ def run_predictor(args: argparse.Namespace) -> None:
     except (ConfigError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
     if args.random:
-        give_random_words(predictor.model)
+        use_random_text_embeddings(predictor.model)
     generator = torch.Generator().manual_seed(0)
     size = (args.size[0], args.size[1])
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
@@ -209,7 +209,7 @@ def run_predictor(args: argparse.Namespace) -> None:
     for _ in range(args.calls):
         order = torch.randperm(len(known), generator=generator)[: args.names]
         asked.append((random_boxes(args.boxes, size, generator), [known[i] for i in order]))
-        predictor.set_vocabulary(asked[-1][1])  # embedded once, which is not what is measured
+        predictor.set_vocabulary(asked[-1][1])  # embedded here, because it is not measured
     bare_modules(predictor.model, image, asked[:1])  # warm up
     pairs = [
         (
@@ -252,8 +252,8 @@ def bare_modules(model: RegionSpot, image: Tensor, asked: Sequence[Question]) ->
             model.localizer.full_size_masks(masks, size)
         relative = boxes.tensor / boxes.tensor.new_tensor([size[1], size[0]] * 2)
         [embeddings] = model.region_head([tokens], encoded.image_tokens, [relative])
-        words = model.text_embedder(names, model.device)
-        logits = embeddings @ words.T * model.vision_language.logit_scale.exp()
+        text = model.text_embedder(names, model.device)
+        logits = embeddings @ text.T * model.vision_language.logit_scale.exp()
         answers.append(logits.softmax(1).max(1))
     return answers
 

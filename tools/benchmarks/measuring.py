@@ -17,7 +17,7 @@ from regionspot_d2.modeling import RegionSpot
 
 
 def now() -> float:
-    """Seconds, once the GPU has done its work."""
+    """The time in seconds, after the GPU has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -54,7 +54,7 @@ class Stopwatch:
 
 
 def reset_peak() -> int:
-    """Forgets the peak of the memory so far, and returns the bytes in use."""
+    """Resets the peak memory, and returns the bytes in use."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
@@ -70,12 +70,12 @@ def peak_bytes() -> int:
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
-def give_random_words(model: RegionSpot) -> None:
-    """Spares the text encoder, which runs only once for each vocabulary."""
+def use_random_text_embeddings(model: RegionSpot) -> None:
+    """Makes random text embeddings, since the text encoder runs only once per vocabulary."""
 
     @functools.cache
-    def words(count: int) -> Tensor:
+    def random_text(count: int) -> Tensor:
         vectors = torch.randn(count, model.vision_language.text_dim)
         return normalize(vectors, dim=1).to(model.device)
 
-    model.text_embedder = lambda names, device: words(len(names))
+    model.text_embedder = lambda names, device: random_text(len(names))

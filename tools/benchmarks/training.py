@@ -23,7 +23,6 @@ import json
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase, launch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
-from measuring import Stopwatch, give_random_words, now, peak_bytes, reset_peak
+from measuring import Stopwatch, now, peak_bytes, reset_peak, use_random_text_embeddings
 from PIL import Image
 
 from regionspot_d2.data.build import cache_manifest
@@ -104,7 +103,7 @@ def write_data(args: argparse.Namespace, folder: Path) -> None:
     (folder / "instances.json").write_text(json.dumps(content))
 
     cfg = benchmark_config(args, folder)
-    torch.manual_seed(cfg.SEED)  # random weights are those the trainer will make
+    torch.manual_seed(cfg.SEED)  # the same random weights as the trainer's
     localizer = LOCALIZER_REGISTRY.get(cfg.MODEL.LOCALIZER.NAME)(cfg)
     manifest = cache_manifest(cfg, "synthetic", module_fingerprint(localizer))
     writer = TokenCacheWriter(
@@ -145,7 +144,7 @@ def train(args: argparse.Namespace, folder: Path, processes: int) -> None:
     trainer = RegionSpotTrainer(cfg)
     trainer.resume_or_load(resume=False)
     model = trainer.checkpointer.model  # without the wrapper of several processes
-    give_random_words(model)
+    use_random_text_embeddings(model)
     watch = Stopwatch()
     timer = StepTimer(watch)
     watch.time(model.vision_language, "forward", "vision-language encoder")
@@ -190,7 +189,7 @@ def print_processes(args: argparse.Namespace, folder: Path) -> None:
 def print_vocabulary(args: argparse.Namespace, folder: Path) -> None:
     """Prints the memory of head and loss over a vocabulary of 13,204 names."""
     model = build_model(benchmark_config(args, folder)).train()
-    give_random_words(model)
+    use_random_text_embeddings(model)
     device, vision_language = model.device, model.vision_language
     tokens = [torch.randn(_REGIONS, model.localizer.token_dim, device=device)]
     length = vision_language.num_prefix_tokens + int(np.prod(vision_language.grid_size))
@@ -206,17 +205,13 @@ def print_vocabulary(args: argparse.Namespace, folder: Path) -> None:
     )
 
 
-def run_training(print_results: Callable[[argparse.Namespace, Path], None]) -> Any:
-    """What a command does: synthetic data in a temporary folder, then its measurement."""
-
-    def run(args: argparse.Namespace) -> None:
-        logging.disable(logging.INFO)
-        torch.set_num_threads(args.threads)
-        with tempfile.TemporaryDirectory() as folder:
-            write_data(args, Path(folder))
-            print_results(args, Path(folder))
-
-    return run
+def run_training(args: argparse.Namespace) -> None:
+    """Writes synthetic data to a temporary folder and runs the measurement of the command."""
+    logging.disable(logging.INFO)
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        write_data(args, Path(folder))
+        args.print_results(args, Path(folder))
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -230,7 +225,8 @@ def argument_parser() -> argparse.ArgumentParser:
         ("vocabulary", print_vocabulary),
     ]:
         one = commands.add_parser(name, help=print_results.__doc__)
-        one.set_defaults(run=run_training(print_results))
+        # Functions of this module, since the processes of a training are sent the arguments.
+        one.set_defaults(run=run_training, print_results=print_results)
         one.add_argument("--config-file", required=True)
         one.add_argument("--random-weights", action="store_true", help="download nothing")
         one.add_argument("--steps", type=int, default=10)

@@ -100,9 +100,9 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def hits(regions: Tensor, words: Tensor, labels: Tensor) -> Tensor:
+def hits(regions: Tensor, text: Tensor, labels: Tensor) -> Tensor:
     """Whether the label ranks first, and among the first five: (R, 2)."""
-    right = (regions @ words.T).topk(min(5, len(words))).indices == labels[:, None]
+    right = (regions @ text.T).topk(min(5, len(text))).indices == labels[:, None]
     return torch.stack([right[:, 0], right.any(1)], dim=1).float()
 
 
@@ -110,7 +110,7 @@ def cross_validate(
     model: RegionSpot,
     measured: list[Measured],
     extra: tuple[list[Photo], list[Prepared]],
-    words: list[Tensor],
+    text: list[Tensor],
     settings: Settings,
     folds: int,
     split: int,
@@ -134,7 +134,7 @@ def cross_validate(
             m = measured[i]
             with torch.no_grad():
                 regions = model.region_head.embed(m.prepared.baseline, m.prepared.descriptions)
-            right[i] = hits(regions, words[m.dataset], m.labels)
+            right[i] = hits(regions, text[m.dataset], m.labels)
             unseen[i] = torch.tensor([clean_name(name) not in seen for name in m.photo.names])
     return right, unseen
 
@@ -158,20 +158,20 @@ def timings(
     boxes = random_boxes(count, "timing")
     pixels = boxes * torch.tensor([image.shape[2], image.shape[1]] * 2)
     predictor = RegionSpotPredictor(model, vocabulary=names)
-    words = model.text_embedder(names, model.device)
+    text = model.text_embedder(names, model.device)
 
     def with_head() -> None:
         predictor.set_image(image)
         predictor.predict(boxes=pixels)
 
     def with_crops() -> None:
-        (crop_classifier(image, boxes) @ words.T).argmax(1)
+        (crop_classifier(image, boxes) @ text.T).argmax(1)
 
     return seconds(with_head), seconds(with_crops)
 
 
 def cell(values: list[float]) -> str:
-    """Mean and standard deviation in percent; NaN stands for a split without such boxes."""
+    """Mean and standard deviation in percent; NaN means a split without such boxes."""
     values = [value for value in values if not math.isnan(value)]
     if not values:
         return "–"
@@ -269,7 +269,7 @@ def main() -> None:
     crop_classifier = CropClassifier(model)
     datasets = load_datasets(args)
     check_names(model, [photo for dataset in datasets for photo in dataset.photos])
-    words = [model.text_embedder(dataset.names, model.device) for dataset in datasets]
+    text = [model.text_embedder(dataset.names, model.device) for dataset in datasets]
     measured = measure(model, crop_classifier, datasets, settings)
     more = unlabeled_photos(args.photos)
     extra = (more, [prepare(model, photo, crop_classifier, settings) for photo in more])
@@ -277,11 +277,11 @@ def main() -> None:
     by_method: dict[str, list[Tensor]] = {"PooledRegionHead": [], "crop and classify": []}
     for m in measured:
         crops = crop_classifier(read(m.photo), m.photo.boxes)
-        by_method["crop and classify"].append(hits(crops, words[m.dataset], m.labels))
-        by_method["PooledRegionHead"].append(hits(m.prepared.baseline, words[m.dataset], m.labels))
+        by_method["crop and classify"].append(hits(crops, text[m.dataset], m.labels))
+        by_method["PooledRegionHead"].append(hits(m.prepared.baseline, text[m.dataset], m.labels))
     splits: list[list[dict[str, list[float]]]] = [[] for _ in datasets]
     for split in range(args.splits):
-        trained, unseen = cross_validate(model, measured, extra, words, settings, args.folds, split)
+        trained, unseen = cross_validate(model, measured, extra, text, settings, args.folds, split)
         by_method["trained head"] = trained
         for number, rows in enumerate(splits):
             rows.append(accuracies(measured, number, by_method, unseen))

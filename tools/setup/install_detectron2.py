@@ -8,7 +8,7 @@ CUDA toolkit are needed). Without one, or if that build fails, a pure-Python Det
 installed: the official code of April 2024 without its compiled operators, that is without rotated
 boxes, deformable convolution and the fast COCO evaluation. RegionSpot uses none of these.
 
-torch, torchvision and OpenCV have to be there before. Only the standard library is imported here.
+torch, torchvision and OpenCV must be installed first. Only the standard library is imported here.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ PURE_PYTHON = "sal-detectron2==0.7.2"
 PURE_PYTHON_SHA256 = "491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561"
 REQUIREMENTS = Path(__file__).with_name("detectron2-requirements.txt")
 
-# An interrupted copy may well import as `detectron2`, so ask for the parts that we use.
+# An incomplete copy may still import as `detectron2`, so try the parts that we use.
 PARTS = ["model_zoo", "data", "engine", "evaluation", "modeling", "utils.visualizer"]
 
 
 class SetupError(Exception):
-    """The set-up cannot go on; the message says what to do."""
+    """The set-up cannot continue; the message says what to do."""
 
 
 def import_error(*modules: str) -> str | None:
-    """Tries imports in a Python of their own, which sees what was installed a moment ago.
+    """Tries imports in a new Python process, which sees what has just been installed.
 
     Returns:
         None if all import, otherwise the last line of the error.
@@ -49,7 +49,7 @@ def import_error(*modules: str) -> str | None:
 
 
 def detectron2_error() -> str | None:
-    """None if Detectron2 works, otherwise the error that its import ends in."""
+    """None if Detectron2 works, otherwise the error of its import."""
     return import_error(*(f"detectron2.{part}" for part in PARTS))
 
 
@@ -104,10 +104,10 @@ def trim_wheel(wheel: Path, folder: Path) -> Path:
 
 
 def check_sha256(file: Path, expected: str) -> None:
-    """Makes sure that a download is the file that was proven.
+    """Makes sure that a download is the file that was tested.
 
     Raises:
-        SetupError: it is another.
+        SetupError: it is not.
     """
     found = hashlib.sha256(file.read_bytes()).hexdigest()
     if found != expected:
@@ -145,7 +145,7 @@ def install_pure_python(constraints: list[str]) -> None:
         constraints: pip's constraint files for what Detectron2 needs.
 
     Raises:
-        SetupError: the download is not the file that was proven.
+        SetupError: the download is not the file that was tested.
         subprocess.CalledProcessError: pip failed.
     """
     print(f"Detectron2: installing the pure-Python {PURE_PYTHON}", flush=True)
@@ -154,7 +154,7 @@ def install_pure_python(constraints: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         download, trimmed = Path(folder, "download"), Path(folder, "trimmed")
         trimmed.mkdir()
-        # The wheel is tagged for Python 3.10 alone, so ask in the name of that Python.
+        # The wheel is tagged for Python 3.10 only, so ask for that version.
         only = ["--no-deps", "--only-binary", ":all:", "--python-version", "3.10"]
         pip("download", *only, "--dest", str(download), PURE_PYTHON)
         (wheel,) = download.iterdir()
@@ -169,7 +169,7 @@ def install(constraints: list[str]) -> None:
         constraints: pip's constraint files for what Detectron2 needs.
 
     Raises:
-        SetupError: something has to be repaired by hand.
+        SetupError: the user has to repair something.
         subprocess.CalledProcessError: pip failed.
     """
     if error := import_error("torch", "torchvision", "cv2"):
@@ -177,7 +177,7 @@ def install(constraints: list[str]) -> None:
 
     error = detectron2_error()
     if error is None:
-        print("Detectron2: keeping the one that is installed")
+        print("Detectron2: keeping the installed one")
         return
 
     try:
