@@ -9,7 +9,6 @@ import zlib
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 # More scans than any encoder writes keep a decoder busy for minutes.
@@ -126,7 +125,7 @@ def _check_end(content: bytes, scan: _Scan) -> None:
     # libjpeg looks 8 bytes ahead. An empty piece ends the file.
     pieces = [content[:cut], content[cut : scan.end] + _FILLER[:8], b""]
     asked = iter(pieces)
-    image.load_read = lambda size: next(asked)
+    image.load_read = lambda read_bytes: next(asked)  # type: ignore[method-assign]
     late = False
     try:
         image.load()

@@ -22,8 +22,9 @@ from .image_files import check_jpeg, check_png
 ImageLike: TypeAlias = str | os.PathLike[str] | np.ndarray | Image.Image | Tensor
 
 # What is read: formats that PIL decodes itself. EPS and the like, it hands to other programs.
-FORMATS = ("JPEG", "MPO", "PNG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM")
-FORMATS += ("HEIF", "ICO", "PCX", "QOI", "SGI", "TGA")
+FORMATS = tuple(
+    "JPEG MPO PNG BMP DIB GIF TIFF WEBP AVIF JPEG2000 PPM HEIF ICO PCX QOI SGI TGA".split()
+)
 # INPUT.MAX_PIXELS by default: the photos of 108-megapixel cameras are read.
 MAX_PIXELS = 120_000_000
 
