@@ -158,7 +158,7 @@ def _warn_of_unusable_boxes(dataset: str, records: Sequence[Record]) -> None:
 
 
 def _corners(dataset: str, record: Record, annotation: Record) -> tuple[float, ...]:
-    box = annotation.get("bbox")
+    box: Any = annotation.get("bbox")
     try:
         x0, y0, x1, y1 = map(float, box)
         mode = BoxMode(annotation["bbox_mode"])

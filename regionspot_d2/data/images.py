@@ -166,7 +166,8 @@ def to_rgb_array(image: Image.Image) -> np.ndarray:
     image = _apply_exif_orientation(image)
     if image.mode == "F":
         raise ValueError("its pixels are floats of unknown range; save it with 8 or 16 bits")
-    low, high = image.getextrema() if image.mode in _DEEP_GRAY else (0, 0)
+    extremes: Any = image.getextrema() if image.mode in _DEEP_GRAY else (0, 0)
+    low, high = extremes
     if low < 0 or high > 65535:
         raise ValueError("its pixels are integers of unknown range; save it with 8 or 16 bits")
     width, height = image.size

@@ -43,8 +43,9 @@ _WITHOUT_HEADER_SHA256 = 2  # the format of caches that exist, and are read and 
 _MAX_SHARDS = 1_000_000
 _REMEDY = "Delete this file and run tools/extract_tokens.py again; it writes only what is missing."
 # What a header of any content raises.
-_NO_SHARD = (SafetensorError, LookupError, AttributeError, TypeError, ValueError, OSError)
-_NO_SHARD += (RecursionError,)
+_NO_SHARD = (
+    *(SafetensorError, LookupError, AttributeError, TypeError, ValueError, OSError, RecursionError),
+)
 _LABELS = {
     "localizer": "MODEL.LOCALIZER.NAME",
     "arch": "MODEL.LOCALIZER.ARCH",

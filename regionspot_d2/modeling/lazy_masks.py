@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -62,7 +62,7 @@ class LazyMasks(Tensor):
         cls: type[LazyMasks],
         read: Callable[[Tensor], Tensor],
         places: Tensor,
-        size: tuple[int, int],
+        size: Sequence[int],
         device: torch.device,
     ) -> LazyMasks:
         """
@@ -79,7 +79,9 @@ class LazyMasks(Tensor):
         return self
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if func._schema.is_mutable:
             raise TypeError("These masks are made when they are read; change a clone() of them.")
         return func(*tree_map(_whole, args), **tree_map(_whole, kwargs or {}))
@@ -121,7 +123,7 @@ class LazyMasks(Tensor):
     def tolist(self) -> Any:
         return _whole(self).tolist()
 
-    def __repr__(self, **kwargs: Any) -> str:
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return f"LazyMasks(shape={tuple(self.shape)}, device={self.device})"
 
     def __deepcopy__(self, memo: Any) -> Tensor:
