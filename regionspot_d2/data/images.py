@@ -7,7 +7,7 @@ import stat
 import struct
 import textwrap
 import warnings
-from typing import BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import torch
