@@ -64,7 +64,8 @@ def load_pickle(path: str | os.PathLike[str]) -> Any:
     except UnsafePickleError as error:
         raise UnsafePickleError(f"'{os.fspath(path)}' is not safe to open: {error}.") from None
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise ValueError(f"'{os.fspath(path)}' is not a pickle, or damaged: {error}") from error
+        reason = " ".join(repr(error).split())
+        raise ValueError(f"'{os.fspath(path)}' is not a pickle, or damaged: {reason}") from error
 
 
 class _Loader(yaml.SafeLoader):

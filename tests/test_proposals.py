@@ -385,6 +385,7 @@ def test_two_processes_share_the_images(
     monkeypatch.setattr(tool.comm, "is_main_process", lambda: process.rank == 0)
     monkeypatch.setattr(tool.comm, "get_world_size", lambda: 2)
     monkeypatch.setattr(tool.comm, "synchronize", barrier.wait)
+    monkeypatch.setattr(tool.comm, "all_gather", lambda own: [own])
 
     def work(rank: int) -> dict[str, Proposals]:
         process.rank = rank

@@ -18,8 +18,10 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import Instances
 
+from ..checkpoint import RegionSpotCheckpointer
+from ..data.logits import LOGITS, look_like_logits, sigmoid
 from ..data.proposal_sources import from_instances, read_json
-from ..data.proposals import LOGITS, look_like_logits, sigmoid
+from ..engine.config import merge_config_file
 from ..files import WeightsNotFoundError, local_weights
 from ..modeling import Localizer, RegionSpot, SamLocalizer
 from ..modeling.automatic_masks import automatic_boxes
@@ -187,17 +189,18 @@ def from_detector(config: str, weights: str | None, device: str) -> RegionSource
         device: where it runs.
     """
     cfg = _detector_config(config, weights)
-    cfg.MODEL.DEVICE = device
+    cfg.MODEL.DEVICE, source, cfg.MODEL.WEIGHTS = device, cfg.MODEL.WEIGHTS, ""
     try:
-        cfg.MODEL.WEIGHTS = str(local_weights(cfg.MODEL.WEIGHTS, "--detector-weights"))
+        path = str(local_weights(source, "--detector-weights"))
         detector = DefaultPredictor(cfg)
+        # Not by DefaultPredictor, which runs what a pickle asks for.
+        RegionSpotCheckpointer(detector.model).load(path)
     except WeightsNotFoundError as error:
         raise SystemExit(f"error: {error}") from error
-    # Detectron2 raises anything, from AssertionError to UnpicklingError.
+    # Detectron2 raises anything, from AssertionError to KeyError.
     except Exception as error:
         raise SystemExit(
-            f"error: --detector-config {config} with --detector-weights {cfg.MODEL.WEIGHTS}: "
-            f"{error}"
+            f"error: --detector-config {config} with --detector-weights {source}: {error}"
         ) from error
 
     def regions_of(name: str, image: np.ndarray) -> Regions:
@@ -221,9 +224,8 @@ def _detector_config(config: str, weights: str | None) -> CfgNode:
         )
     cfg = get_cfg()
     try:
-        cfg.merge_from_file(
-            os.path.expanduser(config) if is_file else model_zoo.get_config_file(config)
-        )
+        file = os.path.expanduser(config) if is_file else model_zoo.get_config_file(config)
+        merge_config_file(cfg, file)
         cfg.MODEL.WEIGHTS = weights or model_zoo.get_checkpoint_url(config)
     except Exception as error:
         reason = str(error) if is_file else "neither a file nor a name in Detectron2's zoo"

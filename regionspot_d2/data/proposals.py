@@ -22,6 +22,7 @@ from torchvision.ops import nms
 
 from ..files import write_atomically
 from ..safe_loading import load_pickle
+from .logits import LOGITS, look_like_logits, sigmoid
 
 logger = logging.getLogger(__name__)
 
@@ -41,22 +42,6 @@ class Proposals(NamedTuple):
         """Accepts any array-like; without boxes, their shape becomes (0, 4)."""
         rows = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
         return cls(rows, np.asarray(scores, dtype=np.float32).reshape(-1))
-
-
-# Scores that are probabilities in all but rounding.
-_ROUNDING = 1e-3
-LOGITS = "some scores are below 0 or above 1, so all are taken for logits (sigmoid)."
-
-
-def look_like_logits(scores: Any) -> bool:
-    """Whether finite scores (N,) of a file cannot all be probabilities."""
-    values = np.asarray(scores, dtype=np.float64)
-    return bool(values.size and (values.min() < -_ROUNDING or values.max() > 1 + _ROUNDING))
-
-
-def sigmoid(logits: np.ndarray) -> np.ndarray:
-    """Probabilities of logits of any size, in their dtype."""
-    return torch.from_numpy(np.asarray(logits, np.float64)).sigmoid().numpy().astype(logits.dtype)
 
 
 def as_probabilities(found: ProposalsByImage, source: str) -> ProposalsByImage:

@@ -7,12 +7,10 @@ A cache is a folder with a safetensors file for each shard, a fixed range of the
     tokens  (regions of the shard, token_dim), float16
     counts  (images,), int32: regions of each image; -1 if the image could not be read
 
-A shard appears only when complete, with the same bytes whichever process writes it. So a killed
-extraction can be continued with any number of processes, and loses only the shards it had open.
-
-A header is checked when the cache is opened, the arrays at the first use by each process. Files are
-mapped: one that is replaced under its name stays as it was, and one that is written over is checked
-again. Only a file that shrinks within the microseconds of a read still ends the process.
+A shard appears only when complete, with the same bytes whichever process writes it, so a killed
+extraction can be continued with any number of processes. Headers are checked when the cache is
+opened, arrays at the first use by each process. A file that is replaced under its name stays as it
+was mapped, one that is written over is checked again.
 """
 
 from __future__ import annotations
@@ -43,9 +41,7 @@ _WITHOUT_HEADER_SHA256 = 2  # the format of caches that exist, and are read and 
 _MAX_SHARDS = 1_000_000
 _REMEDY = "Delete this file and run tools/extract_tokens.py again; it writes only what is missing."
 # What a header of any content raises.
-_NO_SHARD = (
-    *(SafetensorError, LookupError, AttributeError, TypeError, ValueError, OSError, RecursionError),
-)
+_NO_SHARD = SafetensorError, LookupError, AttributeError, TypeError, ValueError, OSError
 _LABELS = {
     "localizer": "MODEL.LOCALIZER.NAME",
     "arch": "MODEL.LOCALIZER.ARCH",

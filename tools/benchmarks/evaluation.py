@@ -51,6 +51,7 @@ def make_annotations(num_images: int, rng: np.random.Generator) -> dict[str, Any
         images.append(
             {
                 "id": image_id,
+                "file_name": f"{image_id}.jpg",
                 "width": _WIDTH,
                 "height": _HEIGHT,
                 "neg_category_ids": sorted(set(absent.tolist()) - set(present.tolist())),

@@ -213,16 +213,16 @@ def _mask_problem(mask: Any, height: int, width: int) -> str:
     if not isinstance(mask, list) or not all(isinstance(polygon, list) for polygon in mask):
         return f"is {_shown(mask)}; it must be a list of polygons, each [x, y, x, y, ...], or RLE"
     # pycocotools takes memory for each pixel along an outline, however far outside it is.
-    side = max(height, width)
+    far = 20 * max(height, width)
     for polygon in mask:
         if len(polygon) % 2:
             return f"has a polygon of {len(polygon)} numbers; it must be pairs of x and y"
         # min and max may pass over a NaN, a sum does not.
         if not set(map(type, polygon)) <= {int, float} or (
             polygon
-            and not (-side <= min(polygon) and max(polygon) <= 2 * side and isfinite(sum(polygon)))
+            and not (-far <= min(polygon) and max(polygon) <= far and isfinite(sum(polygon)))
         ):
-            wrong = next(v for v in polygon if not (_is_number(v) and -side <= v <= 2 * side))
+            wrong = next(v for v in polygon if not (_is_number(v) and -far <= v <= far))
             return f"has {_shown(wrong)} in a polygon; the image is {width} x {height}"
     return ""
 
