@@ -417,6 +417,18 @@ def test_lvis_files_of_other_tools_give_the_same_numbers(
     assert found[0] == pytest.approx(found[1], nan_ok=True)
 
 
+def test_categories_of_one_name_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    register(tmp_path, first("categories", name="dog"))
+    assert scores(NAME)["bbox"] == pytest.approx(100)
+    assert "several categories are named 'dog'" in caplog.text
+
+
+def test_numbers_with_a_point_are_integers_in_the_records(tmp_path: Path) -> None:
+    register(tmp_path, each("images", lambda x: x.update(id=float(x["id"]), width=64.0)))
+    assert str(DatasetCatalog.get(NAME)[0]["image_id"]) == "1"
+    assert isinstance(DatasetCatalog.get(NAME)[0]["width"], int)
+
+
 # Masks
 
 

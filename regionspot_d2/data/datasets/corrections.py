@@ -34,11 +34,17 @@ def repair_annotations(content: dict[str, Any], *, lvis: bool = False) -> bool:
     with annotation 0 counts as a false positive (cocoapi issue 507). Polygons of less than three
     points go, which libraries read as something else. LVIS has no ``iscrowd``.
     """
+    changed = False
+    for entry in (*content["images"], *content["categories"]):
+        for key in ("id", "width", "height"):
+            if isinstance(entry.get(key), float):
+                entry[key], changed = int(entry[key]), True
     annotations = content.setdefault("annotations", [])
     numbers = [annotation.get("id", 0) for annotation in annotations]
     changed = renumber = not all(
         type(number) is int and 0 < number < 1 << 53 for number in numbers
     ) or len(set(numbers)) < len(numbers)
+    changed |= renumber
     for number, annotation in enumerate(annotations, start=1):
         if renumber:
             annotation["id"] = number

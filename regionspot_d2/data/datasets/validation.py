@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from itertools import islice
 from math import isfinite
@@ -72,6 +73,12 @@ def check_annotations(content: Any, where: str, *, lvis: bool = False) -> None:
         for index, entry in enumerate(categories):
             _text(_dict(entry), "name")
         category_ids = _ids(categories)
+        names = Counter(category["name"] for category in categories)
+        if twice := [name for name, count in names.items() if count > 1]:
+            logger.warning(
+                f"{where}: several categories are named {_shown(twice[0])}; a model gives them the "
+                "same scores."
+            )
         part, images = "images", content["images"]
         for index, entry in enumerate(images):
             _check_image(_dict(entry), lvis)
