@@ -10,9 +10,9 @@ import json
 import shutil
 from pathlib import Path
 
+from photos import photo_paths
 from PIL import Image
 
-from photos import photo_paths
 from regionspot_d2.data.datasets import coco_dataset
 
 BOXES = Path(__file__).with_name("boxes.json")

@@ -1,4 +1,4 @@
-"""Annotation files of other tools, and broken ones: the right numbers, or one line that names it."""
+"""Annotation files of other tools, and broken ones: the right numbers, or one line."""
 
 from __future__ import annotations
 

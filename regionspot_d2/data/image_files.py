@@ -77,7 +77,7 @@ def check_jpeg(content: bytes) -> None:
             raise ValueError("its codes end before its pixels do")
 
 
-def _parse(content: bytes) -> tuple[int, int, list[_Scan]]:
+def _parse(content: bytes) -> tuple[int, int, list[_Scan]]:  # noqa: C901 (a marker after the other)
     """The kind of frame, the number of components, and the scans up to the end mark."""
     values = np.frombuffer(content, np.uint8)
     at = np.flatnonzero(values[:-1] == 0xFF)

@@ -41,7 +41,7 @@ _WITHOUT_HEADER_SHA256 = 2  # the format of caches that exist, and are read and 
 _MAX_SHARDS = 1_000_000
 _REMEDY = "Delete this file and run tools/extract_tokens.py again; it writes only what is missing."
 # What a header of any content raises.
-_NO_SHARD = SafetensorError, LookupError, AttributeError, TypeError, ValueError, OSError
+_BAD = SafetensorError, LookupError, AttributeError, TypeError, ValueError, OSError, RecursionError
 _LABELS = {
     "localizer": "MODEL.LOCALIZER.NAME",
     "arch": "MODEL.LOCALIZER.ARCH",
@@ -124,7 +124,7 @@ class _Shard:
             self.image_ids = np.array(header["image_ids"])
             self._counts = self._file.get_tensor("counts")
             self._check_layout()
-        except _NO_SHARD as error:
+        except _BAD as error:
             reason = textwrap.shorten(str(error), 200)
             raise TokenCacheError(
                 f"'{path}' is not a shard of a token cache, or is damaged ({reason}). {_REMEDY}"

@@ -103,8 +103,8 @@ def _url(image: Mapping[str, Any], json_file: str) -> str:
 def _check_polygons(annotation: Mapping[str, Any], json_file: str) -> None:
     if "segmentation" not in annotation:
         raise ValueError(
-            f"{json_file}: annotation {annotation.get('id')} has no 'segmentation'. If this is MDETR's "
-            "minival, make one from lvis_v1_val.json with tools/prepare_lvis_minival.py instead."
+            f"{json_file}: annotation {annotation.get('id')} has no 'segmentation'. If this is "
+            "MDETR's minival, make one from lvis_v1_val.json with tools/prepare_lvis_minival.py instead."
         )
     polygons = annotation["segmentation"]
     if not polygons or any(len(xy) % 2 or len(xy) < 6 for xy in polygons):
