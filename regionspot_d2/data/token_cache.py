@@ -1,16 +1,13 @@
-"""Mask tokens on disk: the localizer is frozen, so its tokens are extracted once and then read.
+"""Mask tokens on disk: a frozen localizer's tokens are extracted once and then read.
 
 A cache is a folder with a safetensors file for each shard, a fixed range of the dataset's images::
 
-    header  JSON: the :class:`CacheManifest`, the shard's number and image ids, the sha256 of the
-            arrays, and the sha256 of the header before that
+    header  JSON: the :class:`CacheManifest`, the shard's number, image ids, sha256 of all that
     tokens  (regions of the shard, token_dim), float16
     counts  (images,), int32: regions of each image; -1 if the image could not be read
 
-A shard appears only when complete, with the same bytes whichever process writes it, so a killed
-extraction can be continued with any number of processes. Headers are checked when the cache is
-opened, arrays at the first use by each process. A file that is replaced under its name stays as it
-was mapped, one that is written over is checked again.
+A shard appears only when complete, with the same bytes whichever process writes it. Headers are
+checked when the cache is opened, arrays at the first use by each process, or when written over.
 """
 
 from __future__ import annotations

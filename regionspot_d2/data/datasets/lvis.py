@@ -104,7 +104,7 @@ def _check_polygons(annotation: Mapping[str, Any], json_file: str) -> None:
     if "segmentation" not in annotation:
         raise ValueError(
             f"{json_file}: annotation {annotation.get('id')} has no 'segmentation'. If this is "
-            "MDETR's minival, make one from lvis_v1_val.json with tools/prepare_lvis_minival.py instead."
+            "MDETR's minival, make one with tools/prepare_lvis_minival.py from lvis_v1_val.json."
         )
     polygons = annotation["segmentation"]
     if not polygons or any(len(xy) % 2 or len(xy) < 6 for xy in polygons):
