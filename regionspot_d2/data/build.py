@@ -142,9 +142,9 @@ def _warn_of_unusable_boxes(dataset: str, records: Sequence[Record]) -> None:
         unusable = 0
         for annotation in record["annotations"]:
             x0, y0, x1, y1 = _corners(dataset, record, annotation)
-            # Also False if a number is NaN.
-            usable = min(x1, width) > max(x0, 0) and min(y1, height) > max(y0, 0)
-            unusable += not (usable and x0 <= x1 and y0 <= y1)
+            # The loaders put corners in order. All is False if a number is NaN.
+            (x0, x1), (y0, y1) = sorted((x0, x1)), sorted((y0, y1))
+            unusable += not (min(x1, width) > max(x0, 0) and min(y1, height) > max(y0, 0))
         total += len(record["annotations"])
         if unusable and first is None:
             first = record

@@ -41,7 +41,7 @@ def repair_annotations(content: dict[str, Any], *, lvis: bool = False) -> bool:
                 entry[key], changed = int(entry[key]), True
     annotations = content.setdefault("annotations", [])
     numbers = [annotation.get("id", 0) for annotation in annotations]
-    changed = renumber = not all(
+    renumber = not all(
         type(number) is int and 0 < number < 1 << 53 for number in numbers
     ) or len(set(numbers)) < len(numbers)
     changed |= renumber

@@ -221,7 +221,7 @@ def _mask_problem(mask: Any, height: int, width: int) -> str:
     if not isinstance(mask, list) or not all(isinstance(polygon, list) for polygon in mask):
         return f"is {_shown(mask)}; it must be a list of polygons, each [x, y, x, y, ...], or RLE"
     # pycocotools takes memory for each pixel along an outline, however far outside it is.
-    far = 20 * max(height, width)
+    far = max(20 * max(height, width), 100_000)
     for polygon in mask:
         if len(polygon) % 2:
             return f"has a polygon of {len(polygon)} numbers; it must be pairs of x and y"
