@@ -41,9 +41,9 @@ def repair_annotations(content: dict[str, Any], *, lvis: bool = False) -> bool:
                 entry[key], changed = int(entry[key]), True
     annotations = content.setdefault("annotations", [])
     numbers = [annotation.get("id", 0) for annotation in annotations]
-    renumber = not all(
-        type(number) is int and 0 < number < 1 << 53 for number in numbers
-    ) or len(set(numbers)) < len(numbers)
+    renumber = not all(type(number) is int and 0 < number < 1 << 53 for number in numbers) or len(
+        set(numbers)
+    ) < len(numbers)
     changed |= renumber
     for number, annotation in enumerate(annotations, start=1):
         if renumber:
