@@ -16,7 +16,7 @@ from detectron2.structures import Instances
 from torch import Tensor
 
 from .checkpoint import RegionSpotCheckpointer
-from .data.images import ImageLike, as_image_tensor
+from .data.images import MAX_PIXELS, ImageLike, as_image_tensor
 from .modeling.interfaces import image_size_of
 from .modeling.naming import EncodedImages
 from .modeling.prompts import BoxPrompts
@@ -46,7 +46,10 @@ class RegionSpotPredictor:
             model: a model; or a config, from which it is built and its weights are loaded.
             vocabulary: class names for questions that bring none.
         """
+        # Of image files; see INPUT.MAX_PIXELS.
+        self.max_pixels: int = MAX_PIXELS
         if isinstance(model, CfgNode):
+            self.max_pixels = model.INPUT.MAX_PIXELS
             weights = model.MODEL.WEIGHTS
             model = build_model(model)
             RegionSpotCheckpointer(model).load(weights)
@@ -70,7 +73,7 @@ class RegionSpotPredictor:
         Args:
             image, channels: see :func:`~regionspot_d2.data.images.as_image_tensor`.
         """
-        pixels = as_image_tensor(image, channels).to(self.model.device)
+        pixels = self._pixels(image, channels)
         self._encoded = self.model.encode([pixels])
         if self.model.region_head.reads_mask_tokens or self.model.with_masks:
             # Now rather than in the first question: that is what "set once" promises.
@@ -191,7 +194,7 @@ class RegionSpotPredictor:
                 if number >= len(boxes):
                     raise ValueError(f"There are more images than the {len(boxes)} with boxes.")
                 try:
-                    pixels.append(as_image_tensor(image, channels).to(self.model.device))
+                    pixels.append(self._pixels(image, channels))
                     prompts.append(BoxPrompts(as_boxes(boxes[number], image_size_of(pixels[-1]))))
                 except ValueError as error:
                     raise ValueError(f"Image {number}: {error}") from error
@@ -212,6 +215,10 @@ class RegionSpotPredictor:
         if not self.vocabulary:
             raise ValueError("There is no vocabulary: pass vocabulary=[...], or set_vocabulary.")
         return self.vocabulary
+
+    def _pixels(self, image: ImageLike, channels: str) -> Tensor:
+        pixels = as_image_tensor(image, channels, max_pixels=self.max_pixels)
+        return pixels.to(self.model.device)
 
     def _image(self) -> EncodedImages:
         if self._encoded is None:

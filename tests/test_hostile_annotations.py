@@ -258,6 +258,8 @@ FAULTS = {
     "a flat polygon": (mask(RECTANGLE), "must be a list of polygons"),
     "text in a polygon": (mask([[*RECTANGLE, "1", 2]]), "has '1' in a polygon"),
     "NaN in a polygon": (mask([[*RECTANGLE, 1, math.nan]]), "has nan in a polygon"),
+    "a long way around": (mask([[-9e4, 0, 9e4, 5] * 100]), "polygons of .* pixels around"),
+    "a long way inside": (mask([[0, 0, 63, 47] * 40_000]), "polygons of .* pixels around"),
     "far away": (mask([[*RECTANGLE, 1, 1e8]]), "in a polygon; the image is 64 x 48"),
     "huge in a polygon": (mask([[*RECTANGLE, 1, 10**400]]), "in a polygon"),
     "a mask of text": (mask("abc"), "'segmentation' is 'abc'"),

@@ -10,7 +10,7 @@ from PIL import Image
 
 from regionspot_d2 import RegionSpotPredictor
 
-from .tiny import classify, golden, tiny_model
+from .tiny import classify, golden, tiny_cfg, tiny_model
 
 pytestmark = pytest.mark.usefixtures("vocabularies")
 
@@ -228,3 +228,16 @@ def test_a_vocabulary_that_was_refused_is_refused_again(predictor, boxes):
     for _ in range(2):
         with pytest.raises(ValueError, match="Name 1 of the vocabulary is 3"):
             predictor.predict(boxes=boxes, vocabulary=["cat", 3])
+
+
+def test_a_config_bounds_the_pixels_of_image_files(tmp_path, vocabularies):
+    cfg = tiny_cfg()
+    cfg.INPUT.MAX_PIXELS = 20 * 30
+    predictor = RegionSpotPredictor(cfg)
+    for height, name in ((20, "fits.png"), (21, "large.png")):
+        Image.new("RGB", (30, height)).save(tmp_path / name)
+    predictor.set_image(tmp_path / "fits.png")
+    with pytest.raises(OSError, match="30 x 21 pixels .* 600.*INPUT.MAX_PIXELS"):
+        predictor.set_image(tmp_path / "large.png")
+    with pytest.raises(OSError, match="INPUT.MAX_PIXELS"):
+        predictor.predict_batch([tmp_path / "large.png"], [[]], vocabulary=WORDS)

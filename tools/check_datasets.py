@@ -24,7 +24,7 @@ from tabulate import tabulate
 
 from regionspot_d2.data import ODINW_13, ODINW_35
 from regionspot_d2.data.datasets import AnnotationsError, checked_annotations, source_file
-from regionspot_d2.data.images import ImageReadError, read_image
+from regionspot_d2.data.images import MAX_PIXELS, ImageReadError, read_image
 from regionspot_d2.engine import ConfigError, load_config
 from regionspot_d2.evaluation.lvis import check_federated
 from regionspot_d2.files import data_root
@@ -58,10 +58,12 @@ def dataset_names() -> list[str]:
     return coco_and_lvis + sorted(training) + list(dict.fromkeys(ODINW_13 + ODINW_35))
 
 
-def check_dataset(name: str, sample: int, backend: str = "hotcoco") -> Report:
+def check_dataset(
+    name: str, sample: int, backend: str = "hotcoco", max_pixels: int = MAX_PIXELS
+) -> Report:
     """Checks the files of a registered dataset, and opens ``sample`` images spread over it.
 
-    ``backend`` is ``TEST.EVALUATION_BACKEND``.
+    ``backend`` is ``TEST.EVALUATION_BACKEND``, ``max_pixels`` is ``INPUT.MAX_PIXELS``.
     """
     metadata = MetadataCatalog.get(name)
     split = metadata.get("split", "")
@@ -84,14 +86,16 @@ def check_dataset(name: str, sample: int, backend: str = "hotcoco") -> Report:
         return Report(name, split, None, None, None, [f"{kind}{error}"])
     boxes = sum(len(record.get("annotations", [])) for record in records)
     classes = len(metadata.get("thing_classes", []))
-    return Report(name, split, len(records), boxes, classes, _check_images(records, sample))
+    return Report(
+        name, split, len(records), boxes, classes, _check_images(records, sample, max_pixels)
+    )
 
 
-def _check_images(records: Sequence[dict[str, Any]], sample: int) -> list[str]:
+def _check_images(records: Sequence[dict[str, Any]], sample: int, max_pixels: int) -> list[str]:
     chosen = np.linspace(0, len(records) - 1, min(sample, len(records))).round().astype(int)
     offenders = []
     for index in chosen:
-        problem = _image_problem(records[index])
+        problem = _image_problem(records[index], max_pixels)
         if problem:
             offenders.append(f"image '{records[index]['image_id']}': {problem}")
     named = offenders[:_NAMED_OFFENDERS]
@@ -100,9 +104,9 @@ def _check_images(records: Sequence[dict[str, Any]], sample: int) -> list[str]:
     return named
 
 
-def _image_problem(record: dict[str, Any]) -> str:
+def _image_problem(record: dict[str, Any], max_pixels: int) -> str:
     try:
-        height, width = read_image(record["file_name"]).shape[:2]
+        height, width = read_image(record["file_name"], max_pixels=max_pixels).shape[:2]
     except ImageReadError as error:
         return str(error)
     if (width, height) != (record["width"], record["height"]):
@@ -154,7 +158,8 @@ def main() -> None:
     unknown = [name for name in names if name not in DatasetCatalog]
     if unknown:
         parser.error(f"not registered: {', '.join(unknown)}")
-    reports = [check_dataset(name, args.sample, cfg.TEST.EVALUATION_BACKEND) for name in names]
+    backend, max_pixels = cfg.TEST.EVALUATION_BACKEND, cfg.INPUT.MAX_PIXELS
+    reports = [check_dataset(name, args.sample, backend, max_pixels) for name in names]
     print(f"Datasets in {data_root()}")
     print(table(reports))
     if args.dataset and any(report.problems for report in reports):

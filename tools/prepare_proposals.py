@@ -168,7 +168,7 @@ def sam_regions(args: argparse.Namespace, cfg: CfgNode) -> FindRegions:
     settings = _sam_settings(args)
 
     def find(record: DatasetDict) -> Instances:
-        image = read_image(record["file_name"])  # RGB
+        image = read_image(record["file_name"], max_pixels=cfg.INPUT.MAX_PIXELS)  # RGB
         check_image_size(record, image)
         return automatic_boxes(localizer, torch.tensor(image).permute(2, 0, 1), **settings)
 

@@ -49,7 +49,7 @@ class Run:
         """
         entry = self.known(str(path))
         if entry is None or not all(map(Path.exists, pictures)):
-            image = read_image(str(path))
+            image = read_image(str(path), max_pixels=self.predictor.max_pixels)
             entry, attention = self.name_regions(str(path), image)
             self.journal.add(path, entry)
             self.entries.append(entry)
