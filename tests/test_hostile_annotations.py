@@ -260,6 +260,7 @@ FAULTS = {
     "NaN in a polygon": (mask([[*RECTANGLE, 1, math.nan]]), "has nan in a polygon"),
     "a long way around": (mask([[-9e4, 0, 9e4, 5] * 100]), "polygons of .* pixels around"),
     "a long way inside": (mask([[0, 0, 63, 47] * 40_000]), "polygons of .* pixels around"),
+    "many long ways": (mask([[-9e4, 0, 9e4, 0, 9e4, 5]] * 12), "polygons of .* pixels around"),
     "far away": (mask([[*RECTANGLE, 1, 1e8]]), "in a polygon; the image is 64 x 48"),
     "huge in a polygon": (mask([[*RECTANGLE, 1, 10**400]]), "in a polygon"),
     "a mask of text": (mask("abc"), "'segmentation' is 'abc'"),
@@ -296,6 +297,21 @@ def test_a_fault_is_told_with_file_and_entry_wherever_it_is_met(fault: str, tmp_
         one_line(error, json_file)
     problems = load_tool("check_datasets").check_dataset("plain", sample=1).problems
     assert problems == [str(error.value)]
+
+
+def test_many_small_polygons_far_from_the_diagonal_are_a_mask() -> None:
+    # A flock: 4,000 polygons of 12 pixels around, where x and y are 9,000 apart.
+    flock = [[9000 + i, 9, 9003 + i, 9, 9003 + i, 12, 9000 + i, 12] for i in range(4000)]
+    annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 9, 9]}
+    content = {
+        "images": [{"id": 1, "file_name": "a.jpg", "width": 20_000, "height": 20_000}],
+        "categories": [{"id": 1, "name": "bird"}],
+        "annotations": [{**annotation, "segmentation": flock}],
+    }
+    check_annotations(content, "x.json")
+    flock[0] = [0, 0, 20_000, 0, 0, 1] * 100
+    with pytest.raises(AnnotationsError, match=r"polygons of 4\.05e\+06 pixels around"):
+        check_annotations(content, "x.json")
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,7 @@ def _mask_problem(mask: Any, height: int, width: int) -> str:
         return _rle_problem(mask, height, width)
     if not isinstance(mask, list) or not all(isinstance(polygon, list) for polygon in mask):
         return f"is {_shown(mask)}; it must be a list of polygons, each [x, y, x, y, ...], or RLE"
-    far, outline = max(20 * max(height, width), 100_000), 0.0
+    far, bound = max(20 * max(height, width), 100_000), 0.0
     for polygon in mask:
         if len(polygon) % 2:
             return f"has a polygon of {len(polygon)} numbers; it must be pairs of x and y"
@@ -232,17 +232,16 @@ def _mask_problem(mask: Any, height: int, width: int) -> str:
         ):
             wrong = next(v for v in polygon if not (_is_number(v) and -far <= v <= far))
             return f"has {_shown(wrong)} in a polygon; the image is {width} x {height}"
-        outline += _outline(polygon)
+        # No side is longer than all coordinates are apart. That mixes x and y, but is fast.
+        bound += len(polygon) / 2 * (max(polygon) - min(polygon)) if polygon else 0
     # pycocotools takes memory for each pixel along an outline, also outside the image.
-    if outline > _MAX_OUTLINE:
+    if bound > _MAX_OUTLINE and (outline := sum(map(_outline, mask))) > _MAX_OUTLINE:
         return f"has polygons of {outline:.3g} pixels around; at most {_MAX_OUTLINE:.3g} are read"
     return ""
 
 
 def _outline(polygon: list[float]) -> float:
-    """Pixels along a polygon, at most; only those of outlines that may be long are counted."""
-    if not polygon or (bound := len(polygon) / 2 * (max(polygon) - min(polygon))) < 100_000:
-        return bound if polygon else 0.0
+    """Pixels along a polygon."""
     points = list(zip(polygon[::2], polygon[1::2]))
     pairs = zip(points, points[1:] + points[:1])
     return sum(max(abs(x1 - x0), abs(y1 - y0)) for (x0, y0), (x1, y1) in pairs)
