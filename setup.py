@@ -39,6 +39,7 @@ REQUIREMENTS = [
     "safetensors>=0.4",
     "segment-anything>=1.0",
     "setuptools>=77.0.3,<82",  # 82 has no pkg_resources, which detectron2.model_zoo and clip import
+    "simplejpeg>=1.8",  # tells damage in JPEG files, which PIL passes over
     "tabulate",
     "timm>=0.9",  # the embedded localizer's own code imports it
     "tqdm",
