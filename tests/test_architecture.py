@@ -78,11 +78,14 @@ RULES = (
     # Data and evaluation know nothing of models. Extraction runs the localizer that it is given.
     Rule("data.token_extraction", f"files data {CONTRACTS}"),
     Rule("data", "files safe_loading journal data"),
-    Rule("evaluation", "files data evaluation"),
+    Rule("evaluation", "files safe_loading data evaluation"),
     # What runs them all.
     Rule("engine", "files safe_loading config checkpoint modeling data evaluation engine"),
     Rule("predictor", "files checkpoint data.images modeling"),
-    Rule("app", "files config checkpoint model_zoo journal predictor modeling data engine app"),
+    Rule(
+        "app",
+        "files safe_loading config checkpoint model_zoo journal predictor modeling data engine app",
+    ),
     # The embedded default: nobody but the package itself, which registers it, imports it.
     Rule("mini", f"files data.datasets {CONTRACTS} modeling.region_head modeling.sam mini"),
     Rule("__init__", "config data mini modeling predictor"),

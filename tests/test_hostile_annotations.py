@@ -27,7 +27,7 @@ from regionspot_d2.data.datasets import (
     register_coco_format,
 )
 from regionspot_d2.data.datasets.annotations import read_categories
-from regionspot_d2.data.datasets.validation import check_annotations, parse_json
+from regionspot_d2.data.datasets.validation import check_annotations
 from regionspot_d2.engine import ConfigError, RegionSpotTrainer, load_config
 from regionspot_d2.evaluation import (
     COCOAPEvaluator,
@@ -35,6 +35,7 @@ from regionspot_d2.evaluation import (
     build_evaluator,
     check_evaluation,
 )
+from regionspot_d2.safe_loading import read_json
 
 from . import synthetic_lvis as lvis
 from .datasets_on_disk import write_coco
@@ -152,7 +153,7 @@ def test_perfect_results_score_100_whatever_tool_wrote_the_file(
     assert scores(NAME, backend, output_dir=str(tmp_path))["bbox"] == pytest.approx(100)
     # Results are written with the ids of the file.
     results = json.loads((tmp_path / "coco_instances_results.json").read_text())
-    content = parse_json(str(tmp_path / "instances.json"))[0]
+    content = read_json(str(tmp_path / "instances.json"))
     for part, key in (("images", "image_id"), ("categories", "category_id")):
         assert {r[key] for r in results} <= {entry["id"] for entry in content[part]}
 
@@ -167,7 +168,7 @@ def test_plain_coco_files_are_normalized_too(tool: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
 def test_other_encodings_of_json_are_read(encoding: str, tmp_path: Path) -> None:
     json_file = register(tmp_path, lambda c: c["categories"][0].update(name="кот"))
-    json_file.write_bytes(json.dumps(parse_json(str(json_file))[0]).encode(encoding))
+    json_file.write_bytes(json.dumps(read_json(str(json_file))).encode(encoding))
     assert scores(NAME)["bbox"] == pytest.approx(100)
     assert class_names(NAME) == ["кот", "dog"]
 

@@ -37,10 +37,10 @@ from pycocotools import mask as mask_api
 from regionspot_d2.app.names import OutputFolder, one_line
 from regionspot_d2.app.results import is_number
 from regionspot_d2.data.images import read_image
-from regionspot_d2.data.proposal_sources import read_json
 from regionspot_d2.engine import load_config
 from regionspot_d2.engine.config import check_datasets
 from regionspot_d2.files import write_atomically
+from regionspot_d2.safe_loading import read_json
 
 _TITLE_HEIGHT = 24
 _GROUPS = {

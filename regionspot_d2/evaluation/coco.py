@@ -26,7 +26,8 @@ from pycocotools.cocoeval import COCOeval
 
 from ..data.datasets import checked_annotations
 from ..data.datasets.corrections import CheckedFile
-from ..data.datasets.validation import number_ids, parse_json
+from ..data.datasets.validation import number_ids
+from ..safe_loading import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def load_truth(library: Any, path: str, *, lvis: bool = False) -> Truth:
         )
         if all(isinstance(number, int) and 0 <= number < 1 << 53 for number in numbers):
             return Truth(found, {}, {})
-    content, images, categories = number_ids(parse_json(path)[0])
+    content, images, categories = number_ids(read_json(path, unique_keys=False))
     if library is hotcoco:
         return Truth(open_file(content), images, categories)
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:

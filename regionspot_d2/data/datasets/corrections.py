@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from detectron2.utils.file_io import PathManager
 
 from ...files import cache_dir, sha256_of_file, write_atomically
+from ...safe_loading import json_encoding
 from .validation import read_annotations
 
 logger = logging.getLogger(__name__)
@@ -118,9 +119,10 @@ def checked_file(
         sha256 = known.pop("sha256")
         if sha256 is None or sha256 == _sha256(copy, os.stat(copy).st_mtime_ns):
             return CheckedFile(**known, file=json_file, path=str(copy) if sha256 else local_file)
-    content, plain = read_annotations(json_file, lvis=lvis)
+    content = read_annotations(json_file, lvis=lvis)
     facts, changed = correct(content, corrections, lvis=lvis)
-    corrected = changed or not plain
+    # hotcoco reads no other encoding.
+    corrected = changed or json_encoding(json_file) != "utf-8"
     if corrected:
         with write_atomically(copy, "w") as file:
             file.write(json.dumps(content))  # json.dump would take ten times as long

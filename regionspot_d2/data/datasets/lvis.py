@@ -63,7 +63,7 @@ def load_lvis(
     Raises:
         ValueError: the file has a fault, e.g. annotations without valid polygons.
     """
-    content, _ = read_annotations(json_file, lvis=True)
+    content = read_annotations(json_file, lvis=True)
     annotations = content.get("annotations", [])
     if len({str(annotation.get("id")) for annotation in annotations}) < len(annotations):
         raise ValueError(f"{json_file}: several annotations have the same 'id'.")

@@ -6,7 +6,6 @@ the same to every library.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from itertools import islice
 from math import isfinite
 from typing import Any
 
-from detectron2.utils.file_io import PathManager
+from ...safe_loading import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -28,30 +27,19 @@ class AnnotationsError(ValueError):
     """An annotation file has a fault; the message names the file, the entry and what is due."""
 
 
-def parse_json(json_file: str) -> tuple[Any, bool]:
-    """The content of a json file, and whether it is UTF-8 without a byte order mark.
+def read_annotations(json_file: str, *, lvis: bool = False) -> dict[str, Any]:
+    """Reads and checks an annotation file.
 
-    Raises an :class:`AnnotationsError` if it is not json, in one of json's encodings.
+    Raises:
+        AnnotationsError: it is not json, or has a fault.
+        FileNotFoundError: there is no such file.
     """
     try:
-        with PathManager.open(json_file, "rb") as file:
-            encoding = json.detect_encoding(file.read(4))
-        with PathManager.open(json_file, "r", encoding=encoding) as file:
-            return json.load(file), encoding == "utf-8"
-    except RecursionError:
-        reason = "its brackets are nested too deeply"
-    except UnicodeDecodeError as error:
-        reason = f"byte {error.start} is not {encoding}; save it as UTF-8"
-    except ValueError as error:  # also a number of thousands of digits
-        reason = str(error).split("; use sys")[0]
-    raise AnnotationsError(f"{json_file} is not a json file: {reason}.")
-
-
-def read_annotations(json_file: str, *, lvis: bool = False) -> tuple[dict[str, Any], bool]:
-    """Reads and checks an annotation file; see :func:`parse_json` for what is returned."""
-    content, plain = parse_json(json_file)
+        content = read_json(json_file, unique_keys=False)  # other tools write keys twice
+    except ValueError as error:
+        raise AnnotationsError(str(error)) from None
     check_annotations(content, json_file, lvis=lvis)
-    return content, plain
+    return content
 
 
 # A rule after the other reads better than many functions of one rule.
