@@ -14,25 +14,21 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import re
 import sys
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from torch.multiprocessing import ProcessRaisedException
 
 from regionspot_d2.data.datasets import register_coco_format
-from regionspot_d2.data.mapper import TooManyUnreadableError
-from regionspot_d2.data.token_extraction import ExtractionStoppedError, extract_tokens
+from regionspot_d2.data.token_extraction import extract_tokens
 from regionspot_d2.engine import ConfigError, load_config
+from regionspot_d2.engine.config import told_in_a_line
 from regionspot_d2.modeling.interfaces import LOCALIZER_REGISTRY
 
 # Of the config, the datasets, the cache and the weights.
-_MISTAKES = (ValueError, KeyError, OSError, ExtractionStoppedError, TooManyUnreadableError)
 _GO_ON = "What is written stays; the same command goes on from there."
-_ERROR = re.compile(r"^[\w.]+(?:Error|Exception|Interrupt): ", re.MULTILINE)
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -71,6 +67,7 @@ def main(args: argparse.Namespace, cfg: CfgNode) -> None:
         )
 
 
+@told_in_a_line("extract_tokens.py")
 def invoke_main(arguments: list[str] | None = None) -> None:
     """Reads the command line and starts the processes."""
     args = argument_parser().parse_args(arguments)
@@ -98,13 +95,6 @@ def invoke_main(arguments: list[str] | None = None) -> None:
         )
     except KeyboardInterrupt:
         sys.exit(f"extract_tokens.py: interrupted. {_GO_ON}")
-    except ProcessRaisedException as error:
-        # The end of a process's traceback: the name of the error, and its message.
-        sys.exit(f"extract_tokens.py: {re.split(_ERROR, str(error))[-1].strip()}")
-    except _MISTAKES as error:
-        sys.exit(
-            f"extract_tokens.py: {error if not isinstance(error, KeyError) else error.args[0]}"
-        )
 
 
 if __name__ == "__main__":

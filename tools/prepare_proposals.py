@@ -47,10 +47,10 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
-from regionspot_d2.app.names import OutputFolder, one_line
+from regionspot_d2.app.names import OutputFolder
 from regionspot_d2.checkpoint import RegionSpotCheckpointer
 from regionspot_d2.data import register_coco_format
-from regionspot_d2.data.images import ImageReadError, read_image
+from regionspot_d2.data.images import read_image
 from regionspot_d2.data.proposal_sources import from_glip_json, from_instances, from_results_json
 from regionspot_d2.data.proposals import (
     DatasetDict,
@@ -64,9 +64,14 @@ from regionspot_d2.data.proposals import (
     write_proposals,
 )
 from regionspot_d2.engine import ConfigError, load_config
-from regionspot_d2.engine.config import check_datasets, explained, merge_config_file
-from regionspot_d2.files import WeightsNotFoundError, fingerprint
-from regionspot_d2.journal import Journal, JournalError
+from regionspot_d2.engine.config import (
+    check_datasets,
+    explained,
+    merge_config_file,
+    told_in_a_line,
+)
+from regionspot_d2.files import fingerprint
+from regionspot_d2.journal import Journal
 from regionspot_d2.modeling.automatic_masks import AUTOMATIC_MASK_SETTINGS, automatic_boxes
 from regionspot_d2.modeling.interfaces import LOCALIZER_REGISTRY
 
@@ -78,7 +83,6 @@ _FILES = {
     "proposals": lambda path: read_proposals(path)[0],
 }
 _MODELS = ("sam", "detector")
-_MISTAKES = (ConfigError, ImageReadError, JournalError, WeightsNotFoundError)
 
 FindRegions = Callable[[DatasetDict], Instances]
 
@@ -309,6 +313,7 @@ def wrong_option(args: argparse.Namespace) -> str | None:
     return None
 
 
+@told_in_a_line("prepare_proposals.py")
 def invoke_main(arguments: list[str] | None = None) -> None:
     parser = argument_parser()
     args = parser.parse_args(arguments)
@@ -334,11 +339,6 @@ def invoke_main(arguments: list[str] | None = None) -> None:
             dist_url=args.dist_url,
             args=(args, cfg),
         )
-    except (OSError, ValueError) as error:
-        # Other failures of a model need the traceback.
-        if args.source in _MODELS and not isinstance(error, _MISTAKES):
-            raise
-        sys.exit(one_line(f"prepare_proposals.py: {error}"))
     except KeyboardInterrupt:
         more = "; the same command goes on" if args.source in _MODELS else ""
         print(f"prepare_proposals.py: stopped{more}.", file=sys.stderr)

@@ -31,6 +31,7 @@ from ..safe_loading import read_yaml
 _EXPECTED = {
     *("ValueError", "OSError", "FileNotFoundError", "PermissionError", "FloatingPointError"),
     *("ConfigError", "TokenCacheError", "WeightsNotFoundError", "ImageReadError"),
+    *("ExtractionStoppedError", "TooManyUnreadableError"),
 }
 
 

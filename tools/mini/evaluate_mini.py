@@ -17,7 +17,6 @@ with 20 boxes, from pixels to names. Example::
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -45,7 +44,9 @@ from train_mini_head import (
 )
 
 from regionspot_d2 import RegionSpotPredictor
+from regionspot_d2.data.datasets.validation import read_annotations
 from regionspot_d2.data.datasets.vocabularies import known_vocabulary
+from regionspot_d2.engine.config import told_in_a_line
 from regionspot_d2.modeling import RegionSpot
 from regionspot_d2.modeling.vocabulary import clean_name
 
@@ -180,8 +181,7 @@ def cell(values: list[float]) -> str:
 
 
 def category_names(json_file: str) -> list[str]:
-    with open(json_file, encoding="utf-8") as file:
-        return sorted({category["name"] for category in json.load(file)["categories"]})
+    return sorted({category["name"] for category in read_annotations(json_file)["categories"]})
 
 
 def load_datasets(args: argparse.Namespace) -> list[Dataset]:
@@ -262,6 +262,7 @@ def print_table(
         print(f"| {method} | {' | '.join(cell(list(column)) for column in columns)} |")
 
 
+@told_in_a_line("evaluate_mini.py")
 def main() -> None:
     args = parse_args()
     settings = settings_of(args)

@@ -30,7 +30,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from regionspot_d2 import add_regionspot_config
+from regionspot_d2.data.datasets.validation import read_annotations
 from regionspot_d2.data.images import read_image
+from regionspot_d2.engine.config import told_in_a_line
 from regionspot_d2.files import sha256_of_file, write_atomically
 from regionspot_d2.mini.classifier import DenseEfficientNetLite
 from regionspot_d2.mini.fit import RegionTargets, fit_kernel_head
@@ -127,6 +129,7 @@ def load_model() -> RegionSpot:
 
 def labeled_photos(json_file: str, images: str) -> list[Photo]:
     """The photos of a COCO-format dataset, without crowds and boxes of no area."""
+    read_annotations(json_file)  # a fault is told with its place in the file
     coco = COCO(json_file)
     names = {category["id"]: category["name"] for category in coco.loadCats(coco.getCatIds())}
     photos = []
@@ -245,6 +248,7 @@ def fit(
     )
 
 
+@told_in_a_line("train_mini_head.py")
 def main() -> None:
     args = parse_args()
     settings = settings_of(args)

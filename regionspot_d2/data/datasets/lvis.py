@@ -113,7 +113,7 @@ def _check_polygons(annotation: Mapping[str, Any], json_file: str) -> None:
 
 def minival(annotations: dict[str, Any]) -> dict[str, Any]:
     """The content of ``lvis_v1_val.json`` for those images that are not in COCO's training set."""
-    images = [image for image in annotations["images"] if "/val2017/" in image["coco_url"]]
+    images = [image for image in annotations["images"] if "/val2017/" in image.get("coco_url", "")]
     ids = {image["id"] for image in images}
-    objects = [entry for entry in annotations["annotations"] if entry["image_id"] in ids]
+    objects = [entry for entry in annotations.get("annotations", []) if entry["image_id"] in ids]
     return {**annotations, "images": images, "annotations": objects}
