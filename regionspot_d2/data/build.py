@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
@@ -135,43 +135,57 @@ def _check_batch_size(images: int) -> None:
 
 def _warn_of_unusable_boxes(dataset: str, records: Sequence[Record]) -> None:
     """Warns of boxes that training leaves out: not numbers, outside the image, or without area."""
-    count = total = 0
-    first: Record | None = None
-    for record in records:
-        width, height = record.get("width", math.inf), record.get("height", math.inf)
-        unusable = 0
-        for annotation in record["annotations"]:
-            x0, y0, x1, y1 = _corners(dataset, record, annotation)
-            # The loaders put corners in order. All is False if a number is NaN.
-            (x0, x1), (y0, y1) = sorted((x0, x1)), sorted((y0, y1))
-            unusable += not (min(x1, width) > max(x0, 0) and min(y1, height) > max(y0, 0))
-        total += len(record["annotations"])
-        if unusable and first is None:
-            first = record
-        count += unusable
-    if first is not None:
+    counts = [len(record["annotations"]) for record in records]
+    sizes = [(record.get("width", np.inf), record.get("height", np.inf)) for record in records]
+    limits = np.repeat(np.array(sizes, np.float64).reshape(-1, 2), counts, axis=0)
+    corners = _corners(dataset, records)
+    # The loaders put corners in order. NaN compares as False.
+    low = np.minimum(corners[:, :2], corners[:, 2:])
+    high = np.maximum(corners[:, :2], corners[:, 2:])
+    usable = (np.minimum(high, limits) > np.maximum(low, 0)).all(axis=1)
+    if not usable.all():
+        first = records[int(np.repeat(np.arange(len(records)), counts)[usable.argmin()])]
         logger.warning(
-            f"{count} of the {total} boxes of '{dataset}' are not numbers, outside their image or "
-            f"without area; training leaves them out. The first is of the image "
+            f"{np.sum(~usable)} of the {len(usable)} boxes of '{dataset}' are not numbers, outside "
+            "their image or without area; training leaves them out. The first is of the image "
             f"{first['image_id']!r}, {first['file_name']!r}."
         )
 
 
-def _corners(dataset: str, record: Record, annotation: Record) -> tuple[float, ...]:
-    box: Any = annotation.get("bbox")
+def _corners(dataset: str, records: Sequence[Record]) -> np.ndarray:
+    """The boxes of all annotations, in their order, (N, 4), float64, XYXY."""
+    found = [annotation for record in records for annotation in record["annotations"]]
     try:
-        x0, y0, x1, y1 = map(float, box)
-        mode = BoxMode(annotation["bbox_mode"])
-        if mode == BoxMode.XYWH_ABS:
-            return x0, y0, x0 + x1, y0 + y1
-        if mode == BoxMode.XYXY_ABS:
-            return x0, y0, x1, y1
-        raise ValueError
+        boxes, modes = [a["bbox"] for a in found], [a["bbox_mode"] for a in found]
+        if set(map(len, boxes)) <= {4} and set(modes) <= {BoxMode.XYWH_ABS, BoxMode.XYXY_ABS}:
+            # NumPy would take None for NaN.
+            values = map(float, itertools.chain.from_iterable(boxes))
+            corners = np.fromiter(values, np.float64, 4 * len(boxes)).reshape(-1, 4)
+            relative = np.array(modes, np.int64) == BoxMode.XYWH_ABS
+            with np.errstate(invalid="ignore", over="ignore"):
+                corners[relative, 2:] += corners[relative, :2]
+            return corners
     except (KeyError, TypeError, ValueError, OverflowError):
-        raise ValueError(
-            f"The image {record['image_id']!r} of the dataset '{dataset}' has the box {box!r:.80}; "
-            "four numbers with the bbox_mode XYWH_ABS or XYXY_ABS are expected."
-        ) from None
+        pass  # told below
+    record, box = next(
+        (record, annotation.get("bbox"))
+        for record in records
+        for annotation in record["annotations"]
+        if not _is_box(annotation)
+    )
+    raise ValueError(
+        f"The image {record['image_id']!r} of the dataset '{dataset}' has the box {box!r:.80}; "
+        "four numbers with the bbox_mode XYWH_ABS or XYXY_ABS are expected."
+    )
+
+
+def _is_box(annotation: Record) -> bool:
+    try:
+        box, mode = annotation["bbox"], BoxMode(annotation["bbox_mode"])
+        known = mode in (BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
+        return known and len(box) == 4 and len([*map(float, box)]) == 4
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return False
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:

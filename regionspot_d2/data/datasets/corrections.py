@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from detectron2.utils.file_io import PathManager
 
-from ...files import cache_dir, sha256_of_file, write_atomically
+from ...files import cache_dir, private_folder, sha256_of_file, write_atomically
 from ...safe_loading import json_encoding
 from .validation import read_annotations
 
@@ -111,7 +111,7 @@ def checked_file(
     key = f"{_VERSION} {dataset} {lvis} {local_file} {state.st_size} {state.st_mtime_ns}"
     digest = hashlib.sha1(key.encode(errors="surrogateescape")).hexdigest()[:12]
     name = re.sub(r"[^\w.-]", "_", dataset)
-    folder = cache_dir() / "annotations" if keep else Path(local_file).parent
+    folder = private_folder(cache_dir() / "annotations") if keep else Path(local_file).parent
     copy = folder / f"{name}-{digest}.json"
     note = copy.with_suffix(".checked")
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
