@@ -28,7 +28,7 @@ from ..files import module_fingerprint, sha256_of_file
 from .datasets import checked_annotations, class_names
 from .mapper import RegionMapper
 from .proposals import attach_proposals
-from .published_tokens import TokenSource, open_token_cache
+from .published_tokens import PublishedTokens, TokenSource, open_token_cache
 from .token_cache import CacheManifest
 
 logger = logging.getLogger(__name__)
@@ -102,6 +102,8 @@ def build_train_loader(cfg: CfgNode, *, first_iteration: int = 0) -> DataLoader:
     for name, part in zip(names, parts):
         logger.info(f"'{name}': {len(part)} images, {len(class_names(name))} classes.")
         _warn_of_unusable_boxes(name, part)
+        if isinstance(cache := caches.get(name), PublishedTokens):
+            cache.check_images(record["image_id"] for record in part)
     _check_batch_size(cfg.SOLVER.IMS_PER_BATCH)
     factors, records = repeat_factors(cfg, parts), list(itertools.chain.from_iterable(parts))
     # Fixed where the config has no seed, so that a resumed run finds the same order.
