@@ -20,6 +20,7 @@ from ..files import write_atomically
 from ..journal import Journal, JournalError
 from ..modeling import RegionHead
 from ..predictor import RegionSpotPredictor
+from ..stopping import INTERRUPTED, stoppable
 from .arguments import parse_arguments, settings
 from .inputs import find_inputs, read_vocabulary, tell
 from .names import OutputFolder, one_line, printable
@@ -27,8 +28,6 @@ from .results import OtherResults, table, to_coco
 from .run import Run, write_line
 from .sources import choose_source
 from .video import Video, VideoReadError
-
-_INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
 
 
 def _check_device(device: str) -> None:
@@ -93,7 +92,8 @@ def prepare(args: argparse.Namespace, paths: Sequence[Path], output: Path) -> Ru
     try:
         journal = Journal(output / "results.jsonl", decisive, resume=args.resume)
     except JournalError as error:
-        raise SystemExit(f"error: --resume: {error}") from error
+        option = "--resume" if args.resume else "--output"
+        raise SystemExit(f"error: {option}: {error}") from error
     except OSError as error:
         raise SystemExit(f"error: --output: a folder to write to is expected: {error}") from error
     return Run(args, predictor, source, journal, other)
@@ -103,7 +103,7 @@ def name_all(run: Run, paths: Sequence[Path], folder: OutputFolder) -> tuple[Cou
     """Runs over the inputs, whatever is wrong with some.
 
     Returns:
-        How many inputs had each outcome, and whether Ctrl-C came.
+        How many inputs had each outcome, and whether Ctrl-C or SIGTERM came.
     """
     outcomes: Counter[str] = Counter()
     endings = [".png", ".attention.png"] if run.args.attention else [".png"]
@@ -173,13 +173,17 @@ def run_demo(args: argparse.Namespace) -> int:
     run = prepare(args, paths, Path(args.output))
     outcomes, stopped = name_all(run, paths, folder)
     done = outcomes.total()
-    failed = report(run, outcomes, len(paths))
+    try:
+        failed = report(run, outcomes, len(paths))
+    except KeyboardInterrupt:
+        tell("Stopped; the results are in results.jsonl. The same command with --resume goes on.")
+        return INTERRUPTED
     if stopped:
         tell(
             f"Stopped after {done} of {len(paths)} images; their results are written. The same "
             "command with --resume goes on."
         )
-        return _INTERRUPTED
+        return INTERRUPTED
     return 1 if failed else 0
 
 
@@ -187,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demo.
 
     Returns:
-        The exit status: 1 if an image failed, 130 after Ctrl-C.
+        The exit status: 1 if an image failed, 130 after Ctrl-C or SIGTERM.
 
     Raises:
         SystemExit: the command makes no sense, with one line that says why.
@@ -199,9 +203,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     setup_logger(name="regionspot_d2")
     try:
-        return run_demo(args)
+        with stoppable():
+            return run_demo(args)
     except KeyboardInterrupt:
         tell("Stopped before the first image; nothing was done.")
-        return _INTERRUPTED
+        return INTERRUPTED
     except SystemExit as stop:
         raise SystemExit(one_line(stop.code) if isinstance(stop.code, str) else stop.code) from None

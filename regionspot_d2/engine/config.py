@@ -26,11 +26,13 @@ from ..data.datasets import (
 from ..data.proposals import proposals_exist
 from ..files import data_root, expand_data_root
 from ..safe_loading import read_yaml
+from ..stopping import INTERRUPTED, stoppable
 
 # Errors whose message says all; others are told with their type.
 _EXPECTED = {
     *("ValueError", "OSError", "FileNotFoundError", "PermissionError", "FloatingPointError"),
     *("ConfigError", "TokenCacheError", "WeightsNotFoundError", "ImageReadError"),
+    *("ExtractionStoppedError", "TooManyUnreadableError"),
 }
 
 
@@ -204,17 +206,29 @@ def explained(cfg: CfgNode, where: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told_in_a_line(program: str) -> Iterator[None]:
+def told_in_a_line(program: str, go_on: Callable[[], str] = str) -> Iterator[None]:
     """Ends a program with one line where it would end in a traceback; REGIONSPOT_DEBUG=1 shows it.
 
     That is also so for errors in processes that Detectron2's ``launch`` starts, and in loaders.
+
+    Args:
+        program: its name, for the line.
+        go_on: after Ctrl-C or SIGTERM, says what is done and how to go on. The exit status is 130.
     """
     try:
-        yield
+        with stoppable():
+            yield
+    except KeyboardInterrupt:
+        print(f"{program}: stopped. {go_on()}".rstrip(), file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         if os.environ.get("REGIONSPOT_DEBUG") == "1":
             raise
-        sys.exit(f"{program}: {cause(error)}")
+        told = f"{program}: {cause(error)}"
+        if not isinstance(error.__cause__, KeyboardInterrupt):
+            sys.exit(told)
+        print(told, file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def cause(error: Exception) -> str:
