@@ -37,7 +37,7 @@ from detectron2.utils.logger import setup_logger
 
 from regionspot_d2.app.names import printable
 from regionspot_d2.engine import RegionSpotTrainer, load_config
-from regionspot_d2.engine.config import told_in_a_line
+from regionspot_d2.engine.config import cause, told_in_a_line
 
 
 def _load_config(args: argparse.Namespace) -> CfgNode:
@@ -101,8 +101,10 @@ def _what_is_done(args: argparse.Namespace, cfg: CfgNode | None, start: float) -
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    """Detectron2 logs the traceback of what stops a training; the last line says the same."""
+    """Detectron2 logs the traceback of what stops a training; this logs one line."""
     if record.exc_info and os.environ.get("REGIONSPOT_DEBUG") != "1":
+        error = record.exc_info[1]
+        record.msg, record.args = "Training stops: %s", (cause(error),)
         record.exc_info = None
     return True
 

@@ -25,6 +25,10 @@ class JournalError(ValueError):
     """A journal cannot be continued."""
 
 
+class JournalFullError(OSError):
+    """A journal can no longer be written, as on a full disk; what it has stays."""
+
+
 class Journal:
     """A file of JSON lines (UTF-8): the settings of the run, then a line for each finished item.
 
@@ -73,7 +77,10 @@ class Journal:
             self.entries.update((line["key"], line["entry"]) for line in entries)
 
     def add(self, key: Any, entry: Any) -> None:
-        """Notes that an item is finished; ``str(key)`` identifies it, ``entry`` is a JSON value."""
+        """Notes that an item is finished; JournalFullError if it cannot.
+
+        ``str(key)`` identifies the item, ``entry`` is a JSON value.
+        """
         self._write({"key": str(key), "entry": entry})
         self.entries[str(key)] = entry
 
@@ -81,10 +88,11 @@ class Journal:
         place = self._file.seek(0, os.SEEK_END)
         try:
             self._file.write(json.dumps(line).encode() + b"\n")
-        except OSError:  # a full disk takes a part of it; the next line must not continue that
+        except OSError as error:
+            # A full disk may take a part of the line.
             with contextlib.suppress(OSError):
                 self._file.truncate(place)
-            raise
+            raise JournalFullError(f"{self._path} cannot be written: {error}.") from error
 
     def _files(self) -> list[Path]:
         name = re.escape(self._path.stem) + r"(\.\d+)?" + re.escape(self._path.suffix)

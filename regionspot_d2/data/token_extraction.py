@@ -104,6 +104,10 @@ def extract_tokens(
     )
     unreadable = UnreadableImages(cfg.DATALOADER.MAX_UNREADABLE_SHARE)
     try:
+        # The first shard may take an hour.
+        folder.mkdir(parents=True, exist_ok=True)
+        if mine and not os.access(folder, os.W_OK):
+            raise PermissionError(f"there is no right to write to '{folder}'")
         with autocast:
             _write_shards(writer, mine, _run(localizer, loader, unreadable))
     except (KeyboardInterrupt, OSError) as error:

@@ -231,7 +231,7 @@ def told_in_a_line(program: str, go_on: Callable[[], str] = str) -> Iterator[Non
         sys.exit(INTERRUPTED)
 
 
-def cause(error: Exception) -> str:
+def cause(error: BaseException) -> str:
     """What a person is told of an error: its message, or that of the process that failed."""
     text, kind = str(error), type(error).__name__
     # The frames of a traceback are indented; the error stands below the last of them.
