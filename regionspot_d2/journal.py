@@ -87,7 +87,9 @@ class Journal:
     def _write(self, line: dict[str, Any]) -> None:
         place = self._file.seek(0, os.SEEK_END)
         try:
-            self._file.write(json.dumps(line).encode() + b"\n")
+            left = json.dumps(line).encode() + b"\n"
+            while left:  # the file is unbuffered: a write may take only a part
+                left = left[self._file.write(left) :]
         except OSError as error:
             # A full disk may take a part of the line.
             with contextlib.suppress(OSError):

@@ -104,10 +104,8 @@ def extract_tokens(
     )
     unreadable = UnreadableImages(cfg.DATALOADER.MAX_UNREADABLE_SHARE)
     try:
-        # The first shard may take an hour.
-        folder.mkdir(parents=True, exist_ok=True)
-        if mine and not os.access(folder, os.W_OK):
-            raise PermissionError(f"there is no right to write to '{folder}'")
+        if mine:  # a finished cache may be read-only
+            _require_writable(folder)
         with autocast:
             _write_shards(writer, mine, _run(localizer, loader, unreadable))
     except (KeyboardInterrupt, OSError) as error:
@@ -122,6 +120,13 @@ def extract_tokens(
         writer.finish()
     comm.synchronize()
     return TokenCache(folder, manifest)
+
+
+def _require_writable(folder: Path) -> None:
+    """Raises an OSError before the first shard, which may take an hour."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"there is no right to write to '{folder}'")
 
 
 def _write_shards(

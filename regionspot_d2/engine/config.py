@@ -34,6 +34,8 @@ _EXPECTED = {
     *("ConfigError", "TokenCacheError", "WeightsNotFoundError", "ImageReadError"),
     *("ExtractionStoppedError", "TooManyUnreadableError"),
 }
+# What torch says of a loader's worker, or a process of launch, that another program ended.
+_KILLED = re.compile(r"DataLoader worker .*(killed|exited)|process \d+ terminated with signal")
 
 
 class ConfigError(ValueError):
@@ -225,6 +227,8 @@ def told_in_a_line(program: str, go_on: Callable[[], str] = str) -> Iterator[Non
         if os.environ.get("REGIONSPOT_DEBUG") == "1":
             raise
         told = f"{program}: {cause(error)}"
+        if _KILLED.search(told):
+            told += f" If memory ran out, lower DATALOADER.NUM_WORKERS. {go_on()}"
         if not isinstance(error.__cause__, KeyboardInterrupt):
             sys.exit(told)
         print(told, file=sys.stderr)
