@@ -34,6 +34,7 @@ REQUIREMENTS = [
     "numpy>=1.23",
     "open-clip-torch>=3.3",
     "pillow>=9.4",
+    "portalocker",  # iopath's too
     "pycocotools>=2.0.2",
     "pyyaml",
     "safetensors>=0.4",

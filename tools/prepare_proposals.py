@@ -26,6 +26,13 @@ MODEL.LOAD_PROPOSALS True DATASETS.PROPOSAL_FILES_TEST "('lvis_v1_val_gt.pkl',)"
 
 from __future__ import annotations
 
+import signal
+
+if __name__ in ("__main__", "__mp_main__"):
+    # The imports below take seconds. Ctrl-C meanwhile ends this, and each process, without a word.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
 import logging
@@ -74,6 +81,7 @@ from regionspot_d2.files import fingerprint
 from regionspot_d2.journal import Journal
 from regionspot_d2.modeling.automatic_masks import AUTOMATIC_MASK_SETTINGS, automatic_boxes
 from regionspot_d2.modeling.interfaces import LOCALIZER_REGISTRY
+from regionspot_d2.stopping import INTERRUPTED, stoppable
 
 logger = logging.getLogger("regionspot_d2.prepare_proposals")
 
@@ -331,18 +339,19 @@ def invoke_main(arguments: list[str] | None = None) -> None:
         parser.error(f"--source {args.source} runs in one process; leave out --num-gpus")
     try:
         cfg = setup(args)
-        launch(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args, cfg),
-        )
+        with stoppable():
+            launch(
+                main,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(args, cfg),
+            )
     except KeyboardInterrupt:
         more = "; the same command goes on" if args.source in _MODELS else ""
         print(f"prepare_proposals.py: stopped{more}.", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from ..files import module_fingerprint, sha256_of_file
+from ..stopping import leave_interrupts
 from .datasets import checked_annotations, class_names
 from .mapper import RegionMapper
 from .proposals import attach_proposals
@@ -122,8 +124,15 @@ def build_train_loader(cfg: CfgNode, *, first_iteration: int = 0) -> DataLoader:
         # For the workers; it leaves the model's random numbers alone.
         seed=seed + comm.get_rank(),
     )
+    loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
     start_at(loader, first_iteration)
     return loader
+
+
+def _start_worker(start: Callable[[int], None] | None, worker: int) -> None:
+    leave_interrupts(worker)
+    if start is not None:
+        start(worker)
 
 
 def _check_batch_size(images: int) -> None:
@@ -206,12 +215,14 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
             )
         proposal_file = files[dataset_name]
     records = load_records(dataset_name, proposal_file=proposal_file)
-    return build_detection_test_loader(
+    loader = build_detection_test_loader(
         [{k: v for k, v in record.items() if k != "annotations"} for record in records],
         mapper=RegionMapper(cfg, False),
         batch_size=cfg.TEST.IMS_PER_BATCH,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
+    loader.worker_init_fn = leave_interrupts
+    return loader
 
 
 def start_at(loader: DataLoader, iteration: int) -> None:

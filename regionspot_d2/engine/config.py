@@ -26,6 +26,7 @@ from ..data.datasets import (
 from ..data.proposals import proposals_exist
 from ..files import data_root, expand_data_root
 from ..safe_loading import read_yaml
+from ..stopping import INTERRUPTED, stoppable
 
 # Errors whose message says all; others are told with their type.
 _EXPECTED = {
@@ -33,6 +34,8 @@ _EXPECTED = {
     *("ConfigError", "TokenCacheError", "WeightsNotFoundError", "ImageReadError"),
     *("ExtractionStoppedError", "TooManyUnreadableError"),
 }
+# What torch says of a loader's worker, or a process of launch, that another program ended.
+_KILLED = re.compile(r"DataLoader worker .*(killed|exited)|process \d+ terminated with signal")
 
 
 class ConfigError(ValueError):
@@ -205,20 +208,34 @@ def explained(cfg: CfgNode, where: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told_in_a_line(program: str) -> Iterator[None]:
+def told_in_a_line(program: str, go_on: Callable[[], str] = str) -> Iterator[None]:
     """Ends a program with one line where it would end in a traceback; REGIONSPOT_DEBUG=1 shows it.
 
     That is also so for errors in processes that Detectron2's ``launch`` starts, and in loaders.
+
+    Args:
+        program: its name, for the line.
+        go_on: after Ctrl-C or SIGTERM, says what is done and how to go on. The exit status is 130.
     """
     try:
-        yield
+        with stoppable():
+            yield
+    except KeyboardInterrupt:
+        print(f"{program}: stopped. {go_on()}".rstrip(), file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         if os.environ.get("REGIONSPOT_DEBUG") == "1":
             raise
-        sys.exit(f"{program}: {cause(error)}")
+        told = f"{program}: {cause(error)}"
+        if _KILLED.search(told):
+            told += f" If memory ran out, lower DATALOADER.NUM_WORKERS. {go_on()}"
+        if not isinstance(error.__cause__, KeyboardInterrupt):
+            sys.exit(told)
+        print(told, file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
-def cause(error: Exception) -> str:
+def cause(error: BaseException) -> str:
     """What a person is told of an error: its message, or that of the process that failed."""
     text, kind = str(error), type(error).__name__
     # The frames of a traceback are indented; the error stands below the last of them.
