@@ -121,6 +121,20 @@ def _pyramid(image_size: tuple[int, int], max_views: int) -> Iterator[tuple[Tens
         side /= 2
 
 
+def relative_boxes(boxes: Boxes, image_size: tuple[int, int]) -> Tensor:
+    """Boxes in pixels of an image as region heads read them: (R, 4) in 0..1, cut at its edges."""
+    inside = Boxes(boxes.tensor.clone())
+    inside.clip(image_size)
+    return inside.tensor / inside.tensor.new_tensor([*reversed(image_size)] * 2)
+
+
+def boxes_in_view(boxes: Boxes, view: View) -> Tensor:
+    """Boxes in pixels of an image, in a view of it, as region heads read them: (R, 4) in 0..1."""
+    x0, y0, x1, y1 = view
+    moved = Boxes(boxes.tensor - boxes.tensor.new_tensor([x0, y0, x0, y0]))
+    return relative_boxes(moved, (y1 - y0, x1 - x0))
+
+
 def check_zoom(zoom: float, name: str = "zoom") -> float:
     """Checks the factor of a zoom: 0, which means the whole image, or at least 1.
 
