@@ -1,8 +1,8 @@
 """Zoom: the views of an image in which its regions are seen.
 
-A token of CLIP ViT-L/14 at 224 pixels covers a sixteenth of the image's side, more than many objects
-do. In a view, a part of the image that holds a region and what is around it, the same region covers
-many tokens.
+A token of CLIP ViT-L/14 at 224 pixels covers a sixteenth of the image's side, more than many
+objects do. In a view, a part of the image that holds a region and what is around it, the same
+region covers many tokens.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def check_zoom(zoom: float, name: str = "zoom") -> float:
     number = isinstance(zoom, float | int) and not isinstance(zoom, bool)
     if not (number and (zoom == 0 or 1 <= zoom < math.inf)):
         raise ValueError(
-            f"{name} is {zoom!r:.60}; it must be 0 (regions are seen in the whole image) or at least 1 "
-            "(in a view so many times as large as their longer side, 2 for example)."
+            f"{name} is {zoom!r:.60}; it must be 0 (regions are seen in the whole image) or at "
+            "least 1 (in a view so many times as large as their longer side, 2 for example)."
         )
     return float(zoom)
