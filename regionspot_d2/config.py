@@ -62,6 +62,12 @@ def _add_model(cfg: CN) -> None:
     cfg.MODEL.REGION_HEAD.FOCAL_ALPHA = 0.25
     cfg.MODEL.REGION_HEAD.FOCAL_GAMMA = 2.0
 
+    # Each region is seen in a view of the image, a square around it so many times as large as its
+    # longer side; 0 shows all regions in the whole image, as in the paper.
+    cfg.MODEL.ZOOM = 0.0
+    # Views of an image; more regions than that share the views of a pyramid.
+    cfg.MODEL.ZOOM_MAX_VIEWS = 64
+
     # With ROI_HEADS.NAME RegionSpotROIHeads: the ROI heads whose detections are named, such as
     # StandardROIHeads; empty names the proposals.
     cfg.MODEL.ROI_HEADS.HOST = ""
@@ -87,6 +93,8 @@ def _add_data(cfg: CN) -> None:
 
 
 def _add_training(cfg: CN) -> None:
+    # Whether heads are trained with MODEL.ZOOM too; each view then costs a pass of the image tower.
+    cfg.INPUT.ZOOM_TRAIN = False
     # Precision of SOLVER.AMP: float16 (with a gradient scaler) or bfloat16.
     cfg.SOLVER.AMP.DTYPE = "float16"
     # Moving average of the trained weights, which evaluations then use.

@@ -55,7 +55,8 @@ RULES = (
     # What a part is, and the arithmetic between the parts: torch and Detectron2's structures only.
     Rule("modeling.prompts modeling.lazy_masks", "", TORCH),
     Rule("modeling.interfaces modeling.questions", CONTRACTS, TORCH),
-    Rule("modeling.naming", f"{CONTRACTS} modeling.lazy_masks", TORCH),
+    Rule("modeling.views", "", TORCH),
+    Rule("modeling.naming", f"{CONTRACTS} modeling.lazy_masks modeling.views", TORCH),
     Rule("modeling.region_head", CONTRACTS, f"{TORCH} fvcore"),
     Rule("modeling.vocabulary", f"files {CONTRACTS}", f"{TORCH} safetensors tqdm"),
     # The model joins the parts; it works inside and around other detectors.

@@ -28,6 +28,7 @@ from ..files import data_root, expand_data_root
 from ..safe_loading import read_yaml
 from ..stopping import INTERRUPTED, stoppable
 
+_WHOLE_NUMBER = re.compile(r"[+-]?\d{1,15}")
 # Errors whose message says all; others are told with their type.
 _EXPECTED = {
     *("ValueError", "OSError", "FileNotFoundError", "PermissionError", "FloatingPointError"),
@@ -106,13 +107,29 @@ def merge_config_file(cfg: CfgNode, path: str) -> None:
         content = read_yaml(path)
         if content.get("VERSION", cfg.VERSION) != cfg.VERSION:
             raise ValueError(f"VERSION is {content['VERSION']!r}; expected {cfg.VERSION}")
-        _merge(cfg, lambda: cfg.merge_from_other_cfg(CfgNode(content)))
+        _merge(cfg, lambda: cfg.merge_from_other_cfg(CfgNode(_with_floats(cfg, content))))
 
 
 def merge_options(cfg: CfgNode, opts: Sequence[str]) -> None:
     """Merges the keys and values of a command line into a config; ConfigError if they are wrong."""
     with explained(cfg, "the options"):
-        _merge(cfg, lambda: cfg.merge_from_list(list(opts)))
+        known, opts = _flat(cfg), list(opts)
+        for i, (key, value) in enumerate(zip(opts[::2], opts[1::2])):
+            if type(known.get(key)) is float and _WHOLE_NUMBER.fullmatch(str(value)):
+                opts[2 * i + 1] = f"{value}.0"
+        _merge(cfg, lambda: cfg.merge_from_list(opts))
+
+
+def _with_floats(cfg: CfgNode, content: dict[str, Any]) -> dict[str, Any]:
+    """Content for a config with 2 as 2.0 where the config has a float, which yacs insists on."""
+    content = dict(content)
+    for key, value in content.items():
+        known = cfg.get(key)
+        if isinstance(value, dict) and isinstance(known, CfgNode):
+            content[key] = _with_floats(known, value)
+        elif type(value) is int and type(known) is float:
+            content[key] = float(value)
+    return content
 
 
 def _merge(cfg: CfgNode, merge: Callable[[], object]) -> None:

@@ -18,9 +18,10 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.logger import log_first_n
 from torch import Tensor
 
-from .interfaces import Embedding, Localizer, RegionHead, image_size_of
+from .interfaces import Embedding, Localizer, RegionHead, VisionLanguageModel, image_size_of
 from .lazy_masks import MaskReader, shared_masks
 from .prompts import Prompts
+from .views import View, ViewFinder, Zoom, boxes_in_view, relative_boxes
 
 # From places of regions (K,) to the logits of their masks, (K, 1, h, w).
 LogitReader: TypeAlias = Callable[[Tensor], Tensor]
@@ -28,20 +29,28 @@ LogitReader: TypeAlias = Callable[[Tensor], Tensor]
 _POINT_BOX_SIDE = 256
 # Regions whose mask logits are read at a time: 64 MB of SAM's.
 _MASK_CHUNK = 256
+# Views that go through the vision-language model, and through the head, together.
+_VIEW_BATCH = 8
 
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """What the frozen encoders know of images.
+    """What the frozen encoders know of images, found out when it is first needed.
 
     Attributes:
-        images: RGB, 0..255, each (3, H, W) of its own size.
-        image_tokens: (B, L, W) of the vision-language model.
+        images: RGB, 0..255, each (3, H, W) of its own size, on the device of the encoders.
     """
 
     images: tuple[Tensor, ...]
-    image_tokens: Tensor
+    vision_language: VisionLanguageModel = field(repr=False)
     localizer: Localizer = field(repr=False)
+    # Per image the tokens of views that were asked for; each question puts a new dict here, for
+    # other threads may be reading the old one.
+    _views: dict[int, dict[View, Tensor]] = field(default_factory=dict, repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.vision_language.logit_scale.device
 
     @property
     def image_sizes(self) -> list[tuple[int, int]]:
@@ -49,13 +58,35 @@ class EncodedImages:
         return [image_size_of(image) for image in self.images]
 
     @cached_property
+    def image_tokens(self) -> Tensor:
+        """(B, L, W), what the vision-language model knows of the whole images."""
+        with torch.no_grad():
+            return self.vision_language(list(self.images))
+
+    @cached_property
     def embeddings(self) -> list[Embedding]:
-        """What the localizer knows of each image, found out when it is first needed.
+        """What the localizer knows of each image.
 
         Training from cached tokens never needs it, nor does a head that reads no mask tokens until
         masks are asked for.
         """
         return self.localizer.encode_images(list(self.images))
+
+    @torch.no_grad()
+    def view_tokens(self, i: int, views: Sequence[View]) -> list[Tensor]:
+        """What the vision-language model knows of views of image ``i``: (L, W) each.
+
+        The tokens of the last question's views are kept, so that another vocabulary is a lookup.
+        """
+        known = self._views.get(i, {})
+        new = [view for view in views if view not in known]
+        found = {view: known[view] for view in views if view in known}
+        for start in range(0, len(new), _VIEW_BATCH):
+            batch = new[start : start + _VIEW_BATCH]
+            crops = [self.images[i][:, y0:y1, x0:x1] for x0, y0, x1, y1 in batch]
+            found.update(zip(batch, self.vision_language(crops)))
+        self._views[i] = found
+        return [found[view] for view in views]
 
 
 @dataclass(frozen=True)
@@ -102,14 +133,18 @@ def answer_regions(
     with_masks: bool,
     mask_tokens: Sequence[Tensor] | None,
     max_regions: int,
+    zoom: Zoom | None = None,
 ) -> list[Answer]:
     """What :meth:`RegionSpot.answer` does, for at most ``max_regions`` of an image at a time.
 
     Self-attention over all of them at once would take the square of their number. More are split
     into groups of equal size; mask logits are then found again when they are read, not held.
     """
+    finders = zoom and [
+        ViewFinder(zoom, size, len(prompt)) for size, prompt in zip(encoded.image_sizes, prompts)
+    ]
     if max(map(len, prompts), default=0) <= max_regions:
-        return _answer_together(encoded, head, prompts, mask_tokens, with_masks)
+        return _answer_together(encoded, head, prompts, mask_tokens, with_masks, finders)
     log_first_n(
         logging.WARNING,
         f"An image has {max(map(len, prompts))} regions, more than MODEL.REGION_HEAD.MAX_REGIONS "
@@ -118,9 +153,8 @@ def answer_regions(
         name=__name__,
         key="caller",
     )
-    device = encoded.image_tokens.device
     groups = [
-        torch.arange(len(prompt), device=device).tensor_split(
+        torch.arange(len(prompt), device=encoded.device).tensor_split(
             max(1, ceil(len(prompt) / max_regions))
         )
         for prompt in prompts
@@ -130,8 +164,9 @@ def answer_regions(
         rows = [group[k] if k < len(group) else group[0][:0] for group in groups]
         parts = [prompt[places] for prompt, places in zip(prompts, rows)]
         tokens = mask_tokens and [t[places] for t, places in zip(mask_tokens, rows)]
-        for found, part in zip(answers, _answer_together(encoded, head, parts, tokens, False)):
-            found.append(part)
+        found = _answer_together(encoded, head, parts, tokens, False, finders)
+        for of_image, part in zip(answers, found):
+            of_image.append(part)
     return [
         Answer(
             size,
@@ -150,6 +185,7 @@ def _answer_together(
     prompts: Sequence[Prompts],
     mask_tokens: Sequence[Tensor] | None,
     with_masks: bool,
+    finders: Sequence[ViewFinder] | None,
 ) -> list[Answer]:
     sizes = encoded.image_sizes
     if mask_tokens is None:
@@ -159,16 +195,48 @@ def _answer_together(
             LocalizedRegions(tokens, prompt.boxes(size), None)
             for tokens, prompt, size in zip(mask_tokens, prompts, sizes)
         ]
-    embeddings = head(
-        [found.tokens for found in regions],
-        encoded.image_tokens,
-        [relative_boxes(found.boxes, size) for found, size in zip(regions, sizes)],
-    )
+    if finders is None:
+        embeddings = head(
+            [found.tokens for found in regions],
+            encoded.image_tokens,
+            [relative_boxes(found.boxes, size) for found, size in zip(regions, sizes)],
+        )
+    else:
+        embeddings = [
+            _embed_in_views(encoded, head, i, found, finder)
+            for i, (found, finder) in enumerate(zip(regions, finders))
+        ]
     readers = [None if r.mask_logits is None else r.mask_logits.__getitem__ for r in regions]
     return [
         Answer(size, embedding, found.boxes, reader, encoded.localizer)
         for size, embedding, found, reader in zip(sizes, embeddings, regions, readers)
     ]
+
+
+def _embed_in_views(
+    encoded: EncodedImages, head: RegionHead, i: int, regions: LocalizedRegions, finder: ViewFinder
+) -> Tensor:
+    """Embeds the regions of image ``i``, each as it is seen in its view: (R, D).
+
+    To the head a view is an image: the regions of one view attend to each other. Mask tokens stay
+    those of the whole image, which knows more of what a region is a part of.
+    """
+    views, view_of_region = finder(regions.boxes)
+    if not views:  # the head's own answer to no regions, with gradients for all its parameters
+        [nothing] = head([regions.tokens], encoded.image_tokens[i : i + 1], [regions.boxes.tensor])
+        return nothing
+    members = [(view_of_region == place).nonzero()[:, 0] for place in range(len(views))]
+    image_tokens = encoded.view_tokens(i, views)
+    found: list[Tensor] = []
+    for start in range(0, len(views), _VIEW_BATCH):
+        batch = range(start, min(start + _VIEW_BATCH, len(views)))
+        found += head(
+            [regions.tokens[members[place]] for place in batch],
+            torch.stack([image_tokens[place] for place in batch]),
+            [boxes_in_view(regions.boxes[members[place]], views[place]) for place in batch],
+        )
+    # Back into the order in which the regions were asked for.
+    return torch.cat(found)[torch.cat(members).argsort()]
 
 
 def _logits_again(encoded: EncodedImages, i: int, prompts: Prompts) -> LogitReader | None:
@@ -180,7 +248,7 @@ def _logits_again(encoded: EncodedImages, i: int, prompts: Prompts) -> LogitRead
         )
         return found[1] if found[1] is None else found[1][places]
 
-    first = torch.arange(min(1, len(prompts)), device=encoded.image_tokens.device)
+    first = torch.arange(min(1, len(prompts)), device=encoded.device)
     return None if read(first) is None else read  # not every localizer finds masks
 
 
@@ -198,7 +266,8 @@ def localize(
                 encoded.embeddings[i], size, prompt, with_masks=needs_masks
             )
         else:
-            tokens = encoded.image_tokens.new_zeros(len(prompt), encoded.localizer.token_dim)
+            width = encoded.localizer.token_dim
+            tokens = encoded.vision_language.logit_scale.new_zeros(len(prompt), width)
         if prompt.boxes_need_masks and logits is not None:
             scale = min(1.0, _POINT_BOX_SIDE / max(size))
             height, width = (max(1, round(length * scale)) for length in size)
@@ -206,13 +275,6 @@ def localize(
         boxes = prompt.boxes(size, masks)
         found.append(LocalizedRegions(tokens, boxes, logits if with_masks else None))
     return found
-
-
-def relative_boxes(boxes: Boxes, image_size: tuple[int, int]) -> Tensor:
-    """Boxes in pixels of an image as region heads read them: (R, 4) in 0..1, cut at its edges."""
-    inside = Boxes(boxes.tensor.clone())
-    inside.clip(image_size)
-    return inside.tensor / inside.tensor.new_tensor([*reversed(image_size)] * 2)
 
 
 def name_regions(

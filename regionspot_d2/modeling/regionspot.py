@@ -24,6 +24,7 @@ from .interfaces import (
 from .naming import Answer, EncodedImages, answer_regions, localize, name_regions
 from .prompts import BoxPrompts, Prompts
 from .region_head import focal_loss
+from .views import Zoom, check_zoom
 from .vocabulary import TextEmbedder, dataset_class_names
 
 
@@ -55,6 +56,9 @@ class RegionSpot(nn.Module):
         input_format: str = "RGB",
         default_dataset: str | None = None,
         max_regions: int = 1000,
+        zoom: float = 0.0,
+        zoom_max_views: int = 64,
+        zoom_in_training: bool = False,
     ) -> None:
         """
         Args:
@@ -67,11 +71,21 @@ class RegionSpot(nn.Module):
             input_format: channel order of ``image`` in the inputs, "RGB" or "BGR".
             default_dataset: its class names serve an input without ``dataset_name``.
             max_regions: of an image that the region head sees together; more are named in groups.
+            zoom: by default for :meth:`answer`.
+            zoom_max_views: of an image, see :class:`~regionspot_d2.modeling.views.ViewFinder`.
+            zoom_in_training: whether ``zoom`` counts in training too.
         """
         super().__init__()
         if max_regions < 1:
             raise ValueError(f"MODEL.REGION_HEAD.MAX_REGIONS is {max_regions}; at least 1 is due.")
+        if zoom_max_views < 1:
+            raise ValueError(
+                f"MODEL.ZOOM_MAX_VIEWS is {zoom_max_views}; it must be 1 or more views of an image."
+            )
         self.max_regions = max_regions
+        self.zoom = check_zoom(zoom, "MODEL.ZOOM")
+        self.zoom_max_views = zoom_max_views
+        self.zoom_in_training = zoom_in_training
         self.localizer = localizer
         self.vision_language = vision_language
         self.region_head = region_head
@@ -109,6 +123,9 @@ class RegionSpot(nn.Module):
             "input_format": cfg.INPUT.FORMAT,
             "default_dataset": datasets[0] if datasets else None,
             "max_regions": cfg.MODEL.REGION_HEAD.MAX_REGIONS,
+            "zoom": cfg.MODEL.ZOOM,
+            "zoom_max_views": cfg.MODEL.ZOOM_MAX_VIEWS,
+            "zoom_in_training": cfg.INPUT.ZOOM_TRAIN,
         }
 
     @property
@@ -195,14 +212,13 @@ class RegionSpot(nn.Module):
             results.append({"instances": found} if do_postprocess else found)
         return results
 
-    @torch.no_grad()
     def encode(self, images: Sequence[Tensor]) -> EncodedImages:
-        """Runs the frozen image encoders, the localizer's when it is first needed.
+        """Prepares images for questions; each frozen encoder runs when it is first needed.
 
         Args:
             images: RGB, 0..255, each (3, H, W) of its own size, on the model's device.
         """
-        return EncodedImages(tuple(images), self.vision_language(list(images)), self.localizer)
+        return EncodedImages(tuple(images), self.vision_language, self.localizer)
 
     def answer(
         self,
@@ -211,6 +227,7 @@ class RegionSpot(nn.Module):
         *,
         with_masks: bool,
         mask_tokens: Sequence[Tensor] | None = None,
+        zoom: float | None = None,
     ) -> list[Answer]:
         """Embeds regions in text space.
 
@@ -219,10 +236,19 @@ class RegionSpot(nn.Module):
             prompts: the regions of each image, pixels of the image; there may be none.
             with_masks: False skips whatever only masks need.
             mask_tokens: (R, T) of each image if known; the localizer then rests.
+            zoom: the side of the view in which a region is seen, in longer sides of the region; 0
+                is the whole image. By default ``MODEL.ZOOM``, in training only with
+                ``INPUT.ZOOM_TRAIN``.
 
         Returns:
             An answer per image, with its regions in the order asked.
+
+        Raises:
+            ValueError: ``zoom`` is neither 0 nor at least 1.
         """
+        if zoom is None:
+            zoom = self.zoom if self.zoom_in_training or not self.training else 0.0
+        closely = Zoom(check_zoom(zoom), self.zoom_max_views) if zoom else None
         return answer_regions(
             encoded,
             self.region_head,
@@ -230,6 +256,7 @@ class RegionSpot(nn.Module):
             with_masks=with_masks,
             mask_tokens=mask_tokens,
             max_regions=self.max_regions,
+            zoom=closely,
         )
 
     @torch.no_grad()
