@@ -75,7 +75,7 @@ class RegionSpotPredictor:
         """
         pixels = self._pixels(image, channels)
         self._encoded = self.model.encode([pixels])
-        if self.model.region_head.reads_mask_tokens or self.model.with_masks:
+        if self.model.region_head.needs_localizer or self.model.with_masks:
             # Now rather than in the first question: that is what "set once" promises.
             _ = self._encoded.embeddings
 

@@ -87,11 +87,19 @@ class Answer:
 
 @dataclass(frozen=True)
 class LocalizedRegions:
-    """The regions of one image as the localizer sees them, with mask logits (R, 1, h, w)."""
+    """The regions of one image as the localizer sees them.
+
+    Attributes:
+        tokens: (R, T), zeros if the region head reads none.
+        boxes: R boxes, XYXY, pixels of the image.
+        mask_logits: (R, 1, h, w), if they were asked for.
+        head_masks: (R, *mask_size), bool, for a region head that reads masks.
+    """
 
     tokens: Tensor
     boxes: Boxes
-    mask_logits: Tensor | None
+    mask_logits: Tensor | None = None
+    head_masks: Tensor | None = None
 
 
 def answer_regions(
@@ -152,17 +160,23 @@ def _answer_together(
     with_masks: bool,
 ) -> list[Answer]:
     sizes = encoded.image_sizes
-    if mask_tokens is None:
+    if mask_tokens is None or head.mask_size is not None:
         regions = localize(encoded, head, prompts, with_masks=with_masks)
     else:
         regions = [
-            LocalizedRegions(tokens, prompt.boxes(size), None)
+            LocalizedRegions(tokens, prompt.boxes(size))
             for tokens, prompt, size in zip(mask_tokens, prompts, sizes)
         ]
+    more: dict[str, Any] = {}
+    if head.reads_images:
+        more["images"] = encoded.images
+    if head.mask_size is not None:
+        more["masks"] = [found.head_masks for found in regions]
     embeddings = head(
         [found.tokens for found in regions],
         encoded.image_tokens,
         [relative_boxes(found.boxes, size) for found, size in zip(regions, sizes)],
+        **more,
     )
     readers = [None if r.mask_logits is None else r.mask_logits.__getitem__ for r in regions]
     return [
@@ -191,9 +205,9 @@ def localize(
     found = []
     for i, (prompt, size) in enumerate(zip(prompts, encoded.image_sizes)):
         # The box of a point is that of its mask.
-        needs_masks = with_masks or prompt.boxes_need_masks
-        masks = logits = None
-        if needs_masks or head.reads_mask_tokens:
+        needs_masks = with_masks or prompt.boxes_need_masks or head.mask_size is not None
+        masks = logits = head_masks = None
+        if needs_masks or head.needs_localizer:
             tokens, logits = encoded.localizer.localize(
                 encoded.embeddings[i], size, prompt, with_masks=needs_masks
             )
@@ -203,8 +217,13 @@ def localize(
             scale = min(1.0, _POINT_BOX_SIDE / max(size))
             height, width = (max(1, round(length * scale)) for length in size)
             masks = encoded.localizer.full_size_masks(logits, size, (height, width))
+        if head.mask_size is not None:
+            if logits is None:
+                names = f"{type(head).__name__} reads masks; {type(encoded.localizer).__name__}"
+                raise ValueError(f"{names} (MODEL.LOCALIZER.NAME) finds none: choose another.")
+            head_masks = encoded.localizer.full_size_masks(logits, size, head.mask_size)
         boxes = prompt.boxes(size, masks)
-        found.append(LocalizedRegions(tokens, boxes, logits if with_masks else None))
+        found.append(LocalizedRegions(tokens, boxes, logits if with_masks else None, head_masks))
     return found
 
 
