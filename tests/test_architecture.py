@@ -22,8 +22,8 @@ from .source import (
 MODULES = package_modules()
 
 # Without mini/ and app/, which stand on their own. A larger number needs a reason that is as large.
-MAX_MODULES = 49
-MAX_LINES = 8950
+MAX_MODULES = 50
+MAX_LINES = 9180
 MAX_MODULE_LINES = 320
 MAX_FUNCTION_LINES = 60
 
@@ -57,6 +57,7 @@ RULES = (
     Rule("modeling.interfaces modeling.questions", CONTRACTS, TORCH),
     Rule("modeling.naming", f"{CONTRACTS} modeling.lazy_masks", TORCH),
     Rule("modeling.region_head", CONTRACTS, f"{TORCH} fvcore"),
+    Rule("modeling.baselines", f"{CONTRACTS} modeling.region_head", TORCH),
     Rule("modeling.vocabulary", f"files {CONTRACTS}", f"{TORCH} safetensors tqdm"),
     # The model joins the parts; it works inside and around other detectors.
     Rule(
