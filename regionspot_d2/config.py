@@ -58,6 +58,11 @@ def _add_model(cfg: CN) -> None:
     # KernelRegionHead: the number of training regions that it compares others with.
     cfg.MODEL.REGION_HEAD.NUM_CENTERS = 0
     cfg.register_renamed_key("MODEL.REGION_HEAD.NUM_CENTRES", "MODEL.REGION_HEAD.NUM_CENTERS")
+    # AdapterRegionHead: the head whose embeddings it adapts, the share of the adapted ones in the
+    # result (CLIP-Adapter's alpha), and how much narrower its hidden layer is than an embedding.
+    cfg.MODEL.REGION_HEAD.ADAPTED = "CropRegionHead"
+    cfg.MODEL.REGION_HEAD.ADAPTER_SHARE = 0.2
+    cfg.MODEL.REGION_HEAD.ADAPTER_REDUCTION = 4
     # Sigmoid focal loss over the vocabulary.
     cfg.MODEL.REGION_HEAD.FOCAL_ALPHA = 0.25
     cfg.MODEL.REGION_HEAD.FOCAL_GAMMA = 2.0

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .checkpoint import RegionSpotCheckpointer
 from .data.images import MAX_PIXELS, ImageLike, as_image_tensor
+from .modeling.answers import EncodedImages
 from .modeling.interfaces import image_size_of
-from .modeling.naming import EncodedImages
 from .modeling.prompts import BoxPrompts
 from .modeling.questions import as_boxes, as_prompts
 from .modeling.regionspot import RegionSpot
@@ -78,7 +78,7 @@ class RegionSpotPredictor:
         # Now rather than in the first question: that is what "set once" promises.
         if not self.model.zoom:
             _ = self._encoded.image_tokens
-        if self.model.region_head.reads_mask_tokens or self.model.with_masks:
+        if self.model.region_head.needs_localizer or self.model.with_masks:
             _ = self._encoded.embeddings
 
     @property

@@ -12,6 +12,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from ..files import cache_dir, local_weights
+from .answers import Answer, EncodedImages, answer_regions, localize
 from .interfaces import (
     LOCALIZER_REGISTRY,
     REGION_HEAD_REGISTRY,
@@ -21,7 +22,7 @@ from .interfaces import (
     VisionLanguageModel,
     to_rgb,
 )
-from .naming import Answer, EncodedImages, answer_regions, localize, name_regions
+from .naming import name_regions
 from .prompts import BoxPrompts, Prompts
 from .region_head import focal_loss
 from .views import Zoom, check_zoom

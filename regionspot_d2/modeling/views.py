@@ -135,6 +135,28 @@ def boxes_in_view(boxes: Boxes, view: View) -> Tensor:
     return relative_boxes(moved, (y1 - y0, x1 - x0))
 
 
+def whole_view(image_size: tuple[int, int]) -> View:
+    """The view that is the image of (H, W) itself."""
+    return 0, 0, image_size[1], image_size[0]
+
+
+def crop(image: Tensor, view: View) -> Tensor:
+    """The pixels (..., h, w) of a view of an image (..., H, W)."""
+    x0, y0, x1, y1 = view
+    return image[..., y0:y1, x0:x1]
+
+
+def masks_in_view(masks: Tensor, image_size: tuple[int, int], view: View) -> Tensor:
+    """Masks (R, h, w) of an image, at any size that covers it, as masks (R, h, w) of a view."""
+    sizes = zip(masks.shape[1:], image_size, (view[1::2], view[0::2]))
+    rows, columns = (
+        # The middle of each pixel of the view's mask, in pixels of the image's mask.
+        ((start + (torch.arange(n) + 0.5) * (end - start) / n) * n / length).long().clamp(max=n - 1)
+        for n, length, (start, end) in sizes
+    )
+    return masks[:, rows.to(masks.device)[:, None], columns.to(masks.device)]
+
+
 def check_zoom(zoom: float, name: str = "zoom") -> float:
     """Checks the factor of a zoom: 0, which means the whole image, or at least 1.
 
