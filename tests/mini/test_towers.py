@@ -427,7 +427,7 @@ def encoded(lite: LiteMedSam, chelsea: Tensor) -> tuple[Tensor, Tensor]:
 def test_the_localizer_sees_rgb_in_0_to_1_above_zero_padding(encoded, chelsea):
     seen, _ = encoded
     assert seen.shape == (1, 3, 256, 256)
-    photo = Image.fromarray(chelsea.byte().permute(1, 2, 0).numpy())
+    photo = Image.fromarray(chelsea.permute(1, 2, 0).numpy())
     small = np.array(photo.resize((256, 170), Image.Resampling.BILINEAR))
     torch.testing.assert_close(seen[0, :, :170], torch.from_numpy(small).permute(2, 0, 1) / 255)
     assert not seen[..., 170:, :].any()
