@@ -77,6 +77,8 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
     def get_checkpoint_file(self) -> str:
         """The file in ``save_dir`` that ``last_checkpoint`` names; ValueError if it names none."""
         marker = os.path.join(self.save_dir, "last_checkpoint")
+        if not os.path.isfile(marker):  # a pipe would never end
+            raise ValueError(f"'{marker}' is not a regular file; remove it.")
         with open(marker, "rb") as file:
             name = file.read(300).decode(errors="replace").strip()
         path = os.path.join(self.save_dir, name)

@@ -187,6 +187,13 @@ def test_a_training_that_wrote_nothing_does_not_claim_an_earlier_checkpoint(
         assert error.value.code == 130 and said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_last_checkpoint_that_is_no_file_is_refused(tmp_path, make):
+    make(tmp_path / "last_checkpoint")
+    with pytest.raises(ValueError, match="last_checkpoint' is not a regular file"):
+        RegionSpotCheckpointer(torch.nn.Linear(1, 1), str(tmp_path)).resume_or_load("")
+
+
 def test_checkpoints_that_killed_processes_left_unfinished_go(tmp_path: Path) -> None:
     leftover = tmp_path / ".model_0000001.pth.abcd.partial"
     leftover.write_bytes(b"half")

@@ -245,7 +245,7 @@ def told_in_a_line(program: str, go_on: Callable[[], str] = str) -> Iterator[Non
             raise
         told = f"{program}: {cause(error)}"
         if _KILLED.search(told):
-            told += f" If memory ran out, lower DATALOADER.NUM_WORKERS. {go_on()}"
+            told = f"{told.rstrip('.')}. If memory ran out, lower DATALOADER.NUM_WORKERS. {go_on()}"
         if not isinstance(error.__cause__, KeyboardInterrupt):
             sys.exit(told)
         print(told, file=sys.stderr)
