@@ -21,14 +21,11 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 from regionspot_d2.data.build import (
-    FastRepeatFactorSampler,
-    ResumableSampler,
     build_test_loader,
     build_train_loader,
     cache_manifest,
     load_records,
     open_token_caches,
-    repeat_factors,
     start_at,
 )
 from regionspot_d2.data.datasets import register_coco_format
@@ -42,6 +39,11 @@ from regionspot_d2.data.mapper import (
 )
 from regionspot_d2.data.proposals import Proposals, write_proposals
 from regionspot_d2.data.published_tokens import PublishedTokens
+from regionspot_d2.data.samplers import (
+    FastRepeatFactorSampler,
+    ResumableSampler,
+    repeat_factors,
+)
 from regionspot_d2.data.token_cache import TokenCacheError, TokenCacheWriter
 from regionspot_d2.data.token_extraction import extract_tokens
 from regionspot_d2.modeling.prompts import BoxPrompts

@@ -75,13 +75,21 @@ class Answer:
     mask_logits: LogitReader | None = field(repr=False)
     localizer: Localizer = field(repr=False)
 
-    def masks(self, regions: Tensor, size: tuple[int, int]) -> Tensor:
-        """The masks of some regions, by their places (K,), at a size (H, W): (K, H, W), bool."""
+    def masks(self, regions: Tensor, size: tuple[int, int], *, nearest: bool = False) -> Tensor:
+        """The masks of some regions, by their places (K,), at a size (H, W): (K, H, W), bool.
+
+        ``nearest`` is the published way: masks are made at the size of the image, and a pixel of
+        the result is the one of theirs that its upper left corner lies in.
+        """
         assert self.mask_logits is not None
         masks = torch.empty((len(regions), *size), dtype=torch.bool, device=regions.device)
         for part, held in zip(regions.split(_MASK_CHUNK), masks.split(_MASK_CHUNK)):
             logits = self.mask_logits(part)
-            held.copy_(self.localizer.full_size_masks(logits, self.image_size, size))
+            made = self.image_size if nearest else size
+            found = self.localizer.full_size_masks(logits, self.image_size, made)
+            # In whole numbers: as floats, y * h / H may fall below the row that it is.
+            rows, columns = (torch.arange(n) * m // n for n, m in zip(size, made))
+            held.copy_(found[:, rows[:, None], columns] if nearest else found)
         return masks
 
 
