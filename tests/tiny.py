@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import math
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -174,6 +176,18 @@ def register_tiny_models() -> None:
 
     segment_anything.sam_model_registry["tiny"] = build_tiny_sam
     factory._MODEL_CONFIGS["tiny"] = OPEN_CLIP_CONFIG
+
+
+@contextmanager
+def registered_tiny_models() -> Iterator[None]:
+    """:func:`register_tiny_models` within a ``with`` block."""
+    import segment_anything
+    from open_clip import factory
+
+    register_tiny_models()
+    yield
+    del segment_anything.sam_model_registry["tiny"]
+    factory._MODEL_CONFIGS.pop("tiny", None)
 
 
 def tiny_cfg() -> CfgNode:
