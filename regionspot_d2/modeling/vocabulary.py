@@ -34,6 +34,7 @@ _BATCH_SIZE = 256
 # Vocabularies kept in memory, and bytes kept on disk. LVIS with ViT-L/14 takes 3.7 MB.
 _MAX_VOCABULARIES = 32
 _MAX_DISK_BYTES = 1_000_000_000
+_TEMPLATE = re.compile(r"[^{}]*\{\}[^{}]*", re.DOTALL)
 # What the published code takes off a name, such as COCO's "wall-other-merged".
 _ENDINGS = re.compile("(-other|-merged|-stuff)+$")
 
@@ -85,7 +86,7 @@ class TextEmbedder:
             templates: with one ``{}`` each; by default those of the model.
         """
         for template in templates:
-            if not isinstance(template, str) or re.findall("[{}]", template) != ["{", "}"]:
+            if not isinstance(template, str) or not _TEMPLATE.fullmatch(template):
                 raise ValueError(
                     f"MODEL.VISION_LANGUAGE.TEMPLATES holds {template!r:.60}; text with one {{}} "
                     "for the class name is expected, such as 'a photo of a {}.'."
