@@ -34,11 +34,13 @@ REQUIREMENTS = [
     "numpy>=1.23",
     "open-clip-torch>=3.3",
     "pillow>=9.4",
+    "portalocker",  # iopath's too
     "pycocotools>=2.0.2",
     "pyyaml",
     "safetensors>=0.4",
     "segment-anything>=1.0",
     "setuptools>=77.0.3,<82",  # 82 has no pkg_resources, which detectron2.model_zoo and clip import
+    "simplejpeg>=1.8",  # tells damage in JPEG files, which PIL passes over
     "tabulate",
     "timm>=0.9",  # the embedded localizer's own code imports it
     "tqdm",

@@ -14,10 +14,17 @@ Your own data needs no code, only DATASETS.COCO_FORMAT "[['mine', 'mine/train.js
 
 from __future__ import annotations
 
+import signal
+
+if __name__ in ("__main__", "__mp_main__"):
+    # The imports below take seconds. Ctrl-C meanwhile ends this, and each process, without a word.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import logging
 import os
-import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,8 +35,9 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from regionspot_d2.app.names import printable
 from regionspot_d2.engine import RegionSpotTrainer, load_config
-from regionspot_d2.engine.config import told_in_a_line
+from regionspot_d2.engine.config import cause, told_in_a_line
 
 
 def _load_config(args: argparse.Namespace) -> CfgNode:
@@ -60,37 +68,43 @@ def main(args: argparse.Namespace) -> Mapping[str, Any] | None:
 def invoke_main() -> None:
     """Reads the command line and starts the processes."""
     args = default_argument_parser(epilog=__doc__).parse_args()
-    with told_in_a_line("train_net.py"):
+    cfg, start = None, time.time()
+    with told_in_a_line("train_net.py", lambda: _what_is_done(args, cfg, start)):
         # Check here first: a mistake is reported once, before any process starts.
         cfg = _load_config(args)
-        try:
-            launch(
-                main,
-                args.num_gpus,
-                num_machines=args.num_machines,
-                machine_rank=args.machine_rank,
-                dist_url=args.dist_url,
-                args=(args,),
-            )
-        except KeyboardInterrupt:
-            print(f"train_net.py: stopped. {_what_is_done(args, cfg)}", file=sys.stderr)
-            sys.exit(130)
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
 
 
-def _what_is_done(args: argparse.Namespace, cfg: CfgNode) -> str:
+def _what_is_done(args: argparse.Namespace, cfg: CfgNode | None, start: float) -> str:
+    if cfg is None:
+        return "Nothing was done."
     if args.eval_only:
         return "Nothing was evaluated to the end; run the same command again."
     marker = Path(cfg.OUTPUT_DIR, "last_checkpoint")
     if not marker.is_file():
         period = cfg.SOLVER.CHECKPOINT_PERIOD
         return f"No checkpoint was written yet: there is one every {period} iterations."
-    last = marker.with_name(marker.read_text(errors="replace").strip())
+    # The marker's file may hold anything; RegionSpotCheckpointer checks it when it is used.
+    last = marker.with_name(printable(marker.read_bytes()[:300].decode(errors="replace").strip()))
+    if marker.stat().st_mtime < start and not args.resume:
+        return (
+            f"This run wrote no checkpoint yet; --resume would go on from an earlier run's, {last}."
+        )
     return f"The last checkpoint is {last}; the same command with --resume goes on from it."
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    """Detectron2 logs the traceback of what stops a training; the last line says the same."""
+    """Detectron2 logs the traceback of what stops a training; this logs one line."""
     if record.exc_info and os.environ.get("REGIONSPOT_DEBUG") != "1":
+        error = record.exc_info[1]
+        record.msg, record.args = "Training stops: %s", (cause(error),)
         record.exc_info = None
     return True
 

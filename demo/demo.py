@@ -9,5 +9,6 @@ if __name__ == "__main__":
     except ModuleNotFoundError as error:
         sys.exit(f"error: the package {error.name} is missing: pip install regionspot_d2[demo]")
     except KeyboardInterrupt:
+        print("Stopped before the first image; nothing was done.", file=sys.stderr)
         sys.exit(130)
     sys.exit(main())

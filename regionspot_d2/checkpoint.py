@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,9 +50,13 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
             with write_atomically(path) as file:
                 torch.save({"model": self.model.state_dict(), **kwargs}, file)
         except (OSError, RuntimeError) as error:  # torch.save raises either for a full disk
+            reason = error.__context__ if isinstance(error.__context__, OSError) else error
             raise OSError(
-                f"Cannot save '{path}': {error}. --resume continues from the last good checkpoint."
+                f"Cannot save '{path}': {reason}. --resume continues from the last checkpoint that "
+                "was saved, if there is one."
             ) from error
+        for leftover in Path(self.save_dir).glob(".*.pth.*.partial"):  # of killed processes
+            leftover.unlink(missing_ok=True)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         with write_atomically(os.path.join(self.save_dir, "last_checkpoint"), "w") as file:

@@ -66,12 +66,23 @@ def _add_model(cfg: CN) -> None:
     cfg.register_renamed_key("MODEL.REGION_HEAD.NUM_CENTRES", "MODEL.REGION_HEAD.NUM_CENTERS")
     # Published: True starts all layers of the decoder as copies of one; False starts each alone.
     cfg.MODEL.REGION_HEAD.COPIED_LAYERS = False
+    # AdapterRegionHead: the head whose embeddings it adapts, the share of the adapted ones in the
+    # result (CLIP-Adapter's alpha), and how much narrower its hidden layer is than an embedding.
+    cfg.MODEL.REGION_HEAD.ADAPTED = "CropRegionHead"
+    cfg.MODEL.REGION_HEAD.ADAPTER_SHARE = 0.2
+    cfg.MODEL.REGION_HEAD.ADAPTER_REDUCTION = 4
     # Sigmoid focal loss over the vocabulary.
     cfg.MODEL.REGION_HEAD.FOCAL_ALPHA = 0.25
     cfg.MODEL.REGION_HEAD.FOCAL_GAMMA = 2.0
     # "regions" averages the loss over all regions; "images", as published, averages over the
     # regions of each image and adds the images of a process up.
     cfg.MODEL.REGION_HEAD.LOSS_REDUCTION = "regions"
+
+    # Each region is seen in a view of the image, a square around it so many times as large as its
+    # longer side; 0 shows all regions in the whole image, as in the paper.
+    cfg.MODEL.ZOOM = 0.0
+    # Views of an image; more regions than that share the views of a pyramid.
+    cfg.MODEL.ZOOM_MAX_VIEWS = 64
 
     # With ROI_HEADS.NAME RegionSpotROIHeads: the ROI heads whose detections are named, such as
     # StandardROIHeads; empty names the proposals.
@@ -107,6 +118,8 @@ def _add_data(cfg: CN) -> None:
 
 
 def _add_training(cfg: CN) -> None:
+    # Whether heads are trained with MODEL.ZOOM too; each view then costs a pass of the image tower.
+    cfg.INPUT.ZOOM_TRAIN = False
     # Precision of SOLVER.AMP: float16 or bfloat16.
     cfg.SOLVER.AMP.DTYPE = "float16"
     # Whether gradients in float16 are scaled, so that small ones do not vanish; published: False.

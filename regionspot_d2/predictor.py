@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .checkpoint import RegionSpotCheckpointer
 from .data.images import MAX_PIXELS, ImageLike, as_image_tensor
+from .modeling.answers import EncodedImages
 from .modeling.interfaces import image_size_of
-from .modeling.naming import EncodedImages
 from .modeling.prompts import BoxPrompts
 from .modeling.questions import as_boxes, as_prompts
 from .modeling.regionspot import RegionSpot
@@ -75,8 +75,10 @@ class RegionSpotPredictor:
         """
         pixels = self._pixels(image, channels)
         self._encoded = self.model.encode([pixels])
-        if self.model.region_head.reads_mask_tokens or self.model.with_masks:
-            # Now rather than in the first question: that is what "set once" promises.
+        # Now rather than in the first question: that is what "set once" promises.
+        if not self.model.zoom:
+            _ = self._encoded.image_tokens
+        if self.model.region_head.needs_localizer or self.model.with_masks:
             _ = self._encoded.embeddings
 
     @property
@@ -94,6 +96,7 @@ class RegionSpotPredictor:
         masks: Any | None = None,
         vocabulary: Sequence[str] | None = None,
         topk: int = 1,
+        zoom: float | None = None,
     ) -> Instances:
         """Names regions of the image. Boxes, points and masks may be mixed in one question.
 
@@ -107,6 +110,7 @@ class RegionSpotPredictor:
             masks: (R3, H, W).
             vocabulary: the class names; they stay set for later calls, unless this one is refused.
             topk: names per region.
+            zoom: see :meth:`RegionSpot.answer`; by default ``MODEL.ZOOM``.
 
         Returns:
             ``Instances`` of the image's size, ``topk`` for each region in the order boxes, points,
@@ -123,25 +127,27 @@ class RegionSpotPredictor:
         prompts = as_prompts(
             self.image_size, boxes=boxes, points=points, point_labels=point_labels, masks=masks
         )
-        [answer] = self.model.answer(self._image(), [prompts], with_masks=self.model.with_masks)
+        [answer] = self.model.answer(
+            self._image(), [prompts], with_masks=self.model.with_masks, zoom=zoom
+        )
         found = self.model.name(answer, names, topk=topk)
         self.vocabulary = names
         return found
 
     @torch.no_grad()
-    def region_embeddings(self, **regions: Any) -> Tensor:
+    def region_embeddings(self, *, zoom: float | None = None, **regions: Any) -> Tensor:
         """Embeds regions, given as for :meth:`predict`, in text space, for search and clustering.
 
         Returns:
             (R, D), rows of unit length.
         """
         prompts = as_prompts(self.image_size, **regions)
-        [answer] = self.model.answer(self._image(), [prompts], with_masks=False)
+        [answer] = self.model.answer(self._image(), [prompts], with_masks=False, zoom=zoom)
         return answer.embeddings
 
     @torch.no_grad()
     def attention_maps(self, **regions: Any) -> Tensor:
-        """Where the region head looks to name regions, given as for :meth:`predict`.
+        """Where the region head looks in the whole image, whatever the zoom, to name regions.
 
         Returns:
             (R, rows, columns), see :meth:`RegionSpot.attention`.
@@ -158,6 +164,7 @@ class RegionSpotPredictor:
         vocabulary: Sequence[str] | None = None,
         topk: int = 1,
         batch_size: int = 8,
+        zoom: float | None = None,
     ) -> list[Instances]:
         """Names boxes of many images, of which only ``batch_size`` are held at once.
 
@@ -166,7 +173,7 @@ class RegionSpotPredictor:
         Args:
             images: as for :meth:`set_image`, of any sizes.
             boxes: per image (R, 4) XYXY, pixels of it; R may be 0.
-            channels, vocabulary, topk: as for :meth:`set_image` and :meth:`predict`.
+            channels, vocabulary, topk, zoom: as for :meth:`set_image` and :meth:`predict`.
             batch_size: images that the encoders see together; it does not change results.
 
         Returns:
@@ -199,7 +206,9 @@ class RegionSpotPredictor:
                 except ValueError as error:
                     raise ValueError(f"Image {number}: {error}") from error
             encoded = self.model.encode(pixels)
-            answers = self.model.answer(encoded, prompts, with_masks=self.model.with_masks)
+            answers = self.model.answer(
+                encoded, prompts, with_masks=self.model.with_masks, zoom=zoom
+            )
             results += [self.model.name(answer, names, topk=topk) for answer in answers]
         if len(results) < len(boxes):
             raise ValueError(f"There are {len(results)} images but boxes for {len(boxes)}.")

@@ -1,10 +1,13 @@
-"""Pickles and yaml from anywhere, read without running what they ask for."""
+"""Pickles, yaml and json from anywhere, read without running what they ask for."""
 
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
+from collections import Counter
+from reprlib import repr as shown  # short, however long or deep a value is
 from typing import Any
 
 import yaml
@@ -66,6 +69,46 @@ def load_pickle(path: str | os.PathLike[str]) -> Any:
     except Exception as error:  # a damaged pickle raises nearly anything
         reason = " ".join(repr(error).split())
         raise ValueError(f"'{os.fspath(path)}' is not a pickle, or damaged: {reason}") from error
+
+
+def read_json(json_file: str, *, unique_keys: bool = True) -> Any:
+    """Reads a json file in one of json's encodings, with or without a byte order mark.
+
+    Args:
+        json_file: a file, or a path that Detectron2's ``PathManager`` can open.
+        unique_keys: whether to refuse objects that have a key twice, of which json takes the last.
+
+    Raises:
+        FileNotFoundError: it does not exist, or is a folder, a pipe or a device.
+        ValueError: it is not json, or is nested too deeply.
+    """
+    encoding = json_encoding(json_file)
+    try:
+        with PathManager.open(json_file, "r", encoding=encoding) as file:
+            return json.load(file, object_pairs_hook=_unique if unique_keys else None)
+    except RecursionError:
+        reason = "its brackets are nested too deeply"
+    except UnicodeDecodeError as error:
+        reason = f"byte {error.start} is not {encoding}; save it as UTF-8"
+    except ValueError as error:  # also a number of thousands of digits
+        reason = str(error).split("; use sys")[0]
+    raise ValueError(f"{json_file} is not a json file: {reason}.")
+
+
+def json_encoding(json_file: str) -> str:
+    """The encoding of a json file by its first bytes: "utf-8", "utf-8-sig", "utf-16-le", ..."""
+    if "://" not in json_file and not os.path.isfile(json_file):  # reading a pipe may never end
+        raise FileNotFoundError(f"{json_file}: there is no such file.")
+    with PathManager.open(json_file, "rb") as file:
+        return json.detect_encoding(file.read(4))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        [(key, count)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {shown(key)} is there {count} times in one object")
+    return found
 
 
 class _Loader(yaml.SafeLoader):

@@ -610,6 +610,29 @@ def test_published_tokens_take_boxes_from_the_annotations(
         mapper(second)
 
 
+def test_training_from_the_authors_archive(register: Register, tmp_path: Path) -> None:
+    register("openimages", 4)
+    folder = tmp_path / "archive" / "openimages"
+    folder.mkdir(parents=True)
+    cfg = loader_cfg("openimages", INPUT__TOKEN_CACHE=str(folder.parent))
+    # Their numbers: cat is 3, dog is 1. A yak, which is not annotated, comes between.
+    categories = [{"id": i, "name": n} for i, n in enumerate(("dog", "yak", "cat"), start=1)]
+    (folder / "categories.json").write_text(json.dumps({"categories": categories}))
+    for image_id in range(4):
+        number = (3, 1)[image_id % 2]
+        values = torch.arange(3.0).view(3, 1, 1).expand(3, 1, 256) + 10 * image_id
+        content = {"mask_tokens": values.clone(), "classes": [number, 2, number]}
+        torch.save(content, folder / f"{image_id}.pth")
+    (batch,) = itertools.islice(build_train_loader(cfg), 1)
+    for x in batch:
+        assert x["instances"].gt_classes.tolist() == [x["image_id"] % 2] * 2
+        assert x["mask_tokens"][:, 0].tolist() == [10 * x["image_id"], 10 * x["image_id"] + 2]
+    for path in folder.glob("*.pth"):
+        path.rename(path.with_name(f"x{path.name}"))
+    with pytest.raises(TokenCacheError, match="None of the 4 images has a file"):
+        build_train_loader(cfg)
+
+
 def test_a_test_loader_gives_every_image_once(register: Register, tmp_path: Path) -> None:
     register("one", 7)
     records = DatasetCatalog.get("one")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from regionspot_d2.evaluation import COCOAPEvaluator, LVISAPEvaluator
@@ -74,6 +75,38 @@ def test_chosen_images_of_one_run_with_masks(content: dict[str, Any], tmp_path: 
     # Something was drawn on the gray image.
     assert len(np.unique(picture[-data.SIDE :, data.SIDE :])) > 50
     assert not (output / "compare").exists()
+
+
+@pytest.mark.parametrize("text_ids", [False, True])
+def test_datasets_of_a_function_and_text_ids(
+    content: dict[str, Any], tmp_path: Path, text_ids: bool
+) -> None:
+    name = "synthetic_tools_own"
+    if text_ids:
+        for image in content["images"]:
+            image["id"] = f"image {image['id']}"
+        for annotation in content["annotations"]:
+            annotation["image_id"] = f"image {annotation['image_id']}"
+        data.register_coco(name, content, tmp_path)
+    else:
+        records = DatasetCatalog.get(COCO)
+        DatasetCatalog.register(name, lambda: records)
+        MetadataCatalog.get(name).thing_classes = MetadataCatalog.get(COCO).thing_classes
+    try:
+        evaluator = COCOAPEvaluator(name, output_dir=str(tmp_path))
+        results_of(evaluator, content, masks=False, seed=0)
+        arguments = ["--dataset", name, "--input", str(tmp_path / "coco_instances_results.json")]
+        arguments += ["--output", str(tmp_path / "pictures"), "--images", "2"]
+        visualize_results.main(arguments)
+        assert len(list((tmp_path / "pictures").glob("*.jpg"))) == 2
+        assert (tmp_path / "pictures" / "input" / "precision_recall.png").is_file()
+        assert (MetadataCatalog.get(name).get("json_file") is None) != text_ids
+        with pytest.raises(SystemExit, match="^visualize_results.py: .*INPUT.MAX_PIXELS"):
+            visualize_results.main([*arguments, "INPUT.MAX_PIXELS", "100"])
+        with pytest.raises(SystemExit, match="entry 0 has no 'segmentation'"):
+            visualize_results.main([*arguments, "--task", "segm"])
+    finally:
+        data.forget(name)
 
 
 def test_best_name_of_each_region() -> None:

@@ -27,7 +27,7 @@ from regionspot_d2.data.datasets import (
     register_coco_format,
 )
 from regionspot_d2.data.datasets.annotations import read_categories
-from regionspot_d2.data.datasets.validation import check_annotations, parse_json
+from regionspot_d2.data.datasets.validation import check_annotations
 from regionspot_d2.engine import ConfigError, RegionSpotTrainer, load_config
 from regionspot_d2.evaluation import (
     COCOAPEvaluator,
@@ -35,6 +35,7 @@ from regionspot_d2.evaluation import (
     build_evaluator,
     check_evaluation,
 )
+from regionspot_d2.safe_loading import read_json
 
 from . import synthetic_lvis as lvis
 from .datasets_on_disk import write_coco
@@ -152,7 +153,7 @@ def test_perfect_results_score_100_whatever_tool_wrote_the_file(
     assert scores(NAME, backend, output_dir=str(tmp_path))["bbox"] == pytest.approx(100)
     # Results are written with the ids of the file.
     results = json.loads((tmp_path / "coco_instances_results.json").read_text())
-    content = parse_json(str(tmp_path / "instances.json"))[0]
+    content = read_json(str(tmp_path / "instances.json"))
     for part, key in (("images", "image_id"), ("categories", "category_id")):
         assert {r[key] for r in results} <= {entry["id"] for entry in content[part]}
 
@@ -167,7 +168,7 @@ def test_plain_coco_files_are_normalized_too(tool: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
 def test_other_encodings_of_json_are_read(encoding: str, tmp_path: Path) -> None:
     json_file = register(tmp_path, lambda c: c["categories"][0].update(name="кот"))
-    json_file.write_bytes(json.dumps(parse_json(str(json_file))[0]).encode(encoding))
+    json_file.write_bytes(json.dumps(read_json(str(json_file))).encode(encoding))
     assert scores(NAME)["bbox"] == pytest.approx(100)
     assert class_names(NAME) == ["кот", "dog"]
 
@@ -260,6 +261,7 @@ FAULTS = {
     "NaN in a polygon": (mask([[*RECTANGLE, 1, math.nan]]), "has nan in a polygon"),
     "a long way around": (mask([[-9e4, 0, 9e4, 5] * 100]), "polygons of .* pixels around"),
     "a long way inside": (mask([[0, 0, 63, 47] * 40_000]), "polygons of .* pixels around"),
+    "many long ways": (mask([[-9e4, 0, 9e4, 0, 9e4, 5]] * 12), "polygons of .* pixels around"),
     "far away": (mask([[*RECTANGLE, 1, 1e8]]), "in a polygon; the image is 64 x 48"),
     "huge in a polygon": (mask([[*RECTANGLE, 1, 10**400]]), "in a polygon"),
     "a mask of text": (mask("abc"), "'segmentation' is 'abc'"),
@@ -296,6 +298,21 @@ def test_a_fault_is_told_with_file_and_entry_wherever_it_is_met(fault: str, tmp_
         one_line(error, json_file)
     problems = load_tool("check_datasets").check_dataset("plain", sample=1).problems
     assert problems == [str(error.value)]
+
+
+def test_many_small_polygons_far_from_the_diagonal_are_a_mask() -> None:
+    # A flock: 4,000 polygons of 12 pixels around, where x and y are 9,000 apart.
+    flock = [[9000 + i, 9, 9003 + i, 9, 9003 + i, 12, 9000 + i, 12] for i in range(4000)]
+    annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 9, 9]}
+    content = {
+        "images": [{"id": 1, "file_name": "a.jpg", "width": 20_000, "height": 20_000}],
+        "categories": [{"id": 1, "name": "bird"}],
+        "annotations": [{**annotation, "segmentation": flock}],
+    }
+    check_annotations(content, "x.json")
+    flock[0] = [0, 0, 20_000, 0, 0, 1] * 100
+    with pytest.raises(AnnotationsError, match=r"polygons of 4\.05e\+06 pixels around"):
+        check_annotations(content, "x.json")
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,15 @@ def test_a_folder_of_damaged_files(demo, tmp_path, capsys):
     assert len(pictures) == int(counts[1]) and not list((tmp_path / "out").glob("*.partial"))
 
 
+def test_a_folder_among_the_inputs_is_one_of_them_that_fails(demo, tmp_path, capsys):
+    (tmp_path / "x.jpg").mkdir()
+    image = photo(tmp_path / "a.jpg")
+    assert demo("--input", image, tmp_path / "x.jpg", "--output", tmp_path / "out", *BOX) == 1
+    said = capsys.readouterr()
+    assert "1 named, 0 without regions, 1 failed (1 unreadable images)." in said.out
+    assert "x.jpg' is a folder; a regular file is expected." in said.err
+
+
 def test_pictures_never_have_the_name_of_an_input(demo, tmp_path):
     folder = tmp_path / "both"
     inputs = [photo(folder / name, i) for i, name in enumerate(["x", "x.png", "x.png.png"])]

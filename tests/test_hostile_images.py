@@ -176,8 +176,27 @@ def test_sound_jpegs_are_read(tmp_path: Path, settings: dict, mode: str) -> None
     read_image(tmp_path / "a.jpg")
 
 
+def test_what_is_odd_in_a_jpeg_but_changes_no_pixel_is_read(tmp_path: Path) -> None:
+    content = encoded("jpeg", icc_profile=bytes(200_000))
+    profile = content.index(b"ICC_PROFILE")
+    odd = {
+        "a number of the color profile": content[: profile + 12] + b"\7" + content[profile + 13 :],
+        "a future version": content.replace(b"JFIF\0\1\1", b"JFIF\0\7\1"),
+        "start marks in a comment": encoded("jpeg", comment=b"\xff\xda" * 500),
+        "padding between its parts": content[:20] + bytes(7) + content[20:],
+    }
+    for what, changed in odd.items():
+        assert changed != content
+        (tmp_path / "a.jpg").write_bytes(changed)
+        np.testing.assert_array_equal(
+            read_image(tmp_path / "a.jpg"), np.asarray(Image.open(io.BytesIO(changed))), what
+        )
+
+
 @pytest.mark.parametrize("how", ["zeros", "ones", "inverted", "random", "gone", "twice"])
-@pytest.mark.parametrize("settings", [{"quality": 85}, {"restart_marker_rows": 1}])
+@pytest.mark.parametrize(
+    "settings", [{"quality": 85}, {"restart_marker_rows": 1}, {"progressive": True}]
+)
 def test_damage_in_the_middle_of_a_jpeg(tmp_path: Path, how: str, settings: dict) -> None:
     content = encoded("jpeg", picture(300, 400), **settings)
     start, size = len(content) // 2, 2000

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from regionspot_d2.app.results import OtherResults
 from regionspot_d2.app.sources import from_file
-from regionspot_d2.data.proposal_sources import from_glip_json, from_results_json, read_json
+from regionspot_d2.data.proposal_sources import from_glip_json, from_results_json
 from regionspot_d2.data.proposals import attach_proposals, read_proposals
+from regionspot_d2.safe_loading import read_json
 
 BOXES = [np.array([[1, 2, 9, 9], [2, 2, 8, 8.0]]), np.array([[1, 1, 5, 5.0]])]
 FUZZ = settings(

@@ -5,10 +5,12 @@ The result does not depend on their order, the chunks, or the kinds of the other
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from detectron2.structures import Boxes
 from segment_anything import SamPredictor
+from segment_anything.utils.transforms import ResizeLongestSide
 
 from regionspot_d2.modeling import BoxPrompts, MaskPrompts, PointPrompts, SamLocalizer
 
@@ -153,6 +155,57 @@ def test_kinds_of_tokens(image, boxes):
     dark = torch.zeros_like(image)
     torch.testing.assert_close(decode(build(tokens="prompt"), dark, box_prompts(boxes))[0], prompt)
     assert (decode(build(), dark, box_prompts(boxes))[0] - mask).abs().max() > 1e-3
+
+
+EDGE_SIZES = [(1, 1), (1, 128), (128, 1), (2, 1000), (1000, 3), (128, 128), (127, 129), (64, 48)]
+
+
+def images_to_resize(count: int) -> list[torch.Tensor]:
+    """Noise, stripes, gradients and two-valued images, of sides from 1 to 1500 in any ratio."""
+    generator = np.random.default_rng(0)
+    sizes = EDGE_SIZES + [
+        tuple(np.exp(generator.uniform(0, 7.3, 2)).astype(int)) for _ in range(count)
+    ]
+    images = []
+    for number, (height, width) in enumerate(sizes):
+        rows, columns = np.mgrid[:height, :width][..., None]
+        pixels = [
+            generator.integers(0, 256, (height, width, 3)),
+            255 * ((rows + columns * [1, 2, 3]) % 2),
+            (rows * [1, 2, 3] + columns) * 255 // (3 * height + width),
+            generator.choice([0, 255], (height, width, 3)),
+        ][number % 4]
+        images.append(torch.from_numpy(pixels.astype(np.uint8)).permute(2, 0, 1))
+    return images
+
+
+@pytest.mark.parametrize("side", [128, 512, 1024])
+def test_images_are_resized_as_stock_sam_does(side):
+    localizer = build()
+    localizer.side = side
+    stock = ResizeLongestSide(side)
+    compared = 0
+    for image in images_to_resize(24):
+        resized = localizer.resize(image)
+        assert resized.dtype == torch.uint8 and max(resized.shape) == side
+        # The same picture as floats, and between the levels.
+        assert torch.equal(localizer.resize(image.float()), resized)
+        assert torch.equal(localizer.resize(image.double() + 0.3), resized)
+        if 0 in stock.get_preprocess_shape(*image.shape[-2:], side):
+            assert min(resized.shape[-2:]) == 1  # stock SAM fails
+            continue
+        expected = stock.apply_image(image.permute(1, 2, 0).numpy())
+        np.testing.assert_array_equal(resized.permute(1, 2, 0).numpy(), expected)
+        compared += 1
+    assert compared > 20
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_resizes_to_within_one_level(localizer):
+    for image in images_to_resize(24):
+        expected, resized = localizer.resize(image).float(), localizer.resize(image.cuda()).cpu()
+        assert torch.equal(resized, resized.round())
+        assert (resized - expected).abs().max() <= 1
 
 
 def test_unknown_kind_of_token():

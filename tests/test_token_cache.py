@@ -24,7 +24,7 @@ from regionspot_d2.data.build import load_records
 from regionspot_d2.data.datasets import register_coco_format
 from regionspot_d2.data.images import ImageReadError
 from regionspot_d2.data.mapper import RegionMapper
-from regionspot_d2.data.published_tokens import PublishedTokens, has_tokens, open_token_cache
+from regionspot_d2.data.published_tokens import has_tokens, open_token_cache
 from regionspot_d2.data.token_cache import (
     CacheManifest,
     TokenCache,
@@ -284,44 +284,6 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has 2 images; tokens of 1"):
         writing.write_shard(0, [tokens(1)])
     assert writing.missing_shards() == [0, 1, 2]
-
-
-def test_published_layout(tmp_path: Path) -> None:
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    stored = torch.randn(3, 256)
-    torch.save({"mask_tokens": stored, "classes": torch.tensor([1, 2, 1])}, folder / "7.pth")
-    assert has_tokens(tmp_path, "mine")
-    cache = open_token_cache(tmp_path, MANIFEST)
-    assert isinstance(cache, PublishedTokens)
-    assert torch.equal(cache.read(7), stored)
-    assert torch.equal(cache.read(7, torch.tensor([0, 1, 0])), stored)
-    with pytest.raises(
-        ImageReadError, match=r"7 are of the classes \[0, 1, 0\], .* of \[0, 1, 1\]"
-    ):
-        cache.read(7, torch.tensor([0, 1, 1]))
-    torch.save({"mask_tokens": stored[:, None], "classes": [1, 2, 2]}, folder / "8.pth")
-    assert torch.equal(cache.read(8), stored)
-    with pytest.raises(ImageReadError, match=r"no file '.*9\.pth'"):
-        cache.read(9)
-    (folder / "9.pth").write_bytes(b"PK")
-    with pytest.raises(ImageReadError, match=r"9\.pth' does not hold 'mask_tokens'"):
-        cache.read(9)
-    for wrong in (0, 3):
-        torch.save({"mask_tokens": stored, "classes": [1, wrong, 1]}, folder / "9.pth")
-        with pytest.raises(TokenCacheError, match=rf"9\.pth' has the class {wrong}; 1 to 2"):
-            cache.read(9)
-
-
-def test_published_files_run_no_code(tmp_path: Path) -> None:
-    class Evil:
-        def __reduce__(self) -> tuple:
-            return os.mkdir, (str(tmp_path / "run"),)
-
-    torch.save({"mask_tokens": Evil(), "classes": [1]}, tmp_path / "1.pth")
-    with pytest.raises(ImageReadError, match="1.pth"):
-        PublishedTokens(tmp_path, 1).read(1)
-    assert not (tmp_path / "run").exists()
 
 
 def test_sha256_of_weights() -> None:

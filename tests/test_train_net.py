@@ -140,6 +140,27 @@ def test_trains_evaluates_and_evaluates_again(cfg):
     assert (output / "results_table.md").exists()
 
 
+HEADS = ["CropRegionHead", "MaskPooledRegionHead", "PooledRegionHead"]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_baselines_are_evaluated_and_adapted_by_the_same_command(cfg, head):
+    cfg.MODEL.REGION_HEAD.NAME = head
+    cfg.TEST.REGION_CLASSIFICATION = True
+    plain = run(cfg, "--eval-only")
+    assert plain["bbox"]["AP"] > 0 and plain["region_classification"]["decided1"] == 100
+    cfg.MODEL.REGION_HEAD.NAME = "AdapterRegionHead"
+    cfg.MODEL.REGION_HEAD.ADAPTED = head
+    cfg.MODEL.REGION_HEAD.ADAPTER_SHARE = 0.8
+    cfg.SOLVER.BASE_LR = 0.01
+    cfg.SOLVER.MAX_ITER = 12
+    losses = train(without_tests(cfg)).values
+    assert max(losses[10], losses[11]) < 0.8 * losses[0]
+    assert len(saved(cfg)["model"]) == 2
+    cfg.MODEL.WEIGHTS = str(Path(cfg.OUTPUT_DIR, "model_final.pth"))
+    assert run(cfg, "--eval-only")["bbox"]["AP"] != plain["bbox"]["AP"]
+
+
 def test_a_resumed_run_is_the_run_that_was_not_stopped(cfg):
     cfg.MODEL.EMA.ENABLED = True
     whole = without_tests(cfg, "whole")

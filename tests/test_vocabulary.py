@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -36,6 +37,18 @@ def test_a_known_vocabulary_is_not_encoded_again(tmp_path):
     model = CountingModel()
     assert torch.equal(TextEmbedder(model, tmp_path)(["cat", "dog"]), words)
     assert model.seen == []
+
+
+def test_a_cache_that_may_only_be_read_is_used(tmp_path, monkeypatch, caplog):
+    TextEmbedder(CountingModel(), tmp_path)(["cat", "dog"])
+    model = CountingModel()
+
+    def refuse(*arguments: object) -> None:
+        raise OSError("read-only file system")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    TextEmbedder(model, tmp_path)(["cat", "dog"])
+    assert model.seen == [] and not caplog.records
 
 
 @pytest.mark.parametrize(

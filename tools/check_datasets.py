@@ -25,7 +25,8 @@ from tabulate import tabulate
 from regionspot_d2.data import ODINW_13, ODINW_35
 from regionspot_d2.data.datasets import AnnotationsError, checked_annotations, source_file
 from regionspot_d2.data.images import MAX_PIXELS, ImageReadError, read_image
-from regionspot_d2.engine import ConfigError, load_config
+from regionspot_d2.engine import load_config
+from regionspot_d2.engine.config import told_in_a_line
 from regionspot_d2.evaluation.lvis import check_federated
 from regionspot_d2.files import data_root
 
@@ -136,6 +137,7 @@ def table(reports: Sequence[Report]) -> str:
     return "\n".join(lines)
 
 
+@told_in_a_line("check_datasets.py")
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -147,11 +149,8 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=20, help="images to open, per dataset")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
     args = parser.parse_args()
-    try:
-        # The report below says which datasets of the config are missing.
-        cfg = load_config(args.config_file, args.opts, training=False, testing=False)
-    except ConfigError as error:
-        sys.exit(f"check_datasets.py: {error}")
+    # The report below says which datasets of the config are missing.
+    cfg = load_config(args.config_file, args.opts, training=False, testing=False)
 
     own = [entry[0] for entry in cfg.DATASETS.COCO_FORMAT]
     names = args.dataset or own + dataset_names()

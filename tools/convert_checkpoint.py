@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from tabulate import tabulate
 from torch import Tensor
 
+from regionspot_d2.engine.config import told_in_a_line
 from regionspot_d2.files import explained_weights
 from regionspot_d2.modeling import RegionSpotHead
 
@@ -153,6 +154,7 @@ def report(conversion: Conversion) -> str:
     return "\n".join(lines)
 
 
+@told_in_a_line("convert_checkpoint.py")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, help="the authors' file (.pth)")
@@ -161,10 +163,7 @@ def main() -> None:
         "--keys", action="store_true", help="print every key, and whether it was used"
     )
     args = parser.parse_args()
-    try:
-        conversion = convert(read_state_dict(args.checkpoint))
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+    conversion = convert(read_state_dict(args.checkpoint))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"source": args.checkpoint.name, "license": "CC BY-NC 4.0 (RegionSpot's authors)"}
     save_file(conversion.head, args.output, metadata)

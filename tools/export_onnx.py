@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from regionspot_d2 import RegionSpotPredictor
 from regionspot_d2.app.inputs import read_vocabulary
 from regionspot_d2.data.datasets.vocabularies import VOCABULARIES
-from regionspot_d2.engine import ConfigError, load_config
+from regionspot_d2.engine import load_config
+from regionspot_d2.engine.config import told_in_a_line
 from regionspot_d2.modeling import RegionSpotHead
 
 try:
@@ -109,6 +110,7 @@ def export(head: RegionSpotHead, logit_scale: Tensor, text_dim: int, path: Path)
     return worst
 
 
+@told_in_a_line("export_onnx.py")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config-file", required=True)
@@ -119,27 +121,19 @@ def main() -> None:
     args.output = args.output.expanduser()
     if args.output.is_dir() or args.output.suffix != ".onnx":
         parser.error(f"--output {args.output}: a file that ends in .onnx is expected")
-    try:
-        cfg = load_config(args.config_file, args.opts, training=False)
-        words = args.vocabulary
-        names = read_vocabulary(words)
-        predictor = RegionSpotPredictor(cfg, vocabulary=names)
-    except (ConfigError, OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+    cfg = load_config(args.config_file, args.opts, training=False)
+    words = args.vocabulary
+    names = read_vocabulary(words)
+    predictor = RegionSpotPredictor(cfg, vocabulary=names)
     model = predictor.model
     if not isinstance(model.region_head, RegionSpotHead):
         kind = type(model.region_head).__name__
-        raise SystemExit(
-            f"error: MODEL.REGION_HEAD.NAME is {kind}; only RegionSpotHead is exported."
-        )
+        raise ValueError(f"MODEL.REGION_HEAD.NAME is {kind}; only RegionSpotHead is exported.")
     scale, width = model.vision_language.logit_scale, model.vision_language.text_dim
     text = args.output.with_suffix(".npy")
-    try:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        worst = export(model.region_head, scale, width, args.output)
-        np.save(text, model.text_embedder(names).numpy())
-    except OSError as error:
-        raise SystemExit(f"error: --output: {error}") from error
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    worst = export(model.region_head, scale, width, args.output)
+    np.save(text, model.text_embedder(names).numpy())
     print(
         f"{args.output} differs from torch by at most {worst:.1e}. "
         f"The embeddings of its {len(names)} class names are in {text}."

@@ -12,9 +12,9 @@ import argparse
 import json
 import os
 
-from detectron2.utils.file_io import PathManager
-
 from regionspot_d2.data.datasets import minival
+from regionspot_d2.data.datasets.validation import read_annotations
+from regionspot_d2.engine.config import told_in_a_line
 from regionspot_d2.files import data_root, write_atomically
 
 # Of the official file, and of the "minival" that the literature reports on.
@@ -22,6 +22,7 @@ _VAL_IMAGES = 19809
 _MINIVAL_IMAGES = 4809
 
 
+@told_in_a_line("prepare_lvis_minival.py")
 def main() -> None:
     folder = os.path.join(data_root(), "lvis")
     parser = argparse.ArgumentParser(
@@ -31,11 +32,10 @@ def main() -> None:
     parser.add_argument("--output", default=os.path.join(folder, "lvis_v1_minival.json"))
     args = parser.parse_args()
 
-    with PathManager.open(args.lvis_val) as file:
-        annotations = json.load(file)
+    annotations = read_annotations(args.lvis_val, lvis=True)
     kept = minival(annotations)
     if not kept["images"]:
-        parser.error(f"{args.lvis_val} has no image of COCO val2017; is it lvis_v1_val.json?")
+        raise ValueError(f"{args.lvis_val} has no image of COCO val2017; is it lvis_v1_val.json?")
     with write_atomically(args.output, "w") as file:
         json.dump(kept, file)
     print(

@@ -26,6 +26,13 @@ MODEL.LOAD_PROPOSALS True DATASETS.PROPOSAL_FILES_TEST "('lvis_v1_val_gt.pkl',)"
 
 from __future__ import annotations
 
+import signal
+
+if __name__ in ("__main__", "__mp_main__"):
+    # The imports below take seconds. Ctrl-C meanwhile ends this, and each process, without a word.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
 import logging
@@ -47,10 +54,10 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
-from regionspot_d2.app.names import OutputFolder, one_line
+from regionspot_d2.app.names import OutputFolder
 from regionspot_d2.checkpoint import RegionSpotCheckpointer
 from regionspot_d2.data import register_coco_format
-from regionspot_d2.data.images import ImageReadError, read_image
+from regionspot_d2.data.images import read_image
 from regionspot_d2.data.proposal_sources import from_glip_json, from_instances, from_results_json
 from regionspot_d2.data.proposals import (
     DatasetDict,
@@ -64,11 +71,17 @@ from regionspot_d2.data.proposals import (
     write_proposals,
 )
 from regionspot_d2.engine import ConfigError, load_config
-from regionspot_d2.engine.config import check_datasets, explained, merge_config_file
-from regionspot_d2.files import WeightsNotFoundError, fingerprint
-from regionspot_d2.journal import Journal, JournalError
+from regionspot_d2.engine.config import (
+    check_datasets,
+    explained,
+    merge_config_file,
+    told_in_a_line,
+)
+from regionspot_d2.files import fingerprint
+from regionspot_d2.journal import Journal
 from regionspot_d2.modeling.automatic_masks import AUTOMATIC_MASK_SETTINGS, automatic_boxes
 from regionspot_d2.modeling.interfaces import LOCALIZER_REGISTRY
+from regionspot_d2.stopping import INTERRUPTED, stoppable
 
 logger = logging.getLogger("regionspot_d2.prepare_proposals")
 
@@ -78,7 +91,6 @@ _FILES = {
     "proposals": lambda path: read_proposals(path)[0],
 }
 _MODELS = ("sam", "detector")
-_MISTAKES = (ConfigError, ImageReadError, JournalError, WeightsNotFoundError)
 
 FindRegions = Callable[[DatasetDict], Instances]
 
@@ -309,6 +321,7 @@ def wrong_option(args: argparse.Namespace) -> str | None:
     return None
 
 
+@told_in_a_line("prepare_proposals.py")
 def invoke_main(arguments: list[str] | None = None) -> None:
     parser = argument_parser()
     args = parser.parse_args(arguments)
@@ -326,23 +339,19 @@ def invoke_main(arguments: list[str] | None = None) -> None:
         parser.error(f"--source {args.source} runs in one process; leave out --num-gpus")
     try:
         cfg = setup(args)
-        launch(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args, cfg),
-        )
-    except (OSError, ValueError) as error:
-        # Other failures of a model need the traceback.
-        if args.source in _MODELS and not isinstance(error, _MISTAKES):
-            raise
-        sys.exit(one_line(f"prepare_proposals.py: {error}"))
+        with stoppable():
+            launch(
+                main,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(args, cfg),
+            )
     except KeyboardInterrupt:
         more = "; the same command goes on" if args.source in _MODELS else ""
         print(f"prepare_proposals.py: stopped{more}.", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from regionspot_d2.data.datasets.validation import read_annotations
+from regionspot_d2.engine.config import told_in_a_line
 from regionspot_d2.files import data_root, write_atomically
 
 # fmt: off
@@ -32,10 +34,11 @@ def subset(annotations: dict[str, Any]) -> dict[str, Any]:
     return {
         **annotations,
         "images": [image for image in annotations["images"] if image["id"] in chosen],
-        "annotations": [a for a in annotations["annotations"] if a["image_id"] in chosen],
+        "annotations": [a for a in annotations.get("annotations", []) if a["image_id"] in chosen],
     }
 
 
+@told_in_a_line("prepare_tinycoco.py")
 def main() -> None:
     root = Path(data_root())
     parser = argparse.ArgumentParser(
@@ -49,11 +52,13 @@ def main() -> None:
     args = parser.parse_args()
 
     if not args.json.is_file():
-        parser.error(f"{args.json} does not exist; datasets/README.md says where COCO goes.")
-    kept = subset(json.loads(args.json.read_text()))
+        raise FileNotFoundError(
+            f"{args.json} does not exist; datasets/README.md says where COCO goes."
+        )
+    kept = subset(read_annotations(str(args.json)))
     missing = set(IMAGE_IDS) - {image["id"] for image in kept["images"]}
     if missing:
-        parser.error(
+        raise ValueError(
             f"{args.json} lacks image {min(missing)}; is it COCO's instances_val2017.json?"
         )
     folder = args.output / "images"
@@ -61,7 +66,7 @@ def main() -> None:
     for image in kept["images"]:
         photo = args.images / image["file_name"]
         if not photo.is_file():
-            parser.error(f"{photo} does not exist.")
+            raise FileNotFoundError(f"{photo} does not exist.")
         shutil.copy(photo, folder)
     with write_atomically(args.output / "instances.json", "w") as file:
         json.dump(kept, file)

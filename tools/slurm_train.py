@@ -20,6 +20,8 @@ from pathlib import Path
 
 import submitit
 
+from regionspot_d2.engine.config import told_in_a_line
+
 TRAIN_NET = Path(__file__).resolve().parent.parent / "train_net.py"
 
 
@@ -101,5 +103,6 @@ def submit(arguments: list[str]) -> submitit.Job[None]:
 
 
 if __name__ == "__main__":
-    job = submit(sys.argv[1:])
+    with told_in_a_line("slurm_train.py"):
+        job = submit(sys.argv[1:])
     print(f"Job {job.job_id}; its log: {job.paths.stdout}")

@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +28,20 @@ import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
-from detectron2.utils.file_io import PathManager
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image, ImageDraw
 from pycocotools import mask as mask_api
 
-from regionspot_d2.app.names import OutputFolder, one_line
+from regionspot_d2.app.names import OutputFolder
 from regionspot_d2.app.results import is_number
-from regionspot_d2.data.images import read_image
-from regionspot_d2.data.proposal_sources import read_json
+from regionspot_d2.data.datasets import checked_annotations
+from regionspot_d2.data.datasets.annotations import contiguous_ids
+from regionspot_d2.data.images import MAX_PIXELS, read_image
 from regionspot_d2.engine import load_config
-from regionspot_d2.engine.config import check_datasets
+from regionspot_d2.engine.config import check_datasets, told_in_a_line
+from regionspot_d2.evaluation.coco import annotation_file, has_masks, load_truth
 from regionspot_d2.files import write_atomically
+from regionspot_d2.safe_loading import read_json
 
 _TITLE_HEIGHT = 24
 _GROUPS = {
@@ -67,14 +68,14 @@ def best_names(results: Sequence[Mapping[str, Any]], threshold: float) -> list[M
 def to_instances(
     results: Sequence[Mapping[str, Any]],
     image_size: tuple[int, int],
-    contiguous_ids: Mapping[int, int],
+    class_ids: Mapping[Any, int],
 ) -> Instances:
     """Converts results in COCO format to the Instances that Detectron2 draws."""
     found = Instances(image_size)
     boxes = np.array([result["bbox"] for result in results]).reshape(-1, 4)
     found.pred_boxes = Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS))
     found.scores = torch.tensor([result["score"] for result in results])
-    found.pred_classes = torch.tensor([contiguous_ids[r["category_id"]] for r in results]).long()
+    found.pred_classes = torch.tensor([class_ids[r["category_id"]] for r in results]).long()
     if results and all("segmentation" in result for result in results):
         found.pred_masks = np.stack([mask_api.decode(r["segmentation"]) for r in results])
     return found
@@ -96,6 +97,7 @@ def draw_images(
     output: Path,
     image_ids: Sequence[Any],
     threshold: float,
+    max_pixels: int = MAX_PIXELS,
 ) -> None:
     """Writes ``<image id>.jpg`` to an existing folder for each of the images.
 
@@ -107,11 +109,12 @@ def draw_images(
         output: the folder.
         image_ids: the images to draw.
         threshold: the lowest score of a drawn region.
+        max_pixels: larger images are refused.
     """
     metadata = MetadataCatalog.get(dataset)
     wanted = set(image_ids)
     records = [r for r in DatasetCatalog.get(dataset) if r["image_id"] in wanted]
-    contiguous_ids = dataset_ids(dataset)
+    class_ids = contiguous_ids(dataset)
     by_image: dict[tuple[str, Any], list[Mapping[str, Any]]] = {}
     for title, results in runs.items():
         for result in results:
@@ -119,25 +122,17 @@ def draw_images(
                 by_image.setdefault((title, result["image_id"]), []).append(result)
     names = OutputFolder(output, [r["file_name"] for r in DatasetCatalog.get(dataset)])
     for record in records:
-        image = read_image(record["file_name"])
+        image = read_image(record["file_name"], max_pixels=max_pixels)
         truth = Visualizer(image, metadata).draw_dataset_dict(record)
         pictures = {"ground truth": truth.get_image()}
         for title in runs:
             best = best_names(by_image.get((title, record["image_id"]), []), threshold)
-            found = to_instances(best, image.shape[:2], contiguous_ids)
+            found = to_instances(best, image.shape[:2], class_ids)
             drawn = Visualizer(image, metadata).draw_instance_predictions(found)
             pictures[title] = drawn.get_image()
         [path] = names.claim(str(record["image_id"]), ".jpg")
         with write_atomically(path) as file:
             side_by_side(pictures).save(file, format="JPEG", quality=90)
-
-
-def dataset_ids(dataset: str) -> Mapping[int, int]:
-    """Maps the category ids of the annotation file to contiguous class ids."""
-    metadata = MetadataCatalog.get(dataset)
-    ids = metadata.get("thing_dataset_id_to_contiguous_id")
-    # LVIS counts from 1.
-    return ids or {i + 1: i for i in range(len(metadata.thing_classes))}
 
 
 def evaluate(
@@ -275,47 +270,60 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.images < 0 or not 0 <= args.threshold <= 1:
         parser.error("--images must be 0 or more, --threshold in 0..1")
     paths = [args.input, args.compare] if args.compare else [args.input]
-    try:
-        load_config("", args.opts, training=False, testing=False)
+    with told_in_a_line("visualize_results.py"):
+        cfg = load_config("", args.opts, training=False, testing=False)
         check_datasets("--dataset", [args.dataset])
         runs = {title: read_results(path) for title, path in zip(titles(paths), paths)}
-    except (OSError, ValueError) as error:
-        sys.exit(one_line(f"visualize_results.py: {error}"))
-    try:
-        draw(args, runs)
-    except (OSError, ValueError) as error:
-        sys.exit(one_line(f"visualize_results.py: {error}"))
+        draw(args, runs, cfg.INPUT.MAX_PIXELS)
 
 
-def draw(args: argparse.Namespace, runs: Mapping[str, list[dict[str, Any]]]) -> None:
-    """Draws the pictures and the plots of the command."""
-    records = DatasetCatalog.get(args.dataset)
-    known = dataset_ids(args.dataset)
+def check_results(
+    dataset: str, runs: Mapping[str, list[dict[str, Any]]], task: str, image_ids: Collection[Any]
+) -> None:
+    """Raises a ValueError for the first result that does not fit the dataset and the task."""
+    known = {"category_id": contiguous_ids(dataset), "image_id": set(image_ids)}
     for title, results in runs.items():
         for number, result in enumerate(results):
-            if result["category_id"] not in known:
+            for key, ids in known.items():
+                if result[key] not in ids:
+                    raise ValueError(
+                        f"{title}: entry {number} has the {key} {result[key]!r}, which {dataset} "
+                        "does not have."
+                    )
+            if task == "segm" and "segmentation" not in result:
                 raise ValueError(
-                    f"{title}: entry {number} has the category_id {result['category_id']}, which "
-                    f"{args.dataset} does not have."
+                    f"{title}: entry {number} has no 'segmentation', which --task segm needs."
                 )
+
+
+def draw(
+    args: argparse.Namespace, runs: Mapping[str, list[dict[str, Any]]], max_pixels: int
+) -> None:
+    """Draws the pictures and the plots of the command."""
+    records = DatasetCatalog.get(args.dataset)
+    ids = [record["image_id"] for record in records]
+    check_results(args.dataset, runs, args.task, ids)
+    is_lvis = MetadataCatalog.get(args.dataset).get("evaluator_type") == "lvis"
+    with annotation_file(args.dataset) as kept:
+        checked = checked_annotations(args.dataset, keep=kept)
+        truth = load_truth(hotcoco, checked.path)
+    if args.task == "segm" and not has_masks(checked):
+        raise ValueError(f"{args.dataset} lacks masks, which --task segm needs.")
     output = Path(args.output).expanduser()
     output.mkdir(parents=True, exist_ok=True)
 
-    ids = [record["image_id"] for record in records]
     chosen = [image_id for image_id in ids if str(image_id) in args.image_id]
     if not args.image_id:
         chosen = random.Random(0).sample(ids, min(args.images, len(ids)))
-    draw_images(args.dataset, runs, output, chosen, args.threshold)
+    draw_images(args.dataset, runs, output, chosen, args.threshold, max_pixels)
 
-    metadata = MetadataCatalog.get(args.dataset)
-    is_lvis = metadata.evaluator_type == "lvis"
-    annotations = hotcoco.COCO(PathManager.get_local_path(metadata.json_file))
     evaluations = {}
-    for i, (title, results) in enumerate(runs.items()):
-        evaluations[title] = evaluate(annotations, results, args.task, is_lvis)
+    for i, (title, found) in enumerate(runs.items()):
+        results = truth.renumber(found)
+        evaluations[title] = evaluate(truth.annotations, results, args.task, is_lvis)
         folder = output / ("compare" if i else "input")
         folder.mkdir(exist_ok=True)
-        plot_run(annotations, results, evaluations[title], args.task, folder)
+        plot_run(truth.annotations, results, evaluations[title], args.task, folder)
     plot_groups(evaluations, is_lvis, output)
     print(f"{len(chosen)} pictures and the plots are in {output}.")
 

@@ -36,6 +36,9 @@ def find_inputs(patterns: Sequence[str]) -> list[Path]:
                 matches = list(map(Path, names))
         except OSError as error:
             raise SystemExit(f"error: --input {pattern}: {error}") from error
+        # A folder that *.jpg happened to match is one bad input of many, not a slip.
+        if not matches and len(patterns) > 1 and os.path.isdir(path):
+            matches = [Path(path)]
         if not matches:
             raise SystemExit(f"error: --input {pattern!r}: there is no image.")
         found += matches

@@ -17,9 +17,10 @@ from tqdm import tqdm
 from ..data.images import ImageReadError
 from ..engine import load_config
 from ..files import write_atomically
-from ..journal import Journal, JournalError
+from ..journal import Journal, JournalError, JournalFullError
 from ..modeling import RegionHead
 from ..predictor import RegionSpotPredictor
+from ..stopping import INTERRUPTED, stoppable
 from .arguments import parse_arguments, settings
 from .inputs import find_inputs, read_vocabulary, tell
 from .names import OutputFolder, one_line, printable
@@ -27,8 +28,6 @@ from .results import OtherResults, table, to_coco
 from .run import Run, write_line
 from .sources import choose_source
 from .video import Video, VideoReadError
-
-_INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
 
 
 def _check_device(device: str) -> None:
@@ -93,17 +92,21 @@ def prepare(args: argparse.Namespace, paths: Sequence[Path], output: Path) -> Ru
     try:
         journal = Journal(output / "results.jsonl", decisive, resume=args.resume)
     except JournalError as error:
-        raise SystemExit(f"error: --resume: {error}") from error
+        option = "--resume" if args.resume else "--output"
+        raise SystemExit(f"error: {option}: {error}") from error
     except OSError as error:
         raise SystemExit(f"error: --output: a folder to write to is expected: {error}") from error
     return Run(args, predictor, source, journal, other)
 
 
-def name_all(run: Run, paths: Sequence[Path], folder: OutputFolder) -> tuple[Counter[str], bool]:
+def name_all(
+    run: Run, paths: Sequence[Path], folder: OutputFolder
+) -> tuple[Counter[str], KeyboardInterrupt | JournalFullError | None]:
     """Runs over the inputs, whatever is wrong with some.
 
     Returns:
-        How many inputs had each outcome, and whether Ctrl-C came.
+        How many inputs had each outcome, and what stopped the run before the last, if anything:
+        Ctrl-C, SIGTERM, or a disk that takes no more results.
     """
     outcomes: Counter[str] = Counter()
     endings = [".png", ".attention.png"] if run.args.attention else [".png"]
@@ -118,14 +121,16 @@ def name_all(run: Run, paths: Sequence[Path], folder: OutputFolder) -> tuple[Cou
                 (run.video if Video.names(path) else run.photo)(path, pictures)
                 found = any(entry["annotations"] for entry in run.entries[before:])
                 outcomes["named" if found else "without regions"] += 1
+            except JournalFullError:
+                raise
             # Each library has its own errors for files that are damaged. None ends the run.
             except Exception as error:
                 outcomes[_kind(error)] += 1
                 known = isinstance(error, (OSError, ValueError))
                 write_line(f"{path}: {'' if known else type(error).__name__ + ': '}{error}")
-    except KeyboardInterrupt:
-        return outcomes, True
-    return outcomes, False
+    except (KeyboardInterrupt, JournalFullError) as stop:
+        return outcomes, stop
+    return outcomes, None
 
 
 def _endings(path: Path, of_photos: list[str]) -> list[str]:
@@ -147,20 +152,21 @@ def report(run: Run, outcomes: Counter[str], total: int) -> int:
     """Writes results.json and prints the table and the outcomes; returns how many failed."""
     output = Path(run.args.output)
     results = to_coco(run.entries, run.predictor.vocabulary)
-    try:
-        with write_atomically(output / "results.json", "w") as file:
-            json.dump(results, file, indent=1)
-    except OSError as error:
-        raise SystemExit(
-            f"error: {output / 'results.json'} cannot be written: {error}. Results so far are in "
-            "results.jsonl; the same command with --resume goes on."
-        ) from error
     print(table(run.entries, run.names))
     named, empty = outcomes.pop("named", 0), outcomes.pop("without regions", 0)
     failed = outcomes.total()
     kinds = ", ".join(f"{count} {kind}" for kind, count in outcomes.most_common())
-    print(f"\n{named + empty} pictures and results.json are in {printable(output)}.")
-    print(f"{named} named, {empty} without regions, {failed} failed{kinds and f' ({kinds})'}.")
+    counts = f"{named} named, {empty} without regions, {failed} failed{kinds and f' ({kinds})'}."
+    try:
+        with write_atomically(output / "results.json", "w") as file:
+            json.dump(results, file, indent=1)
+    except OSError as error:
+        print(f"\n{counts}")
+        raise SystemExit(
+            f"error: {output / 'results.json'} cannot be written: {error}. Results so far are in "
+            "results.jsonl; the same command with --resume goes on."
+        ) from error
+    print(f"\n{named + empty} pictures and results.json are in {printable(output)}.\n{counts}")
     if failed:
         print(f"{failed} of {total} images failed; see above.", file=sys.stderr)
     return failed
@@ -171,15 +177,19 @@ def run_demo(args: argparse.Namespace) -> int:
     paths = find_inputs(args.input)
     folder = output_folder(args, paths)
     run = prepare(args, paths, Path(args.output))
-    outcomes, stopped = name_all(run, paths, folder)
+    outcomes, stop = name_all(run, paths, folder)
     done = outcomes.total()
-    failed = report(run, outcomes, len(paths))
-    if stopped:
+    try:
+        failed = report(run, outcomes, len(paths))
+    except KeyboardInterrupt:
+        tell("Stopped; the results are in results.jsonl. The same command with --resume goes on.")
+        return INTERRUPTED
+    if stop is not None:
         tell(
-            f"Stopped after {done} of {len(paths)} images; their results are written. The same "
-            "command with --resume goes on."
+            f"Stopped after {done} of {len(paths)} images; their results are written. "
+            f"{one_line(stop)}{' ' if str(stop) else ''}The same command with --resume goes on."
         )
-        return _INTERRUPTED
+        return 1 if isinstance(stop, JournalFullError) else INTERRUPTED
     return 1 if failed else 0
 
 
@@ -187,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demo.
 
     Returns:
-        The exit status: 1 if an image failed, 130 after Ctrl-C.
+        The exit status: 1 if an image failed, 130 after Ctrl-C or SIGTERM.
 
     Raises:
         SystemExit: the command makes no sense, with one line that says why.
@@ -199,9 +209,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     setup_logger(name="regionspot_d2")
     try:
-        return run_demo(args)
+        with stoppable():
+            return run_demo(args)
     except KeyboardInterrupt:
         tell("Stopped before the first image; nothing was done.")
-        return _INTERRUPTED
+        return INTERRUPTED
     except SystemExit as stop:
         raise SystemExit(one_line(stop.code) if isinstance(stop.code, str) else stop.code) from None

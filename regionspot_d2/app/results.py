@@ -14,8 +14,8 @@ from detectron2.structures import Instances
 from pycocotools import mask as mask_api
 from tabulate import tabulate
 
-from ..data.proposal_sources import read_json
 from ..modeling.vocabulary import clean_name
+from ..safe_loading import read_json
 from .drawing import xyxy
 from .names import printable
 

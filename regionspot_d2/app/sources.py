@@ -20,11 +20,12 @@ from detectron2.structures import Instances
 
 from ..checkpoint import RegionSpotCheckpointer
 from ..data.logits import LOGITS, look_like_logits, sigmoid
-from ..data.proposal_sources import from_instances, read_json
+from ..data.proposal_sources import from_instances
 from ..engine.config import merge_config_file
 from ..files import WeightsNotFoundError, local_weights
 from ..modeling import Localizer, RegionSpot, SamLocalizer
 from ..modeling.automatic_masks import automatic_boxes
+from ..safe_loading import read_json
 from .results import is_number
 
 _PIXELS = "multiply x by its width, y by its height: pixels are expected."

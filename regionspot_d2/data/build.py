@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetCatalog,
@@ -24,10 +25,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Sampler
 
 from ..files import module_fingerprint, sha256_of_file
+from ..stopping import leave_interrupts
 from .datasets import checked_annotations, class_names
 from .mapper import RegionMapper
 from .proposals import attach_proposals
-from .published_tokens import TokenSource, open_token_cache
+from .published_tokens import PublishedTokens, TokenSource, open_token_cache
 from .samplers import (
     FastRepeatFactorSampler,
     GroupedSampler,
@@ -108,6 +110,8 @@ def build_train_loader(cfg: CfgNode, *, first_iteration: int = 0) -> DataLoader:
     for name, part in zip(names, parts):
         logger.info(f"'{name}': {len(part)} images, {len(class_names(name))} classes.")
         _warn_of_unusable_boxes(name, part)
+        if isinstance(cache := caches.get(name), PublishedTokens):
+            cache.check_images(record["image_id"] for record in part)
     _check_batch_size(cfg.SOLVER.IMS_PER_BATCH)
     factors, records = repeat_factors(cfg, parts), list(itertools.chain.from_iterable(parts))
     # Fixed where the config has no seed, so that a resumed run finds the same order.
@@ -131,8 +135,15 @@ def build_train_loader(cfg: CfgNode, *, first_iteration: int = 0) -> DataLoader:
         # For the workers; it leaves the model's random numbers alone.
         seed=seed + comm.get_rank(),
     )
+    loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
     start_at(loader, first_iteration)
     return loader
+
+
+def _start_worker(start: Callable[[int], None] | None, worker: int) -> None:
+    leave_interrupts(worker)
+    if start is not None:
+        start(worker)
 
 
 def _check_batch_size(images: int) -> None:
@@ -146,43 +157,57 @@ def _check_batch_size(images: int) -> None:
 
 def _warn_of_unusable_boxes(dataset: str, records: Sequence[Record]) -> None:
     """Warns of boxes that training leaves out: not numbers, outside the image, or without area."""
-    count = total = 0
-    first: Record | None = None
-    for record in records:
-        width, height = record.get("width", math.inf), record.get("height", math.inf)
-        unusable = 0
-        for annotation in record["annotations"]:
-            x0, y0, x1, y1 = _corners(dataset, record, annotation)
-            # The loaders put corners in order. All is False if a number is NaN.
-            (x0, x1), (y0, y1) = sorted((x0, x1)), sorted((y0, y1))
-            unusable += not (min(x1, width) > max(x0, 0) and min(y1, height) > max(y0, 0))
-        total += len(record["annotations"])
-        if unusable and first is None:
-            first = record
-        count += unusable
-    if first is not None:
+    counts = [len(record["annotations"]) for record in records]
+    sizes = [(record.get("width", np.inf), record.get("height", np.inf)) for record in records]
+    limits = np.repeat(np.array(sizes, np.float64).reshape(-1, 2), counts, axis=0)
+    corners = _corners(dataset, records)
+    # The loaders put corners in order. NaN compares as False.
+    low = np.minimum(corners[:, :2], corners[:, 2:])
+    high = np.maximum(corners[:, :2], corners[:, 2:])
+    usable = (np.minimum(high, limits) > np.maximum(low, 0)).all(axis=1)
+    if not usable.all():
+        first = records[int(np.repeat(np.arange(len(records)), counts)[usable.argmin()])]
         logger.warning(
-            f"{count} of the {total} boxes of '{dataset}' are not numbers, outside their image or "
-            f"without area; training leaves them out. The first is of the image "
+            f"{np.sum(~usable)} of the {len(usable)} boxes of '{dataset}' are not numbers, outside "
+            "their image or without area; training leaves them out. The first is of the image "
             f"{first['image_id']!r}, {first['file_name']!r}."
         )
 
 
-def _corners(dataset: str, record: Record, annotation: Record) -> tuple[float, ...]:
-    box: Any = annotation.get("bbox")
+def _corners(dataset: str, records: Sequence[Record]) -> np.ndarray:
+    """The boxes of all annotations, in their order, (N, 4), float64, XYXY."""
+    found = [annotation for record in records for annotation in record["annotations"]]
     try:
-        x0, y0, x1, y1 = map(float, box)
-        mode = BoxMode(annotation["bbox_mode"])
-        if mode == BoxMode.XYWH_ABS:
-            return x0, y0, x0 + x1, y0 + y1
-        if mode == BoxMode.XYXY_ABS:
-            return x0, y0, x1, y1
-        raise ValueError
+        boxes, modes = [a["bbox"] for a in found], [a["bbox_mode"] for a in found]
+        if set(map(len, boxes)) <= {4} and set(modes) <= {BoxMode.XYWH_ABS, BoxMode.XYXY_ABS}:
+            # NumPy would take None for NaN.
+            values = map(float, itertools.chain.from_iterable(boxes))
+            corners = np.fromiter(values, np.float64, 4 * len(boxes)).reshape(-1, 4)
+            relative = np.array(modes, np.int64) == BoxMode.XYWH_ABS
+            with np.errstate(invalid="ignore", over="ignore"):
+                corners[relative, 2:] += corners[relative, :2]
+            return corners
     except (KeyError, TypeError, ValueError, OverflowError):
-        raise ValueError(
-            f"The image {record['image_id']!r} of the dataset '{dataset}' has the box {box!r:.80}; "
-            "four numbers with the bbox_mode XYWH_ABS or XYXY_ABS are expected."
-        ) from None
+        pass  # told below
+    record, box = next(
+        (record, annotation.get("bbox"))
+        for record in records
+        for annotation in record["annotations"]
+        if not _is_box(annotation)
+    )
+    raise ValueError(
+        f"The image {record['image_id']!r} of the dataset '{dataset}' has the box {box!r:.80}; "
+        "four numbers with the bbox_mode XYWH_ABS or XYXY_ABS are expected."
+    )
+
+
+def _is_box(annotation: Record) -> bool:
+    try:
+        box, mode = annotation["bbox"], BoxMode(annotation["bbox_mode"])
+        known = mode in (BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
+        return known and len(box) == 4 and len([*map(float, box)]) == 4
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return False
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
@@ -201,12 +226,14 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
             )
         proposal_file = files[dataset_name]
     records = load_records(dataset_name, proposal_file=proposal_file)
-    return build_detection_test_loader(
+    loader = build_detection_test_loader(
         [{k: v for k, v in record.items() if k != "annotations"} for record in records],
         mapper=RegionMapper(cfg, False),
         batch_size=cfg.TEST.IMS_PER_BATCH,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
+    loader.worker_init_fn = leave_interrupts
+    return loader
 
 
 def start_at(loader: DataLoader, iteration: int) -> None:

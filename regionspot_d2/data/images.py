@@ -143,8 +143,8 @@ def _check_content(file: BinaryIO, image: Image.Image) -> None:
         if image.format == "PNG":
             check_png(content)
         else:
-            check_jpeg(content)
-    except (IndexError, struct.error) as error:
+            check_jpeg(content, image.mode)
+    except (EOFError, struct.error) as error:
         raise ImageReadError("is truncated.") from error
     except ValueError as error:
         raise ImageReadError(f"is damaged: {error}.") from error

@@ -6,16 +6,13 @@ A new source is a function that returns :data:`~.proposals.ProposalsByImage`, or
 
 from __future__ import annotations
 
-import json
-import os
-from collections import Counter
 from reprlib import repr as shown  # short, however long or deep a value is
 from typing import Any
 
 import numpy as np
 from detectron2.structures import BoxMode, Instances
-from detectron2.utils.file_io import PathManager
 
+from ..safe_loading import read_json
 from .proposals import Proposals, ProposalsByImage, as_probabilities
 
 
@@ -95,33 +92,6 @@ def from_instances(instances: Instances) -> Proposals:
     else:
         boxes, scores = instances.proposal_boxes, instances.objectness_logits.sigmoid()
     return Proposals.create(boxes.tensor.detach().cpu(), scores.detach().cpu())
-
-
-def read_json(json_file: str) -> Any:
-    """Reads a json file in UTF-8, with or without a byte-order mark.
-
-    Raises:
-        FileNotFoundError: it does not exist, or is a folder, a pipe or a device.
-        ValueError: it is not json, is nested too deeply, or an object has a key twice.
-    """
-    if "://" not in json_file and not os.path.isfile(json_file):
-        raise FileNotFoundError(f"{json_file}: there is no such file.")
-    with PathManager.open(json_file, "rb") as file:
-        content = file.read()
-    try:
-        return json.loads(content, object_pairs_hook=_unique)
-    except RecursionError as error:
-        raise ValueError(f"{json_file} is nested too deeply for a json file.") from error
-    except ValueError as error:
-        raise ValueError(f"{json_file} is not a json file: {error}") from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        [(key, count)] = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {shown(key)} is there {count} times in one object")
-    return found
 
 
 def _content(entry: Any) -> str:

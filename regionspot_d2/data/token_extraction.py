@@ -7,7 +7,6 @@ import datetime
 import itertools
 import logging
 import os
-import signal
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
@@ -28,6 +27,7 @@ from torch.utils.data import DataLoader
 from ..files import module_fingerprint
 from ..modeling.interfaces import Localizer
 from ..modeling.prompts import BoxPrompts
+from ..stopping import leave_interrupts
 from .build import cache_manifest, load_records
 from .images import ImageReadError
 from .mapper import RegionMapper, UnreadableImages
@@ -100,10 +100,12 @@ def extract_tokens(
         batch_sampler=batches,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=trivial_batch_collator,
-        worker_init_fn=_leave_interrupts,
+        worker_init_fn=leave_interrupts,
     )
     unreadable = UnreadableImages(cfg.DATALOADER.MAX_UNREADABLE_SHARE)
     try:
+        if mine:  # a finished cache may be read-only
+            _require_writable(folder)
         with autocast:
             _write_shards(writer, mine, _run(localizer, loader, unreadable))
     except (KeyboardInterrupt, OSError) as error:
@@ -120,9 +122,11 @@ def extract_tokens(
     return TokenCache(folder, manifest)
 
 
-def _leave_interrupts(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; only the main one has something to say."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _require_writable(folder: Path) -> None:
+    """Raises an OSError before the first shard, which may take an hour."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"there is no right to write to '{folder}'")
 
 
 def _write_shards(

@@ -26,12 +26,17 @@ from ..data.datasets import (
 from ..data.proposals import proposals_exist
 from ..files import data_root, expand_data_root
 from ..safe_loading import read_yaml
+from ..stopping import INTERRUPTED, stoppable
 
+_WHOLE_NUMBER = re.compile(r"[+-]?\d{1,15}")
 # Errors whose message says all; others are told with their type.
 _EXPECTED = {
     *("ValueError", "OSError", "FileNotFoundError", "PermissionError", "FloatingPointError"),
     *("ConfigError", "TokenCacheError", "WeightsNotFoundError", "ImageReadError"),
+    *("ExtractionStoppedError", "TooManyUnreadableError"),
 }
+# What torch says of a loader's worker, or a process of launch, that another program ended.
+_KILLED = re.compile(r"DataLoader worker .*(killed|exited)|process \d+ terminated with signal")
 
 
 class ConfigError(ValueError):
@@ -102,13 +107,29 @@ def merge_config_file(cfg: CfgNode, path: str) -> None:
         content = read_yaml(path)
         if content.get("VERSION", cfg.VERSION) != cfg.VERSION:
             raise ValueError(f"VERSION is {content['VERSION']!r}; expected {cfg.VERSION}")
-        _merge(cfg, lambda: cfg.merge_from_other_cfg(CfgNode(content)))
+        _merge(cfg, lambda: cfg.merge_from_other_cfg(CfgNode(_with_floats(cfg, content))))
 
 
 def merge_options(cfg: CfgNode, opts: Sequence[str]) -> None:
     """Merges the keys and values of a command line into a config; ConfigError if they are wrong."""
     with explained(cfg, "the options"):
-        _merge(cfg, lambda: cfg.merge_from_list(list(opts)))
+        known, opts = _flat(cfg), list(opts)
+        for i, (key, value) in enumerate(zip(opts[::2], opts[1::2])):
+            if type(known.get(key)) is float and _WHOLE_NUMBER.fullmatch(str(value)):
+                opts[2 * i + 1] = f"{value}.0"
+        _merge(cfg, lambda: cfg.merge_from_list(opts))
+
+
+def _with_floats(cfg: CfgNode, content: dict[str, Any]) -> dict[str, Any]:
+    """Content for a config with 2 as 2.0 where the config has a float, which yacs insists on."""
+    content = dict(content)
+    for key, value in content.items():
+        known = cfg.get(key)
+        if isinstance(value, dict) and isinstance(known, CfgNode):
+            content[key] = _with_floats(known, value)
+        elif type(value) is int and type(known) is float:
+            content[key] = float(value)
+    return content
 
 
 def _merge(cfg: CfgNode, merge: Callable[[], object]) -> None:
@@ -204,20 +225,34 @@ def explained(cfg: CfgNode, where: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told_in_a_line(program: str) -> Iterator[None]:
+def told_in_a_line(program: str, go_on: Callable[[], str] = str) -> Iterator[None]:
     """Ends a program with one line where it would end in a traceback; REGIONSPOT_DEBUG=1 shows it.
 
     That is also so for errors in processes that Detectron2's ``launch`` starts, and in loaders.
+
+    Args:
+        program: its name, for the line.
+        go_on: after Ctrl-C or SIGTERM, says what is done and how to go on. The exit status is 130.
     """
     try:
-        yield
+        with stoppable():
+            yield
+    except KeyboardInterrupt:
+        print(f"{program}: stopped. {go_on()}".rstrip(), file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         if os.environ.get("REGIONSPOT_DEBUG") == "1":
             raise
-        sys.exit(f"{program}: {cause(error)}")
+        told = f"{program}: {cause(error)}"
+        if _KILLED.search(told):
+            told += f" If memory ran out, lower DATALOADER.NUM_WORKERS. {go_on()}"
+        if not isinstance(error.__cause__, KeyboardInterrupt):
+            sys.exit(told)
+        print(told, file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
-def cause(error: Exception) -> str:
+def cause(error: BaseException) -> str:
     """What a person is told of an error: its message, or that of the process that failed."""
     text, kind = str(error), type(error).__name__
     # The frames of a traceback are indented; the error stands below the last of them.

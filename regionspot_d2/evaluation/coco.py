@@ -26,7 +26,8 @@ from pycocotools.cocoeval import COCOeval
 
 from ..data.datasets import checked_annotations
 from ..data.datasets.corrections import CheckedFile
-from ..data.datasets.validation import number_ids, parse_json
+from ..data.datasets.validation import number_ids
+from ..safe_loading import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def load_truth(library: Any, path: str, *, lvis: bool = False) -> Truth:
         )
         if all(isinstance(number, int) and 0 <= number < 1 << 53 for number in numbers):
             return Truth(found, {}, {})
-    content, images, categories = number_ids(parse_json(path)[0])
+    content, images, categories = number_ids(read_json(path, unique_keys=False))
     if library is hotcoco:
         return Truth(open_file(content), images, categories)
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
@@ -107,6 +108,25 @@ def load_truth(library: Any, path: str, *, lvis: bool = False) -> Truth:
         file.flush()
         with contextlib.redirect_stdout(io.StringIO()):
             return Truth(open_file(file.name), images, categories)
+
+
+@contextlib.contextmanager
+def annotation_file(dataset_name: str) -> Iterator[bool]:
+    """Gives a dataset of a function an annotation file meanwhile; yields whether it has its own.
+
+    Detectron2 would keep the file, and evaluate on it when the function has long changed.
+    """
+    metadata = MetadataCatalog.get(dataset_name)
+    if metadata.get("json_file") is not None:
+        yield True
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        metadata.json_file = os.path.join(scratch, "annotations.json")
+        try:
+            convert_to_coco_json(dataset_name, metadata.json_file, allow_cached=False)
+            yield False
+        finally:
+            del metadata.json_file
 
 
 def has_masks(checked: CheckedFile) -> bool:
@@ -135,25 +155,13 @@ class COCOAPEvaluator(COCOEvaluator):
         *,
         backend: str = "hotcoco",
     ) -> None:
-        metadata = MetadataCatalog.get(dataset_name)
         self._library = hotcoco if _uses_hotcoco(backend) else pycocotools.coco
         self._evaluation = hotcoco.COCOeval if _uses_hotcoco(backend) else COCOeval
-        with tempfile.TemporaryDirectory() as scratch:
-            if converted := metadata.get("json_file") is None:
-                # The user registered a function that makes the records. Detectron2 would keep the
-                # file, and evaluate on it when the function has long changed.
-                metadata.json_file = os.path.join(scratch, "annotations.json")
-                convert_to_coco_json(dataset_name, metadata.json_file, allow_cached=False)
-            try:
-                checked = checked_annotations(dataset_name, keep=not converted)
-                self._truth = load_truth(self._library, checked.path)
-                with self._replaced(COCO=lambda _: self._truth.annotations):
-                    super().__init__(
-                        dataset_name, tasks, distributed, output_dir, use_fast_impl=False
-                    )
-            finally:
-                if converted:
-                    del metadata.json_file
+        with annotation_file(dataset_name) as kept:
+            checked = checked_annotations(dataset_name, keep=kept)
+            self._truth = load_truth(self._library, checked.path)
+            with self._replaced(COCO=lambda _: self._truth.annotations):
+                super().__init__(dataset_name, tasks, distributed, output_dir, use_fast_impl=False)
         self._do_evaluation = checked.annotations > 0
         self._has_masks = has_masks(checked)
 

@@ -68,7 +68,7 @@ class LVISAPEvaluator(DatasetEvaluator):
             ValueError: the annotation file has a fault, see :func:`check_federated`.
         """
         with lvis_library(backend) as library:
-            checked = checked_annotations(dataset_name)
+            checked = checked_annotations(dataset_name, lvis=True)
             check_federated(checked, backend)
             self._truth = load_truth(library, checked.path, lvis=True)
         self._backend = backend
@@ -109,7 +109,8 @@ class LVISAPEvaluator(DatasetEvaluator):
             of_processes = comm.gather(results, dst=0)
             if not comm.is_main_process():
                 return None
-            results = self._results.counted(list(itertools.chain(*of_processes)))
+            if len(of_processes) > 1:
+                results = self._results.counted(list(itertools.chain(*of_processes)))
         for result in results:
             result["category_id"] = self._category_ids[result["category_id"]]
         if self._output_dir:

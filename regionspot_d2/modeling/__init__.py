@@ -1,3 +1,4 @@
+from .baselines import AdapterRegionHead, CropRegionHead, MaskPooledRegionHead
 from .clip import OpenAIClip, OpenClip
 from .detectors import OpenVocabularyDetector, RegionSpotROIHeads, wrap
 from .interfaces import (

@@ -47,7 +47,7 @@ class ClipModel(VisionLanguageModel):
     image_size = grid_size = (0, 0)
     templates: tuple[str, ...] = ()
     _view_tower: Callable[[nn.Module, tuple[int, int]], ImageTower]
-    _text_options: dict[str, bool] = {}
+    _encode_options: dict[str, bool] = {}
 
     @configurable
     def __init__(
@@ -122,12 +122,19 @@ class ClipModel(VisionLanguageModel):
     def project(self, image_tokens: Tensor) -> Tensor:
         return self._tower.project(image_tokens)
 
+    def embed_images(self, images: list[Tensor]) -> Tensor:
+        # As the model itself pools: by its class token, or by attention (ResNets, SigLIP).
+        if not images:
+            return self.pixel_mean.new_zeros(0, self.text_dim)
+        pixels = self.preprocess_images(images)
+        return self.model.encode_image(pixels, **self._encode_options)
+
     def encode_text(self, texts: list[str]) -> Tensor:
         # Always in full precision: the embeddings are kept, on disk too.
         with torch.autocast(self.pixel_mean.device.type, enabled=False):
             starts = range(0, len(texts), TEXTS_AT_A_TIME)
             batches = [self._tokenize(texts[i : i + TEXTS_AT_A_TIME]) for i in starts]
-            embeddings = [self.model.encode_text(x, **self._text_options) for x in batches]
+            embeddings = [self.model.encode_text(x, **self._encode_options) for x in batches]
         return torch.cat(embeddings) if embeddings else self.pixel_mean.new_zeros(0, self.text_dim)
 
     def _tokenize(self, texts: list[str]) -> Tensor:
@@ -163,7 +170,7 @@ class OpenClip(ClipModel):
     """
 
     _view_tower = staticmethod(open_clip_tower)
-    _text_options = {"normalize": False}  # CoCa normalizes unless told not to
+    _encode_options = {"normalize": False}  # CoCa normalizes unless told not to
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:

@@ -189,6 +189,17 @@ class VisionLanguageModel(FrozenModule, ABC):
     def project(self, image_tokens: Tensor) -> Tensor:
         """Takes image tokens (B, L, W) to text space: (B, L, D), not normalized."""
 
+    def embed_images(self, images: list[Tensor]) -> Tensor:
+        """Embeds whole images, as :meth:`forward` takes them: (B, D), not normalized.
+
+        By default the class token in text space, or without one the mean of the projected grid. A
+        model that pools in another way says so here.
+        """
+        tokens = self(images)
+        if self.num_prefix_tokens:
+            return self.project(tokens[:, :1])[:, 0]
+        return self.project(tokens).mean(1)
+
     @abstractmethod
     def encode_text(self, texts: list[str]) -> Tensor:
         """Encodes any number of texts: (len(texts), D), float32, not normalized.
@@ -204,20 +215,34 @@ class RegionHead(nn.Module, ABC):
     Attributes:
         reads_mask_tokens: False lets the localizer run only where masks are wanted.
         reads_boxes: whether :meth:`forward` looks at ``boxes``.
+        reads_images: whether :meth:`forward` takes a keyword argument ``images``.
+        mask_size: (h, w) of the masks that :meth:`forward` takes as a keyword argument ``masks``;
+            None if it takes none.
         has_attention: whether :meth:`attention` tells where the head looks.
         renamed_parameters: parameter names in older files, and what they are called today.
     """
 
     reads_mask_tokens: bool = _required()
     reads_boxes: bool = _required()
+    reads_images: bool = False
+    mask_size: tuple[int, int] | None = None
     has_attention: bool = False
     renamed_parameters: ClassVar[Mapping[str, str]] = {}
+
+    @property
+    def needs_localizer(self) -> bool:
+        """Whether :meth:`forward` reads anything that the localizer finds."""
+        return self.reads_mask_tokens or self.mask_size is not None
 
     @abstractmethod
     def forward(
         self, tokens: list[Tensor], image_tokens: Tensor, boxes: list[Tensor]
     ) -> list[Tensor]:
         """Embeds the regions of each image.
+
+        A head that sets ``reads_images`` or ``mask_size`` takes one of these arguments more:
+        ``images``, RGB, 0..255, each (3, H, W) of its own size; ``masks``, per image (R, h, w),
+        bool, over the whole image.
 
         Args:
             tokens: per image the mask tokens (R, T), zeros if the head reads none. R may be 0.

@@ -1,226 +1,16 @@
-"""From a question about regions to their names: what is known, what is found, what is kept.
+"""Scores to results: which names are kept, in which order.
 
 This is the only place where scores become results.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from math import ceil
-from typing import Any, TypeAlias
-
 import torch
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
-from detectron2.utils.logger import log_first_n
 from torch import Tensor
 
-from .interfaces import Embedding, Localizer, RegionHead, image_size_of
-from .lazy_masks import MaskReader, shared_masks
-from .prompts import Prompts
-
-# From places of regions (K,) to the logits of their masks, (K, 1, h, w).
-LogitReader: TypeAlias = Callable[[Tensor], Tensor]
-# Boxes of point prompts are read off masks of this long side, in pixels.
-_POINT_BOX_SIDE = 256
-# Regions whose mask logits are read at a time: 64 MB of SAM's.
-_MASK_CHUNK = 256
-
-
-@dataclass(frozen=True)
-class EncodedImages:
-    """What the frozen encoders know of images.
-
-    Attributes:
-        images: RGB, 0..255, each (3, H, W) of its own size.
-        image_tokens: (B, L, W) of the vision-language model.
-    """
-
-    images: tuple[Tensor, ...]
-    image_tokens: Tensor
-    localizer: Localizer = field(repr=False)
-
-    @property
-    def image_sizes(self) -> list[tuple[int, int]]:
-        """(H, W) of each image."""
-        return [image_size_of(image) for image in self.images]
-
-    @cached_property
-    def embeddings(self) -> list[Embedding]:
-        """What the localizer knows of each image, found out when it is first needed.
-
-        Training from cached tokens never needs it, nor does a head that reads no mask tokens until
-        masks are asked for.
-        """
-        return self.localizer.encode_images(list(self.images))
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model finds out about the regions of one image, whatever the vocabulary.
-
-    Attributes:
-        image_size: (H, W) of the image.
-        embeddings: (R, D), the regions in text space, rows of unit length.
-        boxes: R boxes, XYXY, pixels of the image.
-        mask_logits: reads the localizer's, or None.
-    """
-
-    image_size: tuple[int, int]
-    embeddings: Tensor
-    boxes: Boxes
-    mask_logits: LogitReader | None = field(repr=False)
-    localizer: Localizer = field(repr=False)
-
-    def masks(self, regions: Tensor, size: tuple[int, int], *, nearest: bool = False) -> Tensor:
-        """The masks of some regions, by their places (K,), at a size (H, W): (K, H, W), bool.
-
-        ``nearest`` is the published way: masks are made at the size of the image, and a pixel of
-        the result is the one of theirs that its upper left corner lies in.
-        """
-        assert self.mask_logits is not None
-        masks = torch.empty((len(regions), *size), dtype=torch.bool, device=regions.device)
-        for part, held in zip(regions.split(_MASK_CHUNK), masks.split(_MASK_CHUNK)):
-            logits = self.mask_logits(part)
-            made = self.image_size if nearest else size
-            found = self.localizer.full_size_masks(logits, self.image_size, made)
-            # In whole numbers: as floats, y * h / H may fall below the row that it is.
-            rows, columns = (torch.arange(n) * m // n for n, m in zip(size, made))
-            held.copy_(found[:, rows[:, None], columns] if nearest else found)
-        return masks
-
-
-@dataclass(frozen=True)
-class LocalizedRegions:
-    """The regions of one image as the localizer sees them, with mask logits (R, 1, h, w)."""
-
-    tokens: Tensor
-    boxes: Boxes
-    mask_logits: Tensor | None
-
-
-def answer_regions(
-    encoded: EncodedImages,
-    head: RegionHead,
-    prompts: Sequence[Prompts],
-    *,
-    with_masks: bool,
-    mask_tokens: Sequence[Tensor] | None,
-    max_regions: int,
-) -> list[Answer]:
-    """What :meth:`RegionSpot.answer` does, for at most ``max_regions`` of an image at a time.
-
-    Self-attention over all of them at once would take the square of their number. More are split
-    into groups of equal size; mask logits are then found again when they are read, not held.
-    """
-    if max(map(len, prompts), default=0) <= max_regions:
-        return _answer_together(encoded, head, prompts, mask_tokens, with_masks)
-    log_first_n(
-        logging.WARNING,
-        f"An image has {max(map(len, prompts))} regions, more than MODEL.REGION_HEAD.MAX_REGIONS "
-        f"({max_regions}): they are named in groups, and regions of different groups do not see "
-        "each other.",
-        name=__name__,
-        key="caller",
-    )
-    device = encoded.image_tokens.device
-    groups = [
-        torch.arange(len(prompt), device=device).tensor_split(
-            max(1, ceil(len(prompt) / max_regions))
-        )
-        for prompt in prompts
-    ]
-    answers: list[list[Answer]] = [[] for _ in prompts]
-    for k in range(max(map(len, groups))):
-        rows = [group[k] if k < len(group) else group[0][:0] for group in groups]
-        parts = [prompt[places] for prompt, places in zip(prompts, rows)]
-        tokens = mask_tokens and [t[places] for t, places in zip(mask_tokens, rows)]
-        for found, part in zip(answers, _answer_together(encoded, head, parts, tokens, False)):
-            found.append(part)
-    return [
-        Answer(
-            size,
-            torch.cat([part.embeddings for part in parts]),
-            Boxes.cat([part.boxes for part in parts]),
-            _logits_again(encoded, i, prompts[i]) if with_masks else None,
-            encoded.localizer,
-        )
-        for i, (size, parts) in enumerate(zip(encoded.image_sizes, answers))
-    ]
-
-
-def _answer_together(
-    encoded: EncodedImages,
-    head: RegionHead,
-    prompts: Sequence[Prompts],
-    mask_tokens: Sequence[Tensor] | None,
-    with_masks: bool,
-) -> list[Answer]:
-    sizes = encoded.image_sizes
-    if mask_tokens is None:
-        regions = localize(encoded, head, prompts, with_masks=with_masks)
-    else:
-        regions = [
-            LocalizedRegions(tokens, prompt.boxes(size), None)
-            for tokens, prompt, size in zip(mask_tokens, prompts, sizes)
-        ]
-    embeddings = head(
-        [found.tokens for found in regions],
-        encoded.image_tokens,
-        [relative_boxes(found.boxes, size) for found, size in zip(regions, sizes)],
-    )
-    readers = [None if r.mask_logits is None else r.mask_logits.__getitem__ for r in regions]
-    return [
-        Answer(size, embedding, found.boxes, reader, encoded.localizer)
-        for size, embedding, found, reader in zip(sizes, embeddings, regions, readers)
-    ]
-
-
-def _logits_again(encoded: EncodedImages, i: int, prompts: Prompts) -> LogitReader | None:
-    @torch.no_grad()
-    def read(regions: Tensor) -> Any:
-        rows, places = regions.unique(return_inverse=True)
-        found = encoded.localizer.localize(
-            encoded.embeddings[i], encoded.image_sizes[i], prompts[rows], with_masks=True
-        )
-        return found[1] if found[1] is None else found[1][places]
-
-    first = torch.arange(min(1, len(prompts)), device=encoded.image_tokens.device)
-    return None if read(first) is None else read  # not every localizer finds masks
-
-
-def localize(
-    encoded: EncodedImages, head: RegionHead, prompts: Sequence[Prompts], *, with_masks: bool
-) -> list[LocalizedRegions]:
-    """Runs the localizer's decoder on the regions of each image, if head or masks need it."""
-    found = []
-    for i, (prompt, size) in enumerate(zip(prompts, encoded.image_sizes)):
-        # The box of a point is that of its mask.
-        needs_masks = with_masks or prompt.boxes_need_masks
-        masks = logits = None
-        if needs_masks or head.reads_mask_tokens:
-            tokens, logits = encoded.localizer.localize(
-                encoded.embeddings[i], size, prompt, with_masks=needs_masks
-            )
-        else:
-            tokens = encoded.image_tokens.new_zeros(len(prompt), encoded.localizer.token_dim)
-        if prompt.boxes_need_masks and logits is not None:
-            scale = min(1.0, _POINT_BOX_SIDE / max(size))
-            height, width = (max(1, round(length * scale)) for length in size)
-            masks = encoded.localizer.full_size_masks(logits, size, (height, width))
-        boxes = prompt.boxes(size, masks)
-        found.append(LocalizedRegions(tokens, boxes, logits if with_masks else None))
-    return found
-
-
-def relative_boxes(boxes: Boxes, image_size: tuple[int, int]) -> Tensor:
-    """Boxes in pixels of an image as region heads read them: (R, 4) in 0..1, cut at its edges."""
-    inside = Boxes(boxes.tensor.clone())
-    inside.clip(image_size)
-    return inside.tensor / inside.tensor.new_tensor([*reversed(image_size)] * 2)
+from .lazy_masks import MaskReader, nearest_masks, shared_masks
 
 
 def name_regions(
@@ -235,6 +25,7 @@ def name_regions(
     keep_before_region_score: int = 0,
     output_size: tuple[int, int] | None = None,
     masks: MaskReader | None = None,
+    masks_by_nearest: bool = False,
 ) -> Instances:
     """Turns the logits of an image's regions into results.
 
@@ -255,6 +46,8 @@ def name_regions(
         output_size: (H, W) to scale the results to; boxes without area are then dropped, as
             Detectron2 does for any detector. None leaves them as they are.
         masks: reads the masks of the regions that are left, at the size of the results.
+        masks_by_nearest: makes masks at ``image_size`` and takes their nearest pixels, as the
+            published code does.
 
     Returns:
         ``pred_boxes``, ``scores``, ``pred_classes`` (places in the vocabulary), ``region_index``
@@ -277,6 +70,7 @@ def name_regions(
     if output_size is not None:
         found = detector_postprocess(found, *output_size)
     if masks is not None:
+        masks = nearest_masks(masks, image_size) if masks_by_nearest else masks
         found.pred_masks = shared_masks(masks, found.region_index, found.image_size)
     return found
 

@@ -137,13 +137,8 @@ class RegionSpotHead(RegionHead):
         return last.multihead_attn(queries, image_tokens, image_tokens)[1][0]
 
 
-@REGION_HEAD_REGISTRY.register()
-class PooledRegionHead(RegionHead):
-    """The training-free baseline: the image tokens in text space, averaged over the box.
-
-    A cell of the token grid counts by the share of it that the box covers, so that every box of
-    positive area, however small, has an answer.
-    """
+class TrainingFreeHead(RegionHead):
+    """A head that has the vision-language model answer for the regions, and nothing to train."""
 
     reads_mask_tokens = False
     reads_boxes = True
@@ -168,6 +163,16 @@ class PooledRegionHead(RegionHead):
     ) -> dict[str, Any]:
         return {"vision_language": vision_language}
 
+
+@REGION_HEAD_REGISTRY.register()
+class PooledRegionHead(TrainingFreeHead):
+    """The training-free baseline: the image tokens in text space, averaged over the box.
+
+    A cell of the token grid counts by the share of it that the box covers, so that every box of
+    positive area, however small, has an answer. That is RoI pooling with exact shares; RoIAlign
+    would sample points in the box, and blur over its edges.
+    """
+
     def forward(
         self, tokens: list[Tensor], image_tokens: Tensor, boxes: list[Tensor]
     ) -> list[Tensor]:
@@ -185,14 +190,19 @@ class PooledRegionHead(RegionHead):
         Returns:
             Per image (R, C).
         """
-        rows, columns = self.vision_language.grid_size
-        pooled = []
-        for cells, box in zip(grid, boxes):
-            across = _coverage(box[:, 0], box[:, 2], columns)
-            down = _coverage(box[:, 1], box[:, 3], rows)
-            weights = torch.einsum("rh,rw->rhw", down, across).flatten(1)
-            pooled.append(weights.to(cells.dtype) @ cells)
-        return pooled
+        size = self.vision_language.grid_size
+        return [box_cells(box, size).to(cells.dtype) @ cells for cells, box in zip(grid, boxes)]
+
+
+def box_cells(boxes: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """How boxes (R, 4), XYXY in 0..1, spread over the cells of a grid: (R, cells), rows sum to 1.
+
+    A box without area, or outside the image, counts as the cell that is nearest to it.
+    """
+    rows, columns = grid_size
+    across = _coverage(boxes[:, 0], boxes[:, 2], columns)
+    down = _coverage(boxes[:, 1], boxes[:, 3], rows)
+    return torch.einsum("rh,rw->rhw", down, across).flatten(1)
 
 
 def _coverage(start: Tensor, end: Tensor, cells: int) -> Tensor:

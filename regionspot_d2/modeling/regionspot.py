@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from ..files import local_weights
+from .answers import Answer, EncodedImages, answer_regions, localize
 from .interfaces import (
     LOCALIZER_REGISTRY,
     REGION_HEAD_REGISTRY,
@@ -22,9 +22,10 @@ from .interfaces import (
     VisionLanguageModel,
     to_rgb,
 )
-from .naming import Answer, EncodedImages, answer_regions, localize, name_regions
+from .naming import name_regions
 from .prompts import BoxPrompts, Prompts
 from .region_head import FocalLoss
+from .views import Zoom, check_zoom
 from .vocabulary import TextEmbedder, dataset_class_names
 
 
@@ -56,24 +57,37 @@ class RegionSpot(nn.Module):
         input_format: str = "RGB",
         default_dataset: str | None = None,
         max_regions: int = 1000,
+        zoom: float = 0.0,
+        zoom_max_views: int = 64,
+        zoom_in_training: bool = False,
     ) -> None:
         """
         Args:
             localizer, vision_language, region_head, text_embedder: the parts of the model.
             loss: of training; by default that of the paper, averaged over all regions.
             with_masks: whether inference gives ``pred_masks``.
-            nearest_masks: makes them in the published way, see ``Answer.masks``.
+            nearest_masks: makes them in the published way, see ``name_regions``.
             score_thresh, max_detections, keep_before_proposal_score: what inference keeps, as
                 ``score_thresh``, ``max_pairs`` and ``keep_before_region_score`` of
                 :func:`~regionspot_d2.modeling.naming.name_regions`.
             input_format: channel order of ``image`` in the inputs, "RGB" or "BGR".
             default_dataset: its class names serve an input without ``dataset_name``.
             max_regions: of an image that the region head sees together; more are named in groups.
+            zoom: by default for :meth:`answer`.
+            zoom_max_views: of an image, see :class:`~regionspot_d2.modeling.views.ViewFinder`.
+            zoom_in_training: whether ``zoom`` counts in training too.
         """
         super().__init__()
         if max_regions < 1:
             raise ValueError(f"MODEL.REGION_HEAD.MAX_REGIONS is {max_regions}; at least 1 is due.")
+        if zoom_max_views < 1:
+            raise ValueError(
+                f"MODEL.ZOOM_MAX_VIEWS is {zoom_max_views}; it must be 1 or more views of an image."
+            )
         self.max_regions = max_regions
+        self.zoom = check_zoom(zoom, "MODEL.ZOOM")
+        self.zoom_max_views = zoom_max_views
+        self.zoom_in_training = zoom_in_training
         self.localizer = localizer
         self.vision_language = vision_language
         self.region_head = region_head
@@ -111,6 +125,9 @@ class RegionSpot(nn.Module):
             "input_format": cfg.INPUT.FORMAT,
             "default_dataset": datasets[0] if datasets else None,
             "max_regions": cfg.MODEL.REGION_HEAD.MAX_REGIONS,
+            "zoom": cfg.MODEL.ZOOM,
+            "zoom_max_views": cfg.MODEL.ZOOM_MAX_VIEWS,
+            "zoom_in_training": cfg.INPUT.ZOOM_TRAIN,
         }
 
     @property
@@ -197,14 +214,13 @@ class RegionSpot(nn.Module):
             results.append({"instances": found} if do_postprocess else found)
         return results
 
-    @torch.no_grad()
     def encode(self, images: Sequence[Tensor]) -> EncodedImages:
-        """Runs the frozen image encoders, the localizer's when it is first needed.
+        """Prepares images for questions; each frozen encoder runs when it is first needed.
 
         Args:
             images: RGB, 0..255, each (3, H, W) of its own size, on the model's device.
         """
-        return EncodedImages(tuple(images), self.vision_language(list(images)), self.localizer)
+        return EncodedImages(tuple(images), self.vision_language, self.localizer)
 
     def answer(
         self,
@@ -213,6 +229,7 @@ class RegionSpot(nn.Module):
         *,
         with_masks: bool,
         mask_tokens: Sequence[Tensor] | None = None,
+        zoom: float | None = None,
     ) -> list[Answer]:
         """Embeds regions in text space.
 
@@ -221,10 +238,19 @@ class RegionSpot(nn.Module):
             prompts: the regions of each image, pixels of the image; there may be none.
             with_masks: False skips whatever only masks need.
             mask_tokens: (R, T) of each image if known; the localizer then rests.
+            zoom: the side of the view in which a region is seen, in longer sides of the region; 0
+                is the whole image. By default ``MODEL.ZOOM``, in training only with
+                ``INPUT.ZOOM_TRAIN``.
 
         Returns:
             An answer per image, with its regions in the order asked.
+
+        Raises:
+            ValueError: ``zoom`` is neither 0 nor at least 1.
         """
+        if zoom is None:
+            zoom = self.zoom if self.zoom_in_training or not self.training else 0.0
+        closely = Zoom(check_zoom(zoom), self.zoom_max_views) if zoom else None
         return answer_regions(
             encoded,
             self.region_head,
@@ -232,6 +258,7 @@ class RegionSpot(nn.Module):
             with_masks=with_masks,
             mask_tokens=mask_tokens,
             max_regions=self.max_regions,
+            zoom=closely,
         )
 
     @torch.no_grad()
@@ -281,9 +308,9 @@ class RegionSpot(nn.Module):
             What that function returns, with ``pred_masks`` if the answer has masks.
         """
         logits = self.score(answer.embeddings, class_names)
-        reader = partial(answer.masks, nearest=self.nearest_masks)
-        masks = None if answer.mask_logits is None else reader
-        return name_regions(logits, answer.boxes, answer.image_size, masks=masks, **rules)
+        masks = None if answer.mask_logits is None else answer.masks
+        rules = {"masks": masks, "masks_by_nearest": self.nearest_masks, **rules}
+        return name_regions(logits, answer.boxes, answer.image_size, **rules)
 
     def losses(self, logits: list[Tensor], gt_classes: list[Tensor]) -> dict[str, Tensor]:
         """See :class:`~regionspot_d2.modeling.region_head.FocalLoss`."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
+from PIL import Image
 from segment_anything import sam_model_registry
 from segment_anything.modeling import MaskDecoder, PromptEncoder
 from torch import Tensor, nn
@@ -102,22 +104,33 @@ class SamLocalizer(Localizer):
         return height, width
 
     def resize(self, image: Tensor) -> Tensor:
-        """Resizes (3, H, W), RGB, 0..255, as SAM's ``ResizeLongestSide`` does through PIL.
+        """Resizes an image as SAM's ``ResizeLongestSide.apply_image`` does, that is, with PIL.
+
+        On a CPU the result is PIL's, value for value. Other devices have no such kernel; there
+        the values are within one level of PIL's.
+
+        Args:
+            image: (3, H, W), RGB, 0..255, of any dtype. PIL has 8 bits per value, so fractions
+                are rounded first: an image gives the same result as uint8 and as float.
 
         Returns:
-            (3, h, w) with whole values in 0..255.
+            (3, h, w) with whole values in 0..255; uint8 on a CPU, else float32.
         """
-        # On a CPU the uint8 kernel is PIL's; CUDA has none, and rounding comes within one level.
-        if image.is_cuda or image.dtype != torch.uint8:
-            image = image.float()
-        resized = F.interpolate(
-            image[None],
-            self.input_size(image_size_of(image)),
-            mode="bilinear",
-            align_corners=False,
-            antialias=True,
-        )[0]
-        return resized.round().clamp(0, 255) if resized.is_floating_point() else resized
+        size = self.input_size(image_size_of(image))
+        if image.dtype != torch.uint8:
+            image = image.float().round().clamp(0, 255)
+        if image.device.type == "cpu":
+            # Not F.interpolate: its uint8 kernel is off by up to two levels (torch 2.14, AVX-512),
+            # and its float kernel is wrong where the result is one pixel wide.
+            pixels = Image.fromarray(image.byte().permute(1, 2, 0).contiguous().numpy())
+            resized = np.array(pixels.resize(size[::-1], Image.Resampling.BILINEAR))
+            return torch.from_numpy(resized).permute(2, 0, 1).contiguous()
+        # One rounding instead of PIL's two, after each direction; each moves a value by at most a
+        # half, so the two results are at most one level apart.
+        smooth = F.interpolate(
+            image[None].float(), size, mode="bilinear", align_corners=False, antialias=True
+        )
+        return smooth[0].round().clamp(0, 255)
 
     @torch.no_grad()
     def encode_images(self, images: list[Tensor]) -> list[Tensor]:

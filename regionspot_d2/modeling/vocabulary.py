@@ -135,7 +135,8 @@ class TextEmbedder:
             private_folder(self._folder)
             if path.is_file():
                 embeddings = _read(path, key, (len(names), self._model.text_dim))
-                os.utime(path)
+                with suppress(OSError):  # a cache that may only be read
+                    os.utime(path)
                 return embeddings
         embeddings = self._encode(names)
         with self._tolerated(path):

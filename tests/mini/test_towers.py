@@ -12,11 +12,13 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, get_cfg
 from detectron2.structures import Boxes
+from PIL import Image
 from torch import Tensor, nn
 
 from regionspot_d2 import RegionSpotPredictor, add_regionspot_config
@@ -425,8 +427,9 @@ def encoded(lite: LiteMedSam, chelsea: Tensor) -> tuple[Tensor, Tensor]:
 def test_the_localizer_sees_rgb_in_0_to_1_above_zero_padding(encoded, chelsea):
     seen, _ = encoded
     assert seen.shape == (1, 3, 256, 256)
-    expected = F.interpolate(chelsea[None], (170, 256), mode="bilinear", antialias=True) / 255
-    torch.testing.assert_close(seen[..., :170, :], expected)
+    photo = Image.fromarray(chelsea.permute(1, 2, 0).numpy())
+    small = np.array(photo.resize((256, 170), Image.Resampling.BILINEAR))
+    torch.testing.assert_close(seen[0, :, :170], torch.from_numpy(small).permute(2, 0, 1) / 255)
     assert not seen[..., 170:, :].any()
 
 

@@ -17,7 +17,6 @@ with 20 boxes, from pixels to names. Example::
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -45,7 +44,9 @@ from train_mini_head import (
 )
 
 from regionspot_d2 import RegionSpotPredictor
+from regionspot_d2.data.datasets.validation import read_annotations
 from regionspot_d2.data.datasets.vocabularies import known_vocabulary
+from regionspot_d2.engine.config import told_in_a_line
 from regionspot_d2.modeling import RegionSpot
 from regionspot_d2.modeling.vocabulary import clean_name
 
@@ -151,23 +152,32 @@ def seconds(run: Callable[[], object], repeats: int = 5) -> float:
 
 
 def timings(
-    model: RegionSpot, crop_classifier: CropClassifier, photo: Photo, names: list[str], count: int
-) -> tuple[float, float]:
-    """Seconds from pixels to the names of ``count`` boxes: with the head, and crop by crop."""
+    model: RegionSpot,
+    crop_classifier: CropClassifier,
+    photo: Photo,
+    names: list[str],
+    count: int,
+    zoom: float,
+) -> dict[str, float]:
+    """Seconds from pixels to the names of ``count`` boxes, by method."""
     image = read(photo)
     boxes = random_boxes(count, "timing")
     pixels = boxes * torch.tensor([image.shape[2], image.shape[1]] * 2)
     predictor = RegionSpotPredictor(model, vocabulary=names)
     text = model.text_embedder(names, model.device)
 
-    def with_head() -> None:
+    def with_head(zoom: float) -> None:
         predictor.set_image(image)
-        predictor.predict(boxes=pixels)
+        predictor.predict(boxes=pixels, zoom=zoom)
 
     def with_crops() -> None:
         (crop_classifier(image, boxes) @ text.T).argmax(1)
 
-    return seconds(with_head), seconds(with_crops)
+    return {
+        "trained head on the whole photo": seconds(lambda: with_head(0)),
+        f"trained head with zoom {zoom:g}": seconds(lambda: with_head(zoom)),
+        "crop and classify": seconds(with_crops),
+    }
 
 
 def cell(values: list[float]) -> str:
@@ -180,8 +190,7 @@ def cell(values: list[float]) -> str:
 
 
 def category_names(json_file: str) -> list[str]:
-    with open(json_file, encoding="utf-8") as file:
-        return sorted({category["name"] for category in json.load(file)["categories"]})
+    return sorted({category["name"] for category in read_annotations(json_file)["categories"]})
 
 
 def load_datasets(args: argparse.Namespace) -> list[Dataset]:
@@ -262,6 +271,7 @@ def print_table(
         print(f"| {method} | {' | '.join(cell(list(column)) for column in columns)} |")
 
 
+@told_in_a_line("evaluate_mini.py")
 def main() -> None:
     args = parse_args()
     settings = settings_of(args)
@@ -289,14 +299,11 @@ def main() -> None:
     print(f"{args.folds} folds, {args.splits} splits; {len(more)} more photos; {settings}")
     for number, dataset in enumerate(datasets):
         print_table(dataset, [m.labels for m in measured if m.dataset == number], splits[number])
-    head_time, crop_time = timings(
-        model, crop_classifier, measured[0].photo, datasets[0].names, args.timing_boxes
-    )
-    print(
-        f"\nProcessor time of {args.timing_boxes} boxes, {torch.get_num_threads()} threads: "
-        f"trained head {head_time:.3f} s, crop and classify {crop_time:.3f} s, "
-        f"{crop_time / head_time:.1f} times as much."
-    )
+    names, photo, boxes = datasets[0].names, measured[0].photo, args.timing_boxes
+    times = timings(model, crop_classifier, photo, names, boxes, settings.zoom)
+    print(f"\nProcessor time of {boxes} boxes, {torch.get_num_threads()} threads:")
+    for method, time_taken in times.items():
+        print(f"{method}: {time_taken:.3f} s")
 
 
 if __name__ == "__main__":

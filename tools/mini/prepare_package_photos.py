@@ -27,6 +27,7 @@ from typing import Any
 from PIL import Image
 
 from regionspot_d2.data.datasets import coco_dataset
+from regionspot_d2.engine.config import told_in_a_line
 
 PHOTOS = Path(__file__).with_name("package_photos.json")
 
@@ -84,6 +85,7 @@ def verified(read: Callable[[str], bytes], photo: dict[str, Any], package: dict[
     return content
 
 
+@told_in_a_line("prepare_package_photos.py")
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

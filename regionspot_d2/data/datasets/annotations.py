@@ -8,6 +8,7 @@ corrected copy to the cache, once, and opens that. Nothing is read before it is 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import mmap
 import os
@@ -65,10 +66,14 @@ def _forget_names(metadata: Metadata) -> None:
         vars(metadata).pop(key, None)
 
 
-def checked_annotations(dataset: str, *, keep: bool = True) -> CheckedFile:
+def checked_annotations(
+    dataset: str, *, lvis: bool | None = None, keep: bool = True
+) -> CheckedFile:
     """Checks and corrects the annotation file of a dataset, once for each content.
 
-    Without ``keep``, a file that will soon be gone leaves nothing in the cache.
+    Args:
+        lvis: whether it is in LVIS format; by default the dataset's metadata say so.
+        keep: False for a file that will soon be gone; it leaves nothing in the cache.
 
     Raises:
         AnnotationsError: the file has a fault.
@@ -76,7 +81,8 @@ def checked_annotations(dataset: str, *, keep: bool = True) -> CheckedFile:
     """
     metadata = MetadataCatalog.get(dataset)
     json_file = source_file(os.fspath(metadata.json_file))
-    lvis = metadata.get("evaluator_type") == "lvis"
+    if lvis is None:
+        lvis = metadata.get("evaluator_type") == "lvis"
     return checked_file(dataset, json_file, metadata.get("corrections", ()), lvis=lvis, keep=keep)
 
 
@@ -220,7 +226,14 @@ def read_categories(json_file: str) -> list[dict[str, Any]]:
         ValueError: the file has no categories.
     """
     local_file = PathManager.get_local_path(json_file)
-    if os.path.getsize(local_file):  # nothing cannot be mapped
+    state = os.stat(local_file)
+    return list(_categories(json_file, local_file, state.st_size, state.st_mtime_ns))
+
+
+# An evaluator asks three times, and finding them may take a search through a gigabyte.
+@functools.lru_cache(maxsize=32)
+def _categories(json_file: str, local_file: str, size: int, _modified: int) -> list[dict[str, Any]]:
+    if size:  # nothing cannot be mapped
         with (
             open(local_file, "rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,

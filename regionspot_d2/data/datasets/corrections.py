@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from detectron2.utils.file_io import PathManager
 
-from ...files import cache_dir, sha256_of_file, write_atomically
+from ...files import cache_dir, private_folder, sha256_of_file, write_atomically
+from ...safe_loading import json_encoding
 from .validation import read_annotations
 
 logger = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ def checked_file(
     key = f"{_VERSION} {dataset} {lvis} {local_file} {state.st_size} {state.st_mtime_ns}"
     digest = hashlib.sha1(key.encode(errors="surrogateescape")).hexdigest()[:12]
     name = re.sub(r"[^\w.-]", "_", dataset)
-    folder = cache_dir() / "annotations" if keep else Path(local_file).parent
+    folder = private_folder(cache_dir() / "annotations") if keep else Path(local_file).parent
     copy = folder / f"{name}-{digest}.json"
     note = copy.with_suffix(".checked")
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
@@ -118,12 +119,13 @@ def checked_file(
         sha256 = known.pop("sha256")
         if sha256 is None or sha256 == _sha256(copy, os.stat(copy).st_mtime_ns):
             return CheckedFile(**known, file=json_file, path=str(copy) if sha256 else local_file)
-    content, plain = read_annotations(json_file, lvis=lvis)
+    content = read_annotations(json_file, lvis=lvis)
     facts, changed = correct(content, corrections, lvis=lvis)
-    corrected = changed or not plain
+    # hotcoco reads no other encoding.
+    corrected = changed or json_encoding(json_file) != "utf-8"
     if corrected:
         with write_atomically(copy, "w") as file:
-            json.dump(content, file)
+            file.write(json.dumps(content))  # json.dump would take ten times as long
         logger.info(f"Corrected the annotations of '{dataset}': {copy}")
     with write_atomically(note, "w") as file:
         json.dump({**facts, "sha256": sha256_of_file(copy) if corrected else None}, file)

@@ -63,7 +63,7 @@ def load_lvis(
     Raises:
         ValueError: the file has a fault, e.g. annotations without valid polygons.
     """
-    content, _ = read_annotations(json_file, lvis=True)
+    content = read_annotations(json_file, lvis=True)
     annotations = content.get("annotations", [])
     if len({str(annotation.get("id")) for annotation in annotations}) < len(annotations):
         raise ValueError(f"{json_file}: several annotations have the same 'id'.")
@@ -113,7 +113,7 @@ def _check_polygons(annotation: Mapping[str, Any], json_file: str) -> None:
 
 def minival(annotations: dict[str, Any]) -> dict[str, Any]:
     """The content of ``lvis_v1_val.json`` for those images that are not in COCO's training set."""
-    images = [image for image in annotations["images"] if "/val2017/" in image["coco_url"]]
+    images = [image for image in annotations["images"] if "/val2017/" in image.get("coco_url", "")]
     ids = {image["id"] for image in images}
-    objects = [entry for entry in annotations["annotations"] if entry["image_id"] in ids]
+    objects = [entry for entry in annotations.get("annotations", []) if entry["image_id"] in ids]
     return {**annotations, "images": images, "annotations": objects}
