@@ -42,6 +42,12 @@ def _add_model(cfg: CN) -> None:
         "https://openaipublic.azureedge.net/clip/models/"
         "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt"
     )
+    # Published: True encodes class names as they are spelled (aerosol_can), without the endings
+    # -other, -merged and -stuff; False writes blanks for underscores.
+    cfg.MODEL.VISION_LANGUAGE.RAW_NAMES = False
+    # Sentences that are averaged for each class name, such as ["{}"] for the name by itself; empty
+    # takes the model's own, for CLIP "{}." and OpenAI's 80 of ImageNet.
+    cfg.MODEL.VISION_LANGUAGE.TEMPLATES = []
 
     # The part that names regions: a name in REGION_HEAD_REGISTRY.
     cfg.MODEL.REGION_HEAD = CN()
@@ -58,6 +64,8 @@ def _add_model(cfg: CN) -> None:
     # KernelRegionHead: the number of training regions that it compares others with.
     cfg.MODEL.REGION_HEAD.NUM_CENTERS = 0
     cfg.register_renamed_key("MODEL.REGION_HEAD.NUM_CENTRES", "MODEL.REGION_HEAD.NUM_CENTERS")
+    # Published: True starts all layers of the decoder as copies of one; False starts each alone.
+    cfg.MODEL.REGION_HEAD.COPIED_LAYERS = False
     # AdapterRegionHead: the head whose embeddings it adapts, the share of the adapted ones in the
     # result (CLIP-Adapter's alpha), and how much narrower its hidden layer is than an embedding.
     cfg.MODEL.REGION_HEAD.ADAPTED = "CropRegionHead"
@@ -66,6 +74,9 @@ def _add_model(cfg: CN) -> None:
     # Sigmoid focal loss over the vocabulary.
     cfg.MODEL.REGION_HEAD.FOCAL_ALPHA = 0.25
     cfg.MODEL.REGION_HEAD.FOCAL_GAMMA = 2.0
+    # "regions" averages the loss over all regions; "images", as published, averages over the
+    # regions of each image and adds the images of a process up.
+    cfg.MODEL.REGION_HEAD.LOSS_REDUCTION = "regions"
 
     # Each region is seen in a view of the image, a square around it so many times as large as its
     # longer side; 0 shows all regions in the whole image, as in the paper.
@@ -83,6 +94,12 @@ def _add_data(cfg: CN) -> None:
     cfg.DATASETS.COCO_FORMAT = []
     # How often each of DATASETS.TRAIN is drawn from, e.g. [1, 1, 1]; empty goes by their sizes.
     cfg.DATASETS.TRAIN_RATIOS = []
+    # What the head was trained on, which splits results into classes with seen and unseen names;
+    # empty takes DATASETS.TRAIN.
+    cfg.DATASETS.HEAD_TRAINED_ON = []
+    # Published: True gives each process' batch images of one dataset and, with Detectron2's
+    # ASPECT_RATIO_GROUPING, of one orientation; False mixes them.
+    cfg.DATALOADER.ONE_DATASET_PER_BATCH = False
     # Datasets whose rare classes the sampler RepeatFactorTrainingSampler repeats; empty means all.
     cfg.DATALOADER.REPEAT_DATASETS = []
     # Share of the images of an epoch (and of 1000 more) that training and extraction may skip
@@ -95,13 +112,18 @@ def _add_data(cfg: CN) -> None:
     # With TOKEN_CACHE: the side in pixels that the loader's workers resize images to, the same as
     # the vision-language model's; 0 leaves resizing to the model.
     cfg.INPUT.CACHED_IMAGE_SIZE = 0
+    # Published: True flips, resizes and (with p = 0.5) crops the image as RANDOM_FLIP,
+    # MIN_SIZE_TRAIN and CROP say, beside cached tokens of the untouched image; False refuses that.
+    cfg.INPUT.AUGMENT_CACHED = False
 
 
 def _add_training(cfg: CN) -> None:
     # Whether heads are trained with MODEL.ZOOM too; each view then costs a pass of the image tower.
     cfg.INPUT.ZOOM_TRAIN = False
-    # Precision of SOLVER.AMP: float16 (with a gradient scaler) or bfloat16.
+    # Precision of SOLVER.AMP: float16 or bfloat16.
     cfg.SOLVER.AMP.DTYPE = "float16"
+    # Whether gradients in float16 are scaled, so that small ones do not vanish; published: False.
+    cfg.SOLVER.AMP.GRAD_SCALER = True
     # Moving average of the trained weights, which evaluations then use.
     cfg.MODEL.EMA = CN({"ENABLED": False, "DECAY": 0.9998})
     # With TEST.EVAL_PERIOD: the result that decides when model_best.pth is saved; with several
@@ -115,6 +137,9 @@ def _add_evaluation(cfg: CN) -> None:
     # The published order of scoring: keep this many (region, name) pairs by softmax before the box
     # score is multiplied in (the authors used 900). 0 multiplies first.
     cfg.TEST.KEEP_BEFORE_PROPOSAL_SCORE = 0
+    # Published: True thresholds masks at the size of the model's image and takes the nearest pixel
+    # for the output; False scales the logits to the output before they are thresholded.
+    cfg.TEST.NEAREST_MASKS = False
     # What computes AP: "hotcoco", or "reference" for pycocotools and lvis (same numbers, slower).
     cfg.TEST.EVALUATION_BACKEND = "hotcoco"
     # LVIS: Fixed AP (10,000 results per class, no limit per image) beside the standard AP.

@@ -14,13 +14,8 @@ from . import tiny
 @pytest.fixture
 def tiny_models() -> Iterator[None]:
     """Lets configs name "tiny" as the architecture of SAM and of CLIP."""
-    import segment_anything
-    from open_clip import factory
-
-    tiny.register_tiny_models()
-    yield
-    del segment_anything.sam_model_registry["tiny"]
-    factory._MODEL_CONFIGS.pop("tiny", None)
+    with tiny.registered_tiny_models():
+        yield
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from .tools import ROOT, load_tool
 CONFIGS = ROOT / "configs"
 FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
 TRAINING = [name for name in FILES if Path(name).name.startswith("train_") or "ablations" in name]
+PUBLISHED = [name for name in FILES if name.startswith("published/")]
 EVALUATION = [name for name in FILES if Path(name).name.startswith("eval_")]
 
 
@@ -106,8 +107,12 @@ def test_evaluation_configs(name):
             assert file == f"ground_truth://{dataset}"
         else:
             assert file == f"$DETECTRON2_DATASETS/proposals/{dataset}_{source}.pkl"
-    # Tokens are of the original images, which the frozen models resize themselves.
-    assert cfg.INPUT.MIN_SIZE_TEST == 0
+    # Tokens are of the original images, which the frozen models resize themselves. The published
+    # code resizes them first.
+    assert cfg.INPUT.MIN_SIZE_TEST == (800 if name in PUBLISHED else 0)
+    if not name.startswith("mini"):
+        assert len(cfg.DATASETS.HEAD_TRAINED_ON) == 3
+        assert set(cfg.DATASETS.HEAD_TRAINED_ON) <= set(DatasetCatalog.list())
 
 
 @pytest.mark.parametrize("stage", ["train_o365_{}.yaml", "train_o365_v3det_openimages_{}.yaml"])
@@ -135,20 +140,56 @@ def test_published_schedule(stage, size):
         assert read(f"train_o365_{size}.yaml").OUTPUT_DIR == f"output/train_o365_{size}"
 
 
-@pytest.mark.parametrize("name", [name for name in TRAINING if name.startswith("ablations")])
-def test_an_ablation_changes_one_thing(name):
-    def flat(node: CfgNode, prefix: str = "") -> dict[str, object]:
-        values: dict[str, object] = {}
-        for key, value in node.items():
-            values |= (
-                flat(value, f"{prefix}{key}.")
-                if isinstance(value, CfgNode)
-                else {prefix + key: value}
-            )
-        return values
+def flat(node: CfgNode, prefix: str = "") -> dict[str, object]:
+    values: dict[str, object] = {}
+    for key, value in node.items():
+        values |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else {prefix + key: value}
+        )
+    return values
 
-    standard, changed = flat(read("train_o365_L.yaml")), flat(read(name))
-    different = {key for key in standard if standard[key] != changed[key]}
+
+def differences(one: str, other: str) -> set[str]:
+    """The keys in which two configs differ."""
+    first, second = flat(read(one)), flat(read(other))
+    return {key for key in first if first[key] != second[key]}
+
+
+def test_every_published_config_is_ours_with_the_published_switches():
+    switches = differences("Base-RegionSpot.yaml", "published.yaml")
+    assert len(switches) >= 16
+    for name in PUBLISHED:
+        own = {"OUTPUT_DIR", "MODEL.WEIGHTS"} if "v3det" in name else {"OUTPUT_DIR"}
+        assert differences(name.removeprefix("published/"), name) == switches | own
+        assert read(name).OUTPUT_DIR == f"output/published/{Path(name).stem}"
+    ours = {f"published/{name}" for name in EVALUATION + TRAINING if "/" not in name}
+    # Nothing is known of how the published code trained on LVIS.
+    assert set(PUBLISHED) == ours - {"published/train_vild_RN50.yaml"}
+
+
+@pytest.mark.parametrize("size", ["B", "L", "L_336"])
+def test_the_second_published_stage_starts_from_the_first(size):
+    first, second = (
+        read(f"published/train_o365_{data}{size}.yaml") for data in ("", "v3det_openimages_")
+    )
+    assert second.MODEL.WEIGHTS == f"{first.OUTPUT_DIR}/model_final.pth"
+    assert second.DATASETS.TRAIN_RATIOS == [1, 1, 1] and second.INPUT.TOKEN_CACHE
+
+
+def test_ablations_are_trained_on_all_data_of_the_paper():
+    standard = "ablations/standard.yaml"
+    full = "published/train_o365_v3det_openimages_L.yaml"
+    assert differences(full, standard) == {"OUTPUT_DIR", "MODEL.WEIGHTS"}
+    # Their heads have other sizes than those of a first stage.
+    assert read(standard).MODEL.WEIGHTS == ""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for name in TRAINING if name.startswith("ablations") and "standard" not in name],
+)
+def test_an_ablation_changes_one_thing(name):
+    different = differences("ablations/standard.yaml", name)
     of_the_localizer = {"MODEL.LOCALIZER.ARCH", "MODEL.LOCALIZER.WEIGHTS", "INPUT.TOKEN_CACHE"}
     assert "OUTPUT_DIR" in different
     assert len(different - {"OUTPUT_DIR"} - of_the_localizer) <= 1

@@ -19,23 +19,13 @@ convert_checkpoint = load_tool("convert_checkpoint")
 convert, read_state_dict = convert_checkpoint.convert, convert_checkpoint.read_state_dict
 
 
-def published_checkpoint() -> dict[str, torch.Tensor]:
-    """Golden weights under the authors' names, frozen towers and all."""
-    head = RegionSpotHead(token_dim=32, image_dim=64, text_dim=40, ffn_dim=96)
-    state = {f"model.{k}": v for k, v in tiny.fill_golden(head).state_dict().items()}
-    sam, clip = tiny.build_tiny_sam(), tiny.tiny_open_clip()
-    state.update({f"model.sam.{k}": v for k, v in sam.state_dict().items()})
-    state.update({f"model.clip_model.{k}": v for k, v in clip.state_dict().items()})
-    return state
-
-
 def run(monkeypatch, *arguments: object) -> None:
     monkeypatch.setattr("sys.argv", ["convert_checkpoint.py", *map(str, arguments)])
     convert_checkpoint.main()
 
 
 def test_converted_head_gives_the_golden_arrays(tmp_path, monkeypatch, capsys):
-    torch.save({"model": published_checkpoint(), "iteration": 9}, tmp_path / "published.pth")
+    torch.save({"model": tiny.published_checkpoint(), "iteration": 9}, tmp_path / "published.pth")
     run(monkeypatch, tmp_path / "published.pth", tmp_path / "head.safetensors")
     out = capsys.readouterr().out
     assert "sam" in out and "clip_model" in out and "of no published size" in out
@@ -75,7 +65,7 @@ def test_published_sizes_are_recognized(image_dim, text_dim, name):
 
 
 def test_every_key_has_a_fate():
-    state = published_checkpoint() | {"model.something_else": torch.zeros(3)}
+    state = tiny.published_checkpoint() | {"model.something_else": torch.zeros(3)}
     conversion = convert(state)
     assert sorted(conversion.used + conversion.dropped) == sorted(state)
     assert conversion.unknown == ["model.something_else"]
@@ -92,14 +82,14 @@ def test_every_key_has_a_fate():
     ],
 )
 def test_an_incomplete_head_is_refused(change, message):
-    state = published_checkpoint()
+    state = tiny.published_checkpoint()
     change(state)
     with pytest.raises(convert_checkpoint.ConversionError, match=message):
         convert(state)
 
 
 def test_damaged_and_foreign_files_give_one_line(tmp_path, monkeypatch):
-    torch.save(published_checkpoint(), tmp_path / "whole.pth")
+    torch.save(tiny.published_checkpoint(), tmp_path / "whole.pth")
     content = (tmp_path / "whole.pth").read_bytes()
     (tmp_path / "cut.pth").write_bytes(content[: len(content) // 2])
     torch.save([1, 2], tmp_path / "list.pth")

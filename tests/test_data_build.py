@@ -21,14 +21,11 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 from regionspot_d2.data.build import (
-    FastRepeatFactorSampler,
-    ResumableSampler,
     build_test_loader,
     build_train_loader,
     cache_manifest,
     load_records,
     open_token_caches,
-    repeat_factors,
     start_at,
 )
 from regionspot_d2.data.datasets import register_coco_format
@@ -42,6 +39,12 @@ from regionspot_d2.data.mapper import (
 )
 from regionspot_d2.data.proposals import Proposals, write_proposals
 from regionspot_d2.data.published_tokens import PublishedTokens
+from regionspot_d2.data.samplers import (
+    FastRepeatFactorSampler,
+    GroupedSampler,
+    ResumableSampler,
+    repeat_factors,
+)
 from regionspot_d2.data.token_cache import TokenCacheError, TokenCacheWriter
 from regionspot_d2.data.token_extraction import extract_tokens
 from regionspot_d2.modeling.prompts import BoxPrompts
@@ -216,6 +219,78 @@ def test_batches_mix_datasets_of_different_vocabularies(register: Register) -> N
         [("one", i) for i in range(4)] + [("two", i) for i in range(12)]
     )
     assert any(len({name for name, _ in batch}) == 2 for batch in batches)
+
+
+@pytest.mark.parametrize("by_orientation", [False, True])
+def test_a_batch_may_be_of_one_dataset(register: Register, by_orientation: bool) -> None:
+    register("one", 8)
+    register("two", 12, ("fox", "owl", "elk"))
+    cfg = loader_cfg(
+        "one",
+        "two",
+        batch=2,
+        DATALOADER__ONE_DATASET_PER_BATCH=True,
+        DATALOADER__ASPECT_RATIO_GROUPING=by_orientation,
+    )
+    batches = seen(build_train_loader(cfg), 30)
+    kinds = [{(name, wide(i)) for name, i in batch} for batch in batches]
+    assert all(len({name for name, _ in kind}) == 1 for kind in kinds)
+    assert all(len(kind) == 1 for kind in kinds) == by_orientation
+    # Each dataset still has its share, and a run that is resumed sees the same batches.
+    counts = Counter(name for batch in batches for name, _ in batch)
+    assert counts["two"] / counts["one"] == pytest.approx(12 / 8, rel=0.2)
+    assert seen(build_train_loader(cfg, first_iteration=7), 10) == batches[7:17]
+
+
+def wide(index: int) -> bool:
+    width, height = SIZES[index % len(SIZES)]
+    return width > height
+
+
+def test_groups_keep_the_order_of_their_images_and_lose_none() -> None:
+    groups = [0, 1, 0, 2, 1, 0, 1, 2, 0, 0]
+    order = [*range(10)] * 6
+    found = list(GroupedSampler(order, groups, size=3))
+    for i in range(0, len(found), 3):
+        assert len({groups[index] for index in found[i : i + 3]}) == 1
+    for group in set(groups):
+        own = [index for index in found if groups[index] == group]
+        assert own == [index for index in order if groups[index] == group][: len(own)]
+    assert len(order) - len(found) < 3 * 3
+
+
+def test_images_may_be_augmented_beside_their_tokens(register: Register, tmp_path: Path) -> None:
+    register("one", 4)
+    cfg = loader_cfg("one", batch=1, INPUT__TOKEN_CACHE=str(tmp_path / "tokens"))
+    writer = TokenCacheWriter(
+        tmp_path / "tokens" / "one", cache_manifest(cfg, "one"), range(4), images_per_shard=4
+    )
+    tokens = [torch.randn(2, 256).half() for _ in range(4)]
+    writer.write_shard(0, tokens)
+    cfg.INPUT.RANDOM_FLIP = "horizontal"
+    with pytest.raises(ValueError, match="INPUT.RANDOM_FLIP.*INPUT.AUGMENT_CACHED: True"):
+        RegionMapper(cfg, True)
+    cfg.INPUT.AUGMENT_CACHED = True
+    cfg.INPUT.CROP.ENABLED, cfg.INPUT.CROP.TYPE = True, "absolute_range"
+    cfg.INPUT.CROP.SIZE, cfg.INPUT.MIN_SIZE_TRAIN = [48, 60], (96, 120)
+    record, caches = load_records("one")[0], open_token_caches(cfg)
+    mapper = RegionMapper(cfg, True, token_caches=caches)
+    plain = RegionMapper(True, augmentations=[])(record)
+    sizes = Counter()
+    for _ in range(40):
+        x = mapper(record)
+        height, width = x["image"].shape[1:]
+        assert torch.equal(x["mask_tokens"], tokens[0])
+        scale = torch.tensor([width / 64, height / 48] * 2)
+        # Boxes keep their place, as do the tokens.
+        torch.testing.assert_close(
+            x["instances"].gt_boxes.tensor, plain["instances"].gt_boxes.tensor * scale
+        )
+        assert x["instances"].image_size == (height, width)
+        whole = (height, width) in ((96, 128), (120, 160))
+        assert whole or (48 <= height <= 60 and 48 <= width <= 60)
+        sizes[whole] += 1
+    assert min(sizes[True], sizes[False]) > 8
 
 
 def test_ratios(register: Register) -> None:

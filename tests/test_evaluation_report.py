@@ -86,6 +86,19 @@ def test_evaluators_are_chosen_by_metadata(cfg: CfgNode) -> None:
     data.forget("synthetic_report_other")
 
 
+def test_what_the_head_was_trained_on_decides_which_names_are_seen(cfg: CfgNode) -> None:
+    cfg.DATASETS.TRAIN = ()
+    assert "APseen" not in oracle_results(cfg, LVIS)["bbox"]
+    cfg.DATASETS.HEAD_TRAINED_ON = ["objects365_v1_train"]
+    results = {dataset: oracle_results(cfg, dataset) for dataset in cfg.DATASETS.TEST}
+    assert {"APseen", "APunseen"} <= results[LVIS]["bbox"].keys()
+    line = "- seen: classes with a name or synonym in objects365_v1_train"
+    assert line in write_report(cfg, results).splitlines()
+    # It holds for a head that is trained further, too.
+    cfg.DATASETS.TRAIN = (COCO,)
+    assert line in write_report(cfg, results).splitlines()
+
+
 def test_files_of_several_datasets_are_kept_apart(cfg: CfgNode) -> None:
     for dataset in cfg.DATASETS.TEST:
         oracle_results(cfg, dataset)

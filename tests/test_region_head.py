@@ -31,6 +31,15 @@ def test_layers_start_different():
     assert not torch.equal(first.linear1.weight, second.linear1.weight)
 
 
+def test_layers_may_start_as_copies_of_one():
+    torch.manual_seed(0)
+    sizes = {"token_dim": 12, "image_dim": 16, "text_dim": 10, "num_heads": 4, "ffn_dim": 24}
+    first, *others = RegionSpotHead(**sizes, copied_layers=True).decoder.layers
+    for other in others:
+        for one, copy in zip(first.parameters(), other.parameters()):
+            assert torch.equal(one, copy) and one is not copy
+
+
 def test_order_of_regions_does_not_matter():
     head = small_head().eval()
     tokens, image = torch.randn(7, 12), torch.randn(1, 5, 16)

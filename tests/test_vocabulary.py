@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from regionspot_d2.modeling.vocabulary import TextEmbedder, check_names, clean_name
+from regionspot_d2.modeling.vocabulary import TextEmbedder, check_names, clean_name, raw_name
 
 
 class CountingModel(SimpleNamespace):
@@ -95,6 +95,38 @@ def test_names_that_are_refused(names, message):
 def test_class_lists_of_datasets_may_repeat_a_name():
     words = TextEmbedder(CountingModel())(["cat", "dog", "cat"])
     assert torch.equal(words[0], words[2])
+
+
+@pytest.mark.parametrize(
+    "options, texts",
+    [
+        ({"raw_names": True}, ["big_dog", "a big_dog"]),
+        ({"templates": ["{}"]}, ["big dog"]),
+        ({"raw_names": True, "templates": ["{}"]}, ["big_dog"]),
+    ],
+    ids=str,
+)
+def test_other_names_and_templates_have_other_vectors_in_the_cache(tmp_path, options, texts):
+    ours = TextEmbedder(CountingModel(), tmp_path)(["big_dog"])
+    model = CountingModel()
+    found = TextEmbedder(model, tmp_path, **options)(["big_dog"])
+    assert model.seen == texts and not torch.equal(found, ours)
+    again = CountingModel()
+    assert torch.equal(TextEmbedder(again, tmp_path, **options)(["big_dog"]), found)
+    assert torch.equal(TextEmbedder(again, tmp_path)(["big_dog"]), ours)
+    assert again.seen == []
+
+
+def test_raw_name():
+    assert raw_name("aerosol_can") == "aerosol_can"
+    assert raw_name("wall-other-merged") == "wall" and raw_name("food-stuff") == "food"
+    assert raw_name("stuffed-bear") == "stuffed-bear"
+
+
+@pytest.mark.parametrize("template", ["a photo", "{} or {}", "{name}", "{0}", "{", 5])
+def test_a_template_without_a_place_for_the_name_is_refused(template):
+    with pytest.raises(ValueError, match="MODEL.VISION_LANGUAGE.TEMPLATES holds .*{}"):
+        TextEmbedder(CountingModel(), templates=[template])
 
 
 def test_clean_name():

@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import math
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from regionspot_d2 import add_regionspot_config
-from regionspot_d2.modeling import BoxPrompts, RegionSpot
+from regionspot_d2.modeling import BoxPrompts, RegionSpot, RegionSpotHead
 
 SAM_PIXEL_MEAN = (123.675, 116.28, 103.53)
 SAM_PIXEL_STD = (58.395, 57.12, 57.375)
@@ -155,6 +157,15 @@ def tiny_openai_clip() -> nn.Module:
     return fill_golden(model)
 
 
+def published_checkpoint() -> dict[str, Tensor]:
+    """Golden weights under the names of the authors' checkpoints, frozen towers and all."""
+    head = RegionSpotHead(token_dim=32, image_dim=64, text_dim=40, ffn_dim=96)
+    state = {f"model.{k}": v for k, v in fill_golden(head).state_dict().items()}
+    state.update({f"model.sam.{k}": v for k, v in build_tiny_sam().state_dict().items()})
+    state.update({f"model.clip_model.{k}": v for k, v in tiny_open_clip().state_dict().items()})
+    return state
+
+
 def register_tiny_models() -> None:
     """Lets configs name "tiny" as the architecture of SAM and of CLIP.
 
@@ -165,6 +176,18 @@ def register_tiny_models() -> None:
 
     segment_anything.sam_model_registry["tiny"] = build_tiny_sam
     factory._MODEL_CONFIGS["tiny"] = OPEN_CLIP_CONFIG
+
+
+@contextmanager
+def registered_tiny_models() -> Iterator[None]:
+    """:func:`register_tiny_models` within a ``with`` block."""
+    import segment_anything
+    from open_clip import factory
+
+    register_tiny_models()
+    yield
+    del segment_anything.sam_model_registry["tiny"]
+    factory._MODEL_CONFIGS.pop("tiny", None)
 
 
 def tiny_cfg() -> CfgNode:

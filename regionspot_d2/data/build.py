@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetCatalog,
@@ -19,10 +18,10 @@ from detectron2.data import (
     build_detection_train_loader,
     get_detection_dataset_dicts,
 )
-from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.data.samplers import TrainingSampler
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Sampler
 
 from ..files import module_fingerprint, sha256_of_file
@@ -31,13 +30,18 @@ from .datasets import checked_annotations, class_names
 from .mapper import RegionMapper
 from .proposals import attach_proposals
 from .published_tokens import PublishedTokens, TokenSource, open_token_cache
+from .samplers import (
+    FastRepeatFactorSampler,
+    GroupedSampler,
+    Record,
+    ResumableSampler,
+    batch_groups,
+    repeat_factors,
+)
 from .token_cache import CacheManifest
 
 logger = logging.getLogger(__name__)
 
-Record = dict[str, Any]
-
-_BY_CLASS = "RepeatFactorTrainingSampler"
 # Every worker holds the records. Polygons and the like, which nobody needs, would fill its memory.
 _ANNOTATION_KEYS = ("bbox", "bbox_mode", "category_id", "iscrowd")
 
@@ -89,7 +93,9 @@ def build_train_loader(cfg: CfgNode, *, first_iteration: int = 0) -> DataLoader:
     """Builds an endless loader over all of ``DATASETS.TRAIN``; a batch may mix them.
 
     An iteration sees the same images whatever the number of processes, and however often training
-    was stopped and resumed before it. (Random augmentations and skipped images do not repeat.)
+    was stopped and resumed before it. (Random augmentations and skipped images do not repeat.) With
+    ``DATALOADER.ONE_DATASET_PER_BATCH`` the number of processes matters, for each fills batches of
+    its own, and an image that stands in for a skipped one may be of another dataset.
 
     Raises:
         ValueError: a config key is wrong, or a dataset cannot be trained on.
@@ -113,12 +119,17 @@ def build_train_loader(cfg: CfgNode, *, first_iteration: int = 0) -> DataLoader:
     sampler: Sampler = TrainingSampler(len(records), seed=seed)
     if factors is not None:
         sampler = FastRepeatFactorSampler(factors, seed=seed)
+    if cfg.DATALOADER.ONE_DATASET_PER_BATCH:
+        groups = batch_groups(parts, by_orientation=cfg.DATALOADER.ASPECT_RATIO_GROUPING)
+        size = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
+        sampler = GroupedSampler(sampler, groups, size)
     loader = build_detection_train_loader(
         records,
         mapper=RegionMapper(cfg, True, token_caches=caches, num_images=len(records)),
         sampler=ResumableSampler(sampler),
         total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
-        # All images end as the same square; grouping would only change their order.
+        # All images end as the same square, so batches need not be of one orientation. Where they
+        # should be, the sampler sees to it, which can start anywhere.
         aspect_ratio_grouping=False,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         # For the workers; it leaves the model's random numbers alone.
@@ -257,58 +268,3 @@ def cache_manifest(cfg: CfgNode, dataset: str, weights_sha256: str | None = None
         sha256 = digest.hexdigest()
     names, part = class_names(dataset), cfg.MODEL.LOCALIZER
     return CacheManifest(dataset, sha256, names, part.NAME, part.ARCH, part.TOKENS, weights_sha256)
-
-
-def repeat_factors(cfg: CfgNode, datasets: Sequence[Sequence[Record]]) -> Tensor | None:
-    """How often each image is seen, relative to the rarest.
-
-    ``DATALOADER.SAMPLER_TRAIN: RepeatFactorTrainingSampler`` repeats images of rare classes within
-    a dataset; ``DATASETS.TRAIN_RATIOS`` then sets how often each dataset is seen.
-
-    Returns:
-        (records of all ``datasets``,), float64, at least 1; None if all are seen equally often.
-    """
-    names, ratios = list(cfg.DATASETS.TRAIN), list(cfg.DATASETS.TRAIN_RATIOS)
-    sampler, samplers = cfg.DATALOADER.SAMPLER_TRAIN, ("TrainingSampler", _BY_CLASS)
-    if sampler not in samplers:
-        raise ValueError(f"DATALOADER.SAMPLER_TRAIN is '{sampler}'; it must be one of {samplers}.")
-    if ratios and (len(ratios) != len(names) or min(ratios) <= 0):
-        raise ValueError(
-            f"DATASETS.TRAIN_RATIOS is {ratios}; it must be empty or have a positive number for "
-            f"each of the {len(names)} datasets in DATASETS.TRAIN."
-        )
-    repeated = list(cfg.DATALOADER.REPEAT_DATASETS) or names
-    if not set(repeated) <= set(names):
-        raise ValueError(f"DATALOADER.REPEAT_DATASETS is {repeated}; DATASETS.TRAIN is {names}.")
-    by_class = sampler == _BY_CLASS
-    if not ratios and not by_class:
-        return None
-    factors = []
-    for name, records in zip(names, datasets):
-        factors.append(torch.ones(len(records), dtype=torch.float64))
-        if by_class and name in repeated:
-            factors[-1] *= RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-                records, cfg.DATALOADER.REPEAT_THRESHOLD
-            )
-    if ratios:
-        factors = [factor * (ratio / factor.sum()) for factor, ratio in zip(factors, ratios)]
-    return torch.cat(factors) / min(factor.min() for factor in factors)
-
-
-class ResumableSampler(Sampler[int]):
-    """An endless, repeatable sampler that can begin later: ``skip`` of its indices are left out."""
-
-    def __init__(self, sampler: Sampler[int]) -> None:
-        self.sampler, self.skip = sampler, 0
-
-    def __iter__(self) -> Iterator[int]:
-        return itertools.islice(iter(self.sampler), self.skip, None)
-
-
-class FastRepeatFactorSampler(RepeatFactorTrainingSampler):
-    """Detectron2's sampler without its loop, which takes many seconds for millions of images."""
-
-    def _get_epoch_indices(self, generator: torch.Generator) -> Tensor:
-        chance = torch.rand(len(self._frac_part), generator=generator)
-        repeats = self._int_part + (chance < self._frac_part)
-        return torch.arange(len(repeats)).repeat_interleave(repeats.long())

@@ -86,6 +86,8 @@ class RegionMapper(DatasetMapper):
     *Live*, it augments image and boxes together as ``INPUT`` says; the model runs its localizer.
     *Cached*, it adds mask tokens from disk, and squashes the image to the square that the
     vision-language model would squash it to: the loss is that of live mode without augmentation.
+    With ``augment_cached``, as published, the image alone is augmented. The tokens stay those of
+    the whole, unflipped image, so what they say of a region's place is then wrong.
     """
 
     @configurable
@@ -96,6 +98,7 @@ class RegionMapper(DatasetMapper):
         image_format: str = "RGB",
         token_caches: Mapping[str, TokenSource] | None = None,
         cached_image_size: int = 0,
+        augment_cached: bool = False,
         max_unreadable_share: float | None = None,
         num_images: int | None = None,
         max_pixels: int = MAX_PIXELS,
@@ -105,15 +108,18 @@ class RegionMapper(DatasetMapper):
         Args:
             token_caches: for training, by the name of the dataset.
             cached_image_size: side of the square in cached mode; 0 leaves images as they are.
+            augment_cached: whether the image is augmented beside its cached tokens.
             max_unreadable_share, num_images: see :class:`UnreadableImages`; a share of None raises
                 the first error.
             max_pixels: see :func:`~regionspot_d2.data.images.read_image`.
-            stock: ``augmentations`` (of live mode) and ``precomputed_proposal_topk``.
+            stock: ``augmentations`` (of live mode, or of ``augment_cached``) and
+                ``precomputed_proposal_topk``.
         """
         super().__init__(is_train, image_format=image_format, **stock)
         if image_format not in ("RGB", "BGR"):
             raise ValueError(f"INPUT.FORMAT is '{image_format}'; it must be 'RGB' or 'BGR'.")
         self.token_caches, self.cached_image_size = dict(token_caches or {}), cached_image_size
+        self.augment_cached = augment_cached
         share = max_unreadable_share
         self.unreadable = None if share is None else UnreadableImages(share, num_images)
         self.max_pixels = max_pixels
@@ -124,17 +130,27 @@ class RegionMapper(DatasetMapper):
             ("INPUT.RANDOM_FLIP", cfg.INPUT.RANDOM_FLIP, "none"),
             ("INPUT.CROP.ENABLED", cfg.INPUT.CROP.ENABLED, False),
         ):
-            if is_train and cfg.INPUT.TOKEN_CACHE and value != plain:
+            augmented = is_train and cfg.INPUT.TOKEN_CACHE and value != plain
+            if augmented and not cfg.INPUT.AUGMENT_CACHED:
                 raise ValueError(
                     f"{key} is {value!r}; with INPUT.TOKEN_CACHE it must be {plain!r}, because the "
-                    "cached tokens are of the unchanged image."
+                    "cached tokens are of the unchanged image. (INPUT.AUGMENT_CACHED: True does as "
+                    "the published code, which augments the image beside them.)"
                 )
         ret = super().from_config(cfg, is_train)
+        augment_cached = is_train and bool(cfg.INPUT.TOKEN_CACHE) and cfg.INPUT.AUGMENT_CACHED
+        if augment_cached:
+            # Detectron2's own order is to crop each image, before it is resized.
+            ret["augmentations"] = utils.build_augmentation(cfg, is_train)
+            if cfg.INPUT.CROP.ENABLED:
+                crop = T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE)
+                ret["augmentations"].append(T.RandomApply(crop, prob=0.5))
         # Masks and keypoints, which Detectron2's mapper would also load, are not for us.
         kept = {"is_train", "augmentations", "image_format", "precomputed_proposal_topk"}
         return {
             **{key: ret[key] for key in kept & ret.keys()},
             "cached_image_size": cfg.INPUT.CACHED_IMAGE_SIZE,
+            "augment_cached": augment_cached,
             "max_pixels": cfg.INPUT.MAX_PIXELS,
             "max_unreadable_share": cfg.DATALOADER.MAX_UNREADABLE_SHARE if is_train else None,
         }
@@ -204,11 +220,18 @@ class RegionMapper(DatasetMapper):
         self._transform_annotations(x, T.TransformList([]), (height, width))
         instances = x["instances"]
         x["mask_tokens"] = cache.read(x["image_id"], instances.gt_classes)
+        if self.augment_cached:
+            augmented = T.AugInput(image)
+            self.augmentations(augmented)
+            image = augmented.image
         x["image"] = _to_tensor(image)
         if side := self.cached_image_size:
             x["image"] = squash(x["image"], side)
-            instances.gt_boxes.scale(side / width, side / height)
-            x["instances"] = Instances((side, side), **instances.get_fields())
+        new_height, new_width = x["image"].shape[-2:]
+        if (new_height, new_width) != (height, width):
+            # Like the tokens, boxes keep their place in the whole image.
+            instances.gt_boxes.scale(new_width / width, new_height / height)
+            x["instances"] = Instances((new_height, new_width), **instances.get_fields())
         return x
 
 

@@ -186,7 +186,8 @@ class TrainStep(AMPTrainer):
         precision = _PRECISIONS[amp.DTYPE] if amp.ENABLED else torch.float32
         device = torch.device(cfg.MODEL.DEVICE).type
         # Only float16 has so few exponents that small gradients need scaling.
-        scaler = torch.amp.GradScaler(device, enabled=precision == torch.float16)
+        scaled = precision == torch.float16 and amp.GRAD_SCALER
+        scaler = torch.amp.GradScaler(device, enabled=scaled)
         super().__init__(model, data, optimizer, grad_scaler=scaler, precision=precision)
         self._autocast = torch.autocast(device, precision, enabled=amp.ENABLED)
         self._cfg = cfg

@@ -10,7 +10,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 
 from ..data.datasets import checked_annotations
-from ..data.datasets.vocabularies import class_groups, find_training_names
+from ..data.datasets.vocabularies import class_groups, head_training_names
 from .coco import COCOAPEvaluator, lvis_library
 from .lvis import LVISAPEvaluator, check_federated
 from .region_classification import RegionClassificationEvaluator
@@ -32,8 +32,9 @@ def build_evaluator(
 ) -> DatasetEvaluator:
     """Builds the evaluator of a dataset, chosen by the ``evaluator_type`` of its metadata.
 
-    ``DATASETS.TRAIN`` tells seen class names from unseen ones. The results json is written to
-    ``output_folder``, by default ``<OUTPUT_DIR>/inference/<dataset_name>``.
+    ``DATASETS.HEAD_TRAINED_ON``, or else ``DATASETS.TRAIN``, tells seen class names from unseen
+    ones. The results json is written to ``output_folder``, by default
+    ``<OUTPUT_DIR>/inference/<dataset_name>``.
 
     Raises:
         ValueError: the type is neither "coco" nor "lvis".
@@ -42,7 +43,7 @@ def build_evaluator(
     if output_folder is None:
         output_folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
     options = {"output_dir": output_folder, "backend": cfg.TEST.EVALUATION_BACKEND}
-    groups = class_groups(dataset_name, find_training_names(cfg.DATASETS.TRAIN))
+    groups = class_groups(dataset_name, head_training_names(cfg))
     evaluator: DatasetEvaluator
     if evaluator_type == "coco":
         evaluator = COCOAPEvaluator(dataset_name, **options)

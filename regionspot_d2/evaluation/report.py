@@ -15,7 +15,7 @@ from detectron2.utils.file_io import PathManager
 from tabulate import tabulate
 
 from ..data.datasets import ODINW_13, ODINW_35
-from ..data.datasets.vocabularies import find_training_names
+from ..data.datasets.vocabularies import head_training_names
 from ..data.proposals import box_recall, read_proposals, select
 
 # The kind of AP by evaluator type and the suffix of the metrics, after "bbox" or "segm".
@@ -159,7 +159,7 @@ def _describe_protocol(cfg: CfgNode) -> dict[str, str]:
     if cfg.TEST.FIXED_AP and limit >= 0:
         kept = f"the model kept {limit} results per image; without a limit"
         protocol["Fixed AP"] = f"{kept} (TEST.DETECTIONS_PER_IMAGE: -1) it may be higher"
-    if training := find_training_names(cfg.DATASETS.TRAIN):
+    if training := head_training_names(cfg):
         known = ", ".join(training.known) or "no known vocabulary"
         protocol["seen"] = f"classes with a name or synonym in {known}"
         if training.unknown:

@@ -43,6 +43,26 @@ def shared_masks(read: MaskReader, regions: Tensor, size: tuple[int, int]) -> Te
     return LazyMasks(held.__getitem__, places, size, regions.device)
 
 
+def nearest_masks(read: MaskReader, made: tuple[int, int]) -> MaskReader:
+    """Reads masks in the published way: made at one size, scaled to another by the nearest pixel.
+
+    Args:
+        read: finds the masks of regions at any size.
+        made: (H, W) at which it is asked for them.
+
+    Returns:
+        A reader that gives each pixel that of ``made`` in which its upper left corner lies.
+    """
+
+    def nearest(regions: Tensor, size: tuple[int, int]) -> Tensor:
+        # In whole numbers: as floats, y * h / H may fall below the row that it is.
+        rows, columns = (torch.arange(n) * m // n for n, m in zip(size, made))
+        parts = [read(part, made)[:, rows[:, None], columns] for part in regions.split(_CHUNK)]
+        return torch.cat(parts)
+
+    return nearest
+
+
 class LazyMasks(Tensor):
     """Masks (N, H, W), bool, which are made when they are read.
 

@@ -10,7 +10,7 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
-from .lazy_masks import MaskReader, shared_masks
+from .lazy_masks import MaskReader, nearest_masks, shared_masks
 
 
 def name_regions(
@@ -25,6 +25,7 @@ def name_regions(
     keep_before_region_score: int = 0,
     output_size: tuple[int, int] | None = None,
     masks: MaskReader | None = None,
+    masks_by_nearest: bool = False,
 ) -> Instances:
     """Turns the logits of an image's regions into results.
 
@@ -45,6 +46,8 @@ def name_regions(
         output_size: (H, W) to scale the results to; boxes without area are then dropped, as
             Detectron2 does for any detector. None leaves them as they are.
         masks: reads the masks of the regions that are left, at the size of the results.
+        masks_by_nearest: makes masks at ``image_size`` and takes their nearest pixels, as the
+            published code does.
 
     Returns:
         ``pred_boxes``, ``scores``, ``pred_classes`` (places in the vocabulary), ``region_index``
@@ -67,6 +70,7 @@ def name_regions(
     if output_size is not None:
         found = detector_postprocess(found, *output_size)
     if masks is not None:
+        masks = nearest_masks(masks, image_size) if masks_by_nearest else masks
         found.pred_masks = shared_masks(masks, found.region_index, found.image_size)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class RegionSpotHead(RegionHead):
         ffn_dim: int = 2048,
         dropout: float = 0.1,
         with_image_tokens: bool = True,
+        copied_layers: bool = False,
     ) -> None:
         """
         Args:
@@ -48,6 +50,8 @@ class RegionSpotHead(RegionHead):
             with_image_tokens: False leaves the cross-attention out, for the ablation: regions then
                 see only each other. (The paper does not say how it took the image tokens away; this
                 is the plainest way.)
+            copied_layers: whether the layers start as copies of one, as torch makes them; else each
+                starts from weights of its own.
         """
         super().__init__()
         self.has_attention = with_image_tokens
@@ -66,8 +70,7 @@ class RegionSpotHead(RegionHead):
             )
         self.projector = nn.Linear(image_dim, text_dim)
         for parameter in self.decoder.parameters():
-            # torch copies one layer; here each starts from weights of its own.
-            if parameter.dim() > 1:
+            if parameter.dim() > 1 and not copied_layers:
                 nn.init.xavier_uniform_(parameter)
 
     @classmethod
@@ -83,6 +86,7 @@ class RegionSpotHead(RegionHead):
             "ffn_dim": cfg.MODEL.REGION_HEAD.FFN_DIM,
             "dropout": cfg.MODEL.REGION_HEAD.DROPOUT,
             "with_image_tokens": cfg.MODEL.REGION_HEAD.IMAGE_TOKENS,
+            "copied_layers": cfg.MODEL.REGION_HEAD.COPIED_LAYERS,
         }
 
     def forward(
@@ -214,32 +218,59 @@ def _coverage(start: Tensor, end: Tensor, cells: int) -> Tensor:
     return overlap / overlap.sum(1, keepdim=True)
 
 
-def focal_loss(
-    logits: list[Tensor], gt_classes: list[Tensor], *, alpha: float, gamma: float
-) -> Tensor:
-    """Sigmoid focal loss, summed over class names, averaged over the regions of all images.
+@dataclass(frozen=True)
+class FocalLoss:
+    """Sigmoid focal loss, summed over class names.
 
-    Args:
-        logits: per image (R, C); C may differ.
-        gt_classes: per image (R,), in 0..C-1.
+    Attributes:
         alpha: weight of the true names against the others.
         gamma: how much less a name counts that is clear already.
+        reduction: "regions" averages over the regions of all images, so that each region counts
+            alike. "images" is the published way: the average over the regions of each image, summed
+            over the images of the process, so that regions count less where there are many.
+
+    Raises:
+        ValueError: ``reduction`` is neither.
     """
-    count = sum(len(classes) for classes in gt_classes)
-    losses = [
-        sigmoid_focal_loss(
-            logit,
-            F.one_hot(classes, logit.shape[1]).to(logit.dtype),
-            alpha=alpha,
-            gamma=gamma,
-            reduction="sum",
-        )
-        for logit, classes in zip(logits, gt_classes)
-    ]
-    if has_event_storage():
-        correct = sum(int((x.argmax(1) == y).sum()) for x, y in zip(logits, gt_classes))
-        get_event_storage().put_scalar("[metric]accuracy", correct / max(count, 1))
-    return torch.stack(losses).sum() / _regions_per_process(count, logits[0].device)
+
+    alpha: float = 0.25
+    gamma: float = 2.0
+    reduction: str = "regions"
+
+    def __post_init__(self) -> None:
+        if self.reduction not in ("regions", "images"):
+            raise ValueError(
+                f"MODEL.REGION_HEAD.LOSS_REDUCTION is '{self.reduction}'; it must be 'regions' or "
+                "'images'."
+            )
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> FocalLoss:
+        head = cfg.MODEL.REGION_HEAD
+        return cls(head.FOCAL_ALPHA, head.FOCAL_GAMMA, head.LOSS_REDUCTION)
+
+    def __call__(self, logits: list[Tensor], gt_classes: list[Tensor]) -> Tensor:
+        """Compares logits, per image (R, C), with classes, per image (R,); R and C may differ.
+
+        The gradient reaches every parameter, even if no image has regions.
+        """
+        counts = [len(classes) for classes in gt_classes]
+        losses = [
+            sigmoid_focal_loss(
+                logit,
+                F.one_hot(classes, logit.shape[1]).to(logit.dtype),
+                alpha=self.alpha,
+                gamma=self.gamma,
+                reduction="sum",
+            )
+            for logit, classes in zip(logits, gt_classes)
+        ]
+        if has_event_storage():
+            correct = sum(int((x.argmax(1) == y).sum()) for x, y in zip(logits, gt_classes))
+            get_event_storage().put_scalar("[metric]accuracy", correct / max(sum(counts), 1))
+        if self.reduction == "images":
+            return torch.stack([loss / max(n, 1) for loss, n in zip(losses, counts)]).sum()
+        return torch.stack(losses).sum() / _regions_per_process(sum(counts), logits[0].device)
 
 
 def _regions_per_process(count: int, device: torch.device) -> float:

@@ -11,7 +11,7 @@ from detectron2.modeling.meta_arch import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
-from ..files import cache_dir, local_weights
+from ..files import local_weights
 from .answers import Answer, EncodedImages, answer_regions, localize
 from .interfaces import (
     LOCALIZER_REGISTRY,
@@ -24,7 +24,7 @@ from .interfaces import (
 )
 from .naming import name_regions
 from .prompts import BoxPrompts, Prompts
-from .region_head import focal_loss
+from .region_head import FocalLoss
 from .views import Zoom, check_zoom
 from .vocabulary import TextEmbedder, dataset_class_names
 
@@ -48,9 +48,9 @@ class RegionSpot(nn.Module):
         vision_language: VisionLanguageModel,
         region_head: RegionHead,
         text_embedder: TextEmbedder,
-        focal_alpha: float = 0.25,
-        focal_gamma: float = 2.0,
+        loss: FocalLoss | None = None,
         with_masks: bool = True,
+        nearest_masks: bool = False,
         score_thresh: float = 0.0,
         max_detections: int = 300,
         keep_before_proposal_score: int = 0,
@@ -64,8 +64,9 @@ class RegionSpot(nn.Module):
         """
         Args:
             localizer, vision_language, region_head, text_embedder: the parts of the model.
-            focal_alpha, focal_gamma: of the focal loss.
+            loss: of training; by default that of the paper, averaged over all regions.
             with_masks: whether inference gives ``pred_masks``.
+            nearest_masks: makes them in the published way, see ``name_regions``.
             score_thresh, max_detections, keep_before_proposal_score: what inference keeps, as
                 ``score_thresh``, ``max_pairs`` and ``keep_before_region_score`` of
                 :func:`~regionspot_d2.modeling.naming.name_regions`.
@@ -91,9 +92,9 @@ class RegionSpot(nn.Module):
         self.vision_language = vision_language
         self.region_head = region_head
         self.text_embedder = text_embedder
-        self.focal_alpha = focal_alpha
-        self.focal_gamma = focal_gamma
+        self.loss = loss or FocalLoss()
         self.with_masks = with_masks
+        self.nearest_masks = nearest_masks
         self.score_thresh = score_thresh
         self.max_detections = max_detections
         self.keep_before_proposal_score = keep_before_proposal_score
@@ -114,10 +115,10 @@ class RegionSpot(nn.Module):
             "localizer": localizer,
             "vision_language": vision_language,
             "region_head": build_head(cfg, localizer, vision_language),
-            "text_embedder": TextEmbedder(vision_language, cache_dir() / "vocabularies"),
-            "focal_alpha": cfg.MODEL.REGION_HEAD.FOCAL_ALPHA,
-            "focal_gamma": cfg.MODEL.REGION_HEAD.FOCAL_GAMMA,
+            "text_embedder": TextEmbedder.from_config(cfg, vision_language),
+            "loss": FocalLoss.from_config(cfg),
             "with_masks": cfg.MODEL.MASK_ON,
+            "nearest_masks": cfg.TEST.NEAREST_MASKS,
             "score_thresh": cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST,
             "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
             "keep_before_proposal_score": cfg.TEST.KEEP_BEFORE_PROPOSAL_SCORE,
@@ -308,12 +309,12 @@ class RegionSpot(nn.Module):
         """
         logits = self.score(answer.embeddings, class_names)
         masks = None if answer.mask_logits is None else answer.masks
-        return name_regions(logits, answer.boxes, answer.image_size, masks=masks, **rules)
+        rules = {"masks": masks, "masks_by_nearest": self.nearest_masks, **rules}
+        return name_regions(logits, answer.boxes, answer.image_size, **rules)
 
     def losses(self, logits: list[Tensor], gt_classes: list[Tensor]) -> dict[str, Tensor]:
-        """See :func:`~regionspot_d2.modeling.region_head.focal_loss`."""
-        loss = focal_loss(logits, gt_classes, alpha=self.focal_alpha, gamma=self.focal_gamma)
-        return {"loss_cls": loss}
+        """See :class:`~regionspot_d2.modeling.region_head.FocalLoss`."""
+        return {"loss_cls": self.loss(logits, gt_classes)}
 
     def _images(self, batched_inputs: list[dict[str, Any]]) -> list[Tensor]:
         # Moved after it is cast: Apple's GPUs have no float64.

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.utils.logger import log_first_n
 from safetensors import SafetensorError, safe_open
@@ -22,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from ..files import fingerprint, private_folder, write_atomically
+from ..files import cache_dir, fingerprint, private_folder, write_atomically
 from .interfaces import VisionLanguageModel
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,9 @@ _BATCH_SIZE = 256
 # Vocabularies kept in memory, and bytes kept on disk. LVIS with ViT-L/14 takes 3.7 MB.
 _MAX_VOCABULARIES = 32
 _MAX_DISK_BYTES = 1_000_000_000
+_TEMPLATE = re.compile(r"[^{}]*\{\}[^{}]*", re.DOTALL)
+# What the published code takes off a name, such as COCO's "wall-other-merged".
+_ENDINGS = re.compile("(-other|-merged|-stuff)+$")
 
 
 def dataset_class_names(name: str | None) -> list[str]:
@@ -50,6 +55,14 @@ def clean_name(name: str) -> str:
     return " ".join(name.replace("_", " ").split())
 
 
+def raw_name(name: str) -> str:
+    """A class name as the published code encodes it: ``"aerosol_can"`` stays as it is.
+
+    Only the endings ``-other``, ``-merged`` and ``-stuff`` are taken off.
+    """
+    return _ENDINGS.sub("", name)
+
+
 class TextEmbedder:
     """Embeds vocabularies: a name's templates are encoded, averaged, then scaled to unit length.
 
@@ -64,11 +77,36 @@ class TextEmbedder:
         cache_folder: Path | None = None,
         *,
         max_disk_bytes: int = _MAX_DISK_BYTES,
+        raw_names: bool = False,
+        templates: Sequence[str] = (),
     ) -> None:
+        """
+        Args:
+            raw_names: whether names are encoded by :func:`raw_name`, not :func:`clean_name`.
+            templates: with one ``{}`` each; by default those of the model.
+        """
+        for template in templates:
+            if not isinstance(template, str) or not _TEMPLATE.fullmatch(template):
+                raise ValueError(
+                    f"MODEL.VISION_LANGUAGE.TEMPLATES holds {template!r:.60}; text with one {{}} "
+                    "for the class name is expected, such as 'a photo of a {}.'."
+                )
         self._model = vision_language
+        self._words = raw_name if raw_names else clean_name
+        self._templates = tuple(templates) or vision_language.templates
         self._folder = cache_folder
         self._max_disk_bytes = max_disk_bytes
         self._recent: OrderedDict[tuple[torch.device, tuple[str, ...]], Tensor] = OrderedDict()
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, vision_language: VisionLanguageModel) -> TextEmbedder:
+        """Builds it as ``MODEL.VISION_LANGUAGE`` says, with a folder in the project's cache."""
+        return cls(
+            vision_language,
+            cache_dir() / "vocabularies",
+            raw_names=cfg.MODEL.VISION_LANGUAGE.RAW_NAMES,
+            templates=cfg.MODEL.VISION_LANGUAGE.TEMPLATES,
+        )
 
     def __call__(self, names: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
         """Embeds C class names as (C, D) float32 on ``device``, rows of unit length.
@@ -81,7 +119,7 @@ class TextEmbedder:
         words = self._recent.pop(key, None)
         if words is None:
             check_names(names, repeats=True)
-            words = self._load(tuple(map(clean_name, names))).to(device)
+            words = self._load(tuple(map(self._words, names))).to(device)
         self._recent[key] = words  # last in the order, and so the last to go
         while len(self._recent) > _MAX_VOCABULARIES:
             self._recent.popitem(last=False)
@@ -91,7 +129,7 @@ class TextEmbedder:
         if self._folder is None:
             return self._encode(names)
         # As JSON, since a name may hold any character, a line break included.
-        key = json.dumps([self._model.fingerprint, self._model.templates, names])
+        key = json.dumps([self._model.fingerprint, self._templates, names])
         path = self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
         with self._tolerated(path):
             private_folder(self._folder)
@@ -118,7 +156,7 @@ class TextEmbedder:
 
     @torch.no_grad()
     def _encode(self, names: tuple[str, ...]) -> Tensor:
-        templates = self._model.templates
+        templates = self._templates
         step = max(1, _BATCH_SIZE // len(templates))
         chunks = range(0, len(names), step)
         rows = []

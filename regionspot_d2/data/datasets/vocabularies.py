@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from detectron2.config import CfgNode
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.data.datasets.lvis_v1_categories import LVIS_CATEGORIES
 from detectron2.utils.logger import log_first_n
@@ -97,8 +98,13 @@ def spellings(name: str) -> set[str]:
     return {words for part in plain.split("/") if (words := " ".join(part.split()))}
 
 
+def head_training_names(cfg: CfgNode) -> TrainingNames | None:
+    """The names of ``DATASETS.HEAD_TRAINED_ON``, or of ``DATASETS.TRAIN`` if that is empty."""
+    return find_training_names(list(cfg.DATASETS.HEAD_TRAINED_ON) or cfg.DATASETS.TRAIN)
+
+
 def find_training_names(datasets: Sequence[str]) -> TrainingNames | None:
-    """Collects the class names of ``cfg.DATASETS.TRAIN``; None if that is empty.
+    """Collects the class names of datasets; None if there are none.
 
     Names come from metadata or annotation files, else from the lists in this package.
     """
