@@ -49,13 +49,14 @@ CONTRACTS = "modeling.interfaces modeling.prompts"
 
 RULES = (
     # The root: every other module may stand on these.
-    Rule("files config safe_loading stopping", ""),
+    Rule("files config logits safe_loading stopping", ""),
     Rule("model_zoo journal", "files"),
     Rule("checkpoint", "files safe_loading modeling.interfaces"),
     # What a part is, and the arithmetic between the parts: torch and Detectron2's structures only.
     Rule("modeling.prompts modeling.lazy_masks", "", TORCH),
     Rule("modeling.interfaces modeling.questions", CONTRACTS, TORCH),
     Rule("modeling.views", "", TORCH),
+    Rule("modeling.inputs", f"logits {CONTRACTS}", TORCH),
     Rule("modeling.answers", f"{CONTRACTS} modeling.views", TORCH),
     Rule("modeling.naming", "modeling.lazy_masks", TORCH),
     Rule("modeling.region_head", CONTRACTS, f"{TORCH} fvcore"),
@@ -64,8 +65,8 @@ RULES = (
     # The model joins the parts; it works inside and around other detectors.
     Rule(
         "modeling.regionspot",
-        f"files {CONTRACTS} modeling.answers modeling.naming modeling.region_head modeling.views "
-        "modeling.vocabulary",
+        f"files {CONTRACTS} modeling.answers modeling.inputs modeling.naming modeling.region_head "
+        "modeling.views modeling.vocabulary",
     ),
     Rule(
         "modeling.detectors",
@@ -80,15 +81,15 @@ RULES = (
     ),
     # Data and evaluation know nothing of models. Extraction runs the localizer that it is given.
     Rule("data.token_extraction", f"files stopping data {CONTRACTS}"),
-    Rule("data", "files safe_loading journal stopping data"),
+    Rule("data", "files logits safe_loading journal stopping data"),
     Rule("evaluation", "files safe_loading data evaluation"),
     # What runs them all.
     Rule("engine", "files safe_loading stopping config checkpoint modeling data evaluation engine"),
     Rule("predictor", "files checkpoint data.images modeling"),
     Rule(
         "app",
-        "files safe_loading stopping config checkpoint model_zoo journal predictor modeling data "
-        "engine app",
+        "files logits safe_loading stopping config checkpoint model_zoo journal predictor modeling "
+        "data engine app",
     ),
     # The embedded default: nobody but the package itself, which registers it, imports it.
     Rule("mini", f"files data.datasets {CONTRACTS} modeling.region_head modeling.sam mini"),

@@ -19,7 +19,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.structures import Instances
 
 from ..checkpoint import RegionSpotCheckpointer
-from ..data.logits import LOGITS, look_like_logits, sigmoid
+from ..logits import LOGITS, look_like_logits, sigmoid
 from ..data.proposal_sources import from_instances
 from ..engine.config import merge_config_file
 from ..files import WeightsNotFoundError, local_weights

@@ -22,7 +22,7 @@ from torchvision.ops import nms
 
 from ..files import write_atomically
 from ..safe_loading import load_pickle
-from .logits import LOGITS, look_like_logits, sigmoid
+from ..logits import LOGITS, look_like_logits, sigmoid
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling.meta_arch import META_ARCH_REGISTRY
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from ..files import local_weights
 from .answers import Answer, EncodedImages, answer_regions, localize
+from .inputs import input_images, input_regions
 from .interfaces import (
     LOCALIZER_REGISTRY,
     REGION_HEAD_REGISTRY,
@@ -20,7 +21,6 @@ from .interfaces import (
     Localizer,
     RegionHead,
     VisionLanguageModel,
-    to_rgb,
 )
 from .naming import name_regions
 from .prompts import BoxPrompts, Prompts
@@ -78,12 +78,10 @@ class RegionSpot(nn.Module):
             zoom_in_training: whether ``zoom`` counts in training too.
         """
         super().__init__()
-        if max_regions < 1:
-            raise ValueError(f"MODEL.REGION_HEAD.MAX_REGIONS is {max_regions}; at least 1 is due.")
-        if zoom_max_views < 1:
-            raise ValueError(
-                f"MODEL.ZOOM_MAX_VIEWS is {zoom_max_views}; it must be 1 or more views of an image."
-            )
+        limits = {"REGION_HEAD.MAX_REGIONS": max_regions, "ZOOM_MAX_VIEWS": zoom_max_views}
+        for key, limit in limits.items():
+            if limit < 1:
+                raise ValueError(f"MODEL.{key} is {limit}; it must be 1 or more of an image.")
         self.max_regions = max_regions
         self.zoom = check_zoom(zoom, "MODEL.ZOOM")
         self.zoom_max_views = zoom_max_views
@@ -187,12 +185,9 @@ class RegionSpot(nn.Module):
             :func:`~regionspot_d2.modeling.naming.name_regions` makes them, best first.
 
         Raises:
-            ValueError: an input has no regions, or boxes that are not finite numbers.
+            ValueError: an input has no regions, boxes that are not finite, or scores outside 0..1.
         """
-        regions = [
-            self._regions(i, x, None if detected_instances is None else detected_instances[i])
-            for i, x in enumerate(batched_inputs)
-        ]
+        regions = input_regions(batched_inputs, detected_instances, self.device)
         answers = self.answer(
             self.encode(self._images(batched_inputs)),
             [BoxPrompts(boxes) for boxes, _ in regions],
@@ -317,31 +312,7 @@ class RegionSpot(nn.Module):
         return {"loss_cls": self.loss(logits, gt_classes)}
 
     def _images(self, batched_inputs: list[dict[str, Any]]) -> list[Tensor]:
-        # Moved after it is cast: Apple's GPUs have no float64.
-        images = [x["image"] for x in batched_inputs]
-        images = [x.float() if x.dtype == torch.float64 else x for x in images]
-        return [to_rgb(image.to(self.device), self.input_format) for image in images]
+        return input_images(batched_inputs, self.input_format, self.device)
 
     def _class_names(self, x: dict[str, Any]) -> Sequence[str]:
         return dataset_class_names(x.get("dataset_name", self.default_dataset))
-
-    def _regions(
-        self, i: int, x: dict[str, Any], detected: Instances | None
-    ) -> tuple[Boxes, Tensor]:
-        if detected is not None:
-            boxes = detected.pred_boxes
-            ones = boxes.tensor.new_ones(len(boxes))
-            scores = detected.scores if detected.has("scores") else ones
-        elif "proposals" in x:
-            boxes, scores = x["proposals"].proposal_boxes, x["proposals"].objectness_logits
-        else:
-            raise ValueError(
-                f"Input {i} ({x.get('file_name', 'no file name')}) has no regions: it needs "
-                "'proposals' (MODEL.LOAD_PROPOSALS: True with DATASETS.PROPOSAL_FILES_TEST), or "
-                "detected_instances."
-            )
-        bad = (~boxes.tensor.isfinite()).any(1).nonzero()[:, 0].tolist()
-        if bad:
-            where = f"Box {bad[0]} of input {i} ({x.get('file_name', 'no file name')})"
-            raise ValueError(f"{where} is not finite: {boxes.tensor[bad[0]].tolist()}.")
-        return boxes.to(self.device), scores.float().to(self.device)
