@@ -11,13 +11,14 @@ def add_regionspot_config(cfg: CN) -> None:
     # Detectron2's default is "cuda" everywhere.
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
-    _add_model(cfg)
+    _add_frozen_models(cfg)
+    _add_region_head(cfg)
     _add_data(cfg)
     _add_training(cfg)
     _add_evaluation(cfg)
 
 
-def _add_model(cfg: CN) -> None:
+def _add_frozen_models(cfg: CN) -> None:
     # The frozen model that turns regions into mask tokens: a name in LOCALIZER_REGISTRY.
     cfg.MODEL.LOCALIZER = CN()
     cfg.MODEL.LOCALIZER.NAME = "SamLocalizer"
@@ -49,6 +50,8 @@ def _add_model(cfg: CN) -> None:
     # takes the model's own, for CLIP "{}." and OpenAI's 80 of ImageNet.
     cfg.MODEL.VISION_LANGUAGE.TEMPLATES = []
 
+
+def _add_region_head(cfg: CN) -> None:
     # The part that names regions: a name in REGION_HEAD_REGISTRY.
     cfg.MODEL.REGION_HEAD = CN()
     cfg.MODEL.REGION_HEAD.NAME = "RegionSpotHead"
