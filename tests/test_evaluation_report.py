@@ -94,6 +94,10 @@ def test_what_the_head_was_trained_on_decides_which_names_are_seen(cfg: CfgNode)
     assert {"APseen", "APunseen"} <= results[LVIS]["bbox"].keys()
     line = "- seen: classes with a name or synonym in objects365_v1_train"
     assert line in write_report(cfg, results).splitlines()
+    cfg.DATASETS.HEAD_TRAINED_ON = [365]
+    with pytest.raises(ValueError, match="HEAD_TRAINED_ON is .365.; names of datasets"):
+        build_evaluator(cfg, LVIS)
+    cfg.DATASETS.HEAD_TRAINED_ON = ["objects365_v1_train"]
     # It holds for a head that is trained further, too.
     cfg.DATASETS.TRAIN = (COCO,)
     assert line in write_report(cfg, results).splitlines()

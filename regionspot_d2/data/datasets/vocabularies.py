@@ -100,7 +100,10 @@ def spellings(name: str) -> set[str]:
 
 def head_training_names(cfg: CfgNode) -> TrainingNames | None:
     """The names of ``DATASETS.HEAD_TRAINED_ON``, or of ``DATASETS.TRAIN`` if that is empty."""
-    return find_training_names(list(cfg.DATASETS.HEAD_TRAINED_ON) or cfg.DATASETS.TRAIN)
+    datasets = list(cfg.DATASETS.HEAD_TRAINED_ON)
+    if not all(isinstance(dataset, str) for dataset in datasets):
+        raise ValueError(f"DATASETS.HEAD_TRAINED_ON is {datasets}; names of datasets are expected.")
+    return find_training_names(datasets or cfg.DATASETS.TRAIN)
 
 
 def find_training_names(datasets: Sequence[str]) -> TrainingNames | None:
