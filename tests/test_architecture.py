@@ -22,7 +22,7 @@ from .source import (
 MODULES = package_modules()
 
 # Without mini/ and app/, which stand on their own. A larger number needs a reason that is as large.
-MAX_MODULES = 49
+MAX_MODULES = 50
 MAX_LINES = 8950
 MAX_MODULE_LINES = 320
 MAX_FUNCTION_LINES = 60
@@ -50,23 +50,25 @@ CONTRACTS = "modeling.interfaces modeling.prompts"
 RULES = (
     # The root: every other module may stand on these.
     Rule("files config safe_loading", ""),
+    Rule("arrays logits", "", "torch numpy"),
     Rule("model_zoo journal", "files"),
     Rule("checkpoint", "files safe_loading modeling.interfaces"),
     # What a part is, and the arithmetic between the parts: torch and Detectron2's structures only.
     Rule("modeling.prompts modeling.lazy_masks", "", TORCH),
-    Rule("modeling.interfaces modeling.questions", CONTRACTS, TORCH),
+    Rule("modeling.interfaces", CONTRACTS, TORCH),
+    Rule("modeling.questions", f"arrays {CONTRACTS}", TORCH),
     Rule("modeling.naming", f"{CONTRACTS} modeling.lazy_masks", TORCH),
     Rule("modeling.region_head", CONTRACTS, f"{TORCH} fvcore"),
     Rule("modeling.vocabulary", f"files {CONTRACTS}", f"{TORCH} safetensors tqdm"),
     # The model joins the parts; it works inside and around other detectors.
     Rule(
         "modeling.regionspot",
-        f"files {CONTRACTS} modeling.naming modeling.region_head modeling.views "
+        f"files arrays logits {CONTRACTS} modeling.naming modeling.region_head modeling.views "
         "modeling.vocabulary",
     ),
     Rule(
         "modeling.detectors",
-        f"{CONTRACTS} modeling.naming modeling.regionspot modeling.vocabulary",
+        f"arrays {CONTRACTS} modeling.naming modeling.regionspot modeling.vocabulary",
     ),
     Rule("modeling.__init__", "modeling"),
     # Localizers, vision-language models and what they are made of, each with its library.
@@ -77,12 +79,12 @@ RULES = (
     ),
     # Data and evaluation know nothing of models. Extraction runs the localizer that it is given.
     Rule("data.token_extraction", f"files data {CONTRACTS}"),
-    Rule("data", "files safe_loading journal data"),
+    Rule("data", "files safe_loading journal arrays logits data"),
     Rule("evaluation", "files data evaluation"),
     # What runs them all.
     Rule("engine", "files safe_loading config checkpoint modeling data evaluation engine"),
     Rule("predictor", "files checkpoint data.images modeling"),
-    Rule("app", "files config checkpoint model_zoo journal predictor modeling data engine app"),
+    Rule("app", "files config checkpoint model_zoo journal logits predictor modeling data engine app"),
     # The embedded default: nobody but the package itself, which registers it, imports it.
     Rule("mini", f"files data.datasets {CONTRACTS} modeling.region_head modeling.sam mini"),
     Rule("__init__", "config data mini modeling predictor"),

@@ -19,10 +19,10 @@ from detectron2.engine import DefaultPredictor
 from detectron2.structures import Instances
 
 from ..checkpoint import RegionSpotCheckpointer
-from ..data.logits import LOGITS, look_like_logits, sigmoid
 from ..data.proposal_sources import from_instances, read_json
 from ..engine.config import merge_config_file
 from ..files import WeightsNotFoundError, local_weights
+from ..logits import LOGITS, look_like_logits, sigmoid
 from ..modeling import Localizer, RegionSpot, SamLocalizer
 from ..modeling.automatic_masks import automatic_boxes
 from .results import is_number
