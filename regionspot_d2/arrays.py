@@ -43,7 +43,8 @@ def as_numbers(values: Any, what: str) -> Tensor:
             raise TypeError(f"they have the type {values.dtype}")
         return values.detach().to(_STORED.get(values.dtype, values.dtype))
     except (TypeError, ValueError, RuntimeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"The {what} cannot be read as numbers: {error}.") from error
+        reason = str(error).rstrip(".")
+        raise ValueError(f"The {what} cannot be read as numbers: {reason}.") from error
 
 
 def _from_array(values: Any) -> Tensor:

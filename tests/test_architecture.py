@@ -56,19 +56,20 @@ RULES = (
     # What a part is, and the arithmetic between the parts: torch and Detectron2's structures only.
     Rule("modeling.prompts modeling.lazy_masks", "", TORCH),
     Rule("modeling.interfaces", CONTRACTS, TORCH),
-    Rule("modeling.questions", f"arrays {CONTRACTS}", TORCH),
+    Rule("modeling.questions", f"arrays logits {CONTRACTS}", TORCH),
     Rule("modeling.naming", f"{CONTRACTS} modeling.lazy_masks", TORCH),
     Rule("modeling.region_head", CONTRACTS, f"{TORCH} fvcore"),
     Rule("modeling.vocabulary", f"files {CONTRACTS}", f"{TORCH} safetensors tqdm"),
     # The model joins the parts; it works inside and around other detectors.
     Rule(
         "modeling.regionspot",
-        f"files arrays logits {CONTRACTS} modeling.naming modeling.region_head modeling.views "
-        "modeling.vocabulary",
+        f"files arrays {CONTRACTS} modeling.naming modeling.questions modeling.region_head "
+        "modeling.views modeling.vocabulary",
     ),
     Rule(
         "modeling.detectors",
-        f"arrays {CONTRACTS} modeling.naming modeling.regionspot modeling.vocabulary",
+        f"arrays {CONTRACTS} modeling.naming modeling.questions modeling.regionspot "
+        "modeling.vocabulary",
     ),
     Rule("modeling.__init__", "modeling"),
     # Localizers, vision-language models and what they are made of, each with its library.
@@ -84,7 +85,10 @@ RULES = (
     # What runs them all.
     Rule("engine", "files safe_loading config checkpoint modeling data evaluation engine"),
     Rule("predictor", "files checkpoint data.images modeling"),
-    Rule("app", "files config checkpoint model_zoo journal logits predictor modeling data engine app"),
+    Rule(
+        "app",
+        "files config checkpoint model_zoo journal logits predictor modeling data engine app",
+    ),
     # The embedded default: nobody but the package itself, which registers it, imports it.
     Rule("mini", f"files data.datasets {CONTRACTS} modeling.region_head modeling.sam mini"),
     Rule("__init__", "config data mini modeling predictor"),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
-from detectron2.structures import BitMasks, Boxes
+from detectron2.structures import BitMasks, Boxes, Instances, RotatedBoxes
 from torch import Tensor
 
 from ..arrays import as_numbers
+from ..logits import check_probabilities
 from .prompts import BoxPrompts, MaskPrompts, MixedPrompts, PointPrompts, Prompts
 
 # On an image of a pixel or two, boxes between 0 and 1 may be pixels.
@@ -164,7 +166,7 @@ def as_masks(masks: Any, image_size: tuple[int, int], first_region: int = 0) -> 
     if values.dtype != torch.bool and values.numel():
         values, inside = values != 0, values
         other = values & (inside != inside.max())
-        if other.any() or not 0 < (level := float(inside.max())) or level < 1:
+        if other.any() or (values.any() and inside.max() < 1):
             found = f"{float(inside[other][0] if other.any() else inside.max()):g}"
             raise ValueError(
                 f"The masks hold {found}; 0 and 1 are expected. Threshold scores first, as in "
@@ -179,10 +181,72 @@ def as_masks(masks: Any, image_size: tuple[int, int], first_region: int = 0) -> 
 
 def _each(values: Any, what: str) -> list[Any]:
     try:
+        if isinstance(values, str | bytes | Mapping | Set):  # a dict would give its keys
+            raise TypeError
         return list(values)
     except TypeError as error:
         message = f"The {what} are {values!r:.60}; a list with an entry per region is expected."
         raise ValueError(message) from error
+
+
+def given_image(i: int, x: Any) -> Tensor:
+    """The image (3, H, W) of input ``i``, one of Detectron2's dicts; ValueError if it has none."""
+    if not isinstance(x, Mapping):
+        kind = type(x).__name__
+        raise ValueError(
+            f"Input {i} is of the type {kind}; a list of dicts with 'image' is expected."
+        )
+    image = x.get("image")
+    if not isinstance(image, Tensor) or image.dim() != 3 or len(image) != 3 or not image.numel():
+        kind = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+        raise ValueError(
+            f"Input {_place(i, x)} has the 'image' {kind}; a tensor (3, H, W), 0..255, is expected."
+        )
+    return image
+
+
+def given_regions(
+    i: int, x: Mapping[str, Any], detected: Instances | None = None
+) -> tuple[Boxes, Tensor]:
+    """The boxes of input ``i`` and how sure their source is of each.
+
+    Args:
+        i, x: number and dict of the input; its ``proposals`` are read if there is no ``detected``.
+        detected: ``pred_boxes`` and, unless all are 1, ``scores``.
+
+    Returns:
+        R boxes, XYXY in pixels of the image, and scores (R,), float32, 0..1.
+
+    Raises:
+        ValueError: there are none, a box is not four finite numbers, or a score is not in 0..1.
+    """
+    what = f"input {_place(i, x)}"
+    found: Any = x.get("proposals") if detected is None else detected
+    names = ("proposal_boxes", "objectness_logits") if detected is None else ("pred_boxes",)
+    if found is None:
+        raise ValueError(
+            f"Input {_place(i, x)} has no regions: it needs 'proposals' (MODEL.LOAD_PROPOSALS: "
+            "True with DATASETS.PROPOSAL_FILES_TEST), or detected_instances."
+        )
+    if not isinstance(found, Instances) or not all(map(found.has, names)):
+        raise ValueError(f"The regions of {what} are not Instances with {' and '.join(names)}.")
+    boxes = found.get(names[0])
+    if not isinstance(boxes, Boxes) or isinstance(boxes, RotatedBoxes):
+        kind = type(boxes).__name__
+        raise ValueError(f"The {names[0]} of {what} are {kind}; Boxes are expected.")
+    bad = (~boxes.tensor.isfinite()).any(1).nonzero()[:, 0].tolist()
+    if bad:
+        raise ValueError(f"Box {bad[0]} of {what} is not finite: {boxes.tensor[bad[0]].tolist()}.")
+    of_scores = "scores" if detected is not None else names[1]
+    if not found.has(of_scores):
+        return boxes, boxes.tensor.new_ones(len(boxes), dtype=torch.float32)
+    scores = found.get(of_scores).float()
+    check_probabilities(scores, f"The {of_scores} of {what}")
+    return boxes, scores
+
+
+def _place(i: int, x: Mapping[str, Any]) -> str:
+    return f"{i} ({x.get('file_name', 'no file name')})"
 
 
 def _numbers(values: Any, what: str) -> Tensor:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling.meta_arch import META_ARCH_REGISTRY
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Instances
 from torch import Tensor, nn
 
+from ..arrays import check_channels
 from ..files import cache_dir, local_weights
 from .interfaces import (
     LOCALIZER_REGISTRY,
@@ -23,6 +24,7 @@ from .interfaces import (
 )
 from .naming import Answer, EncodedImages, answer_regions, localize, name_regions
 from .prompts import BoxPrompts, Prompts
+from .questions import given_image, given_regions
 from .region_head import focal_loss
 from .vocabulary import TextEmbedder, dataset_class_names
 
@@ -69,8 +71,11 @@ class RegionSpot(nn.Module):
             max_regions: of an image that the region head sees together; more are named in groups.
         """
         super().__init__()
+        check_channels(input_format, "INPUT.FORMAT")
         if max_regions < 1:
-            raise ValueError(f"MODEL.REGION_HEAD.MAX_REGIONS is {max_regions}; at least 1 is due.")
+            raise ValueError(
+                f"MODEL.REGION_HEAD.MAX_REGIONS is {max_regions}; it must be at least 1."
+            )
         self.max_regions = max_regions
         self.localizer = localizer
         self.vision_language = vision_language
@@ -123,7 +128,8 @@ class RegionSpot(nn.Module):
                 * dataset_name: its ``thing_classes`` in the ``MetadataCatalog`` are the vocabulary.
                 * instances (training): ``gt_boxes`` and ``gt_classes``.
                 * mask_tokens (training, optional): (R, T) of those boxes; the localizer then rests.
-                * proposals (inference): ``proposal_boxes``, their scores as ``objectness_logits``.
+                * proposals (inference): ``proposal_boxes`` and, as ``objectness_logits``, their
+                  scores in 0..1, which Detectron2's own proposals get by a sigmoid.
                 * height, width (inference, optional): of the output, by default those of ``image``.
 
         Returns:
@@ -168,14 +174,16 @@ class RegionSpot(nn.Module):
             :func:`~regionspot_d2.modeling.naming.name_regions` makes them, best first.
 
         Raises:
-            ValueError: an input has no regions, or boxes that are not finite numbers.
+            ValueError: an input has no image or regions, boxes that are not finite numbers, or
+                scores outside of 0..1.
         """
+        images = self._images(batched_inputs)
         regions = [
-            self._regions(i, x, None if detected_instances is None else detected_instances[i])
+            given_regions(i, x, None if detected_instances is None else detected_instances[i])
             for i, x in enumerate(batched_inputs)
         ]
         answers = self.answer(
-            self.encode(self._images(batched_inputs)),
+            self.encode(images),
             [BoxPrompts(boxes) for boxes, _ in regions],
             with_masks=self.with_masks,
         )
@@ -186,7 +194,7 @@ class RegionSpot(nn.Module):
             found = self.name(
                 answer,
                 self._class_names(x),
-                region_scores=scores,
+                region_scores=scores.to(self.device),
                 score_thresh=self.score_thresh,
                 max_pairs=self.max_detections,
                 keep_before_region_score=self.keep_before_proposal_score,
@@ -289,30 +297,9 @@ class RegionSpot(nn.Module):
 
     def _images(self, batched_inputs: list[dict[str, Any]]) -> list[Tensor]:
         # Moved after it is cast: Apple's GPUs have no float64.
-        images = [x["image"] for x in batched_inputs]
+        images = [given_image(i, x) for i, x in enumerate(batched_inputs)]
         images = [x.float() if x.dtype == torch.float64 else x for x in images]
         return [to_rgb(image.to(self.device), self.input_format) for image in images]
 
     def _class_names(self, x: dict[str, Any]) -> Sequence[str]:
         return dataset_class_names(x.get("dataset_name", self.default_dataset))
-
-    def _regions(
-        self, i: int, x: dict[str, Any], detected: Instances | None
-    ) -> tuple[Boxes, Tensor]:
-        if detected is not None:
-            boxes = detected.pred_boxes
-            ones = boxes.tensor.new_ones(len(boxes))
-            scores = detected.scores if detected.has("scores") else ones
-        elif "proposals" in x:
-            boxes, scores = x["proposals"].proposal_boxes, x["proposals"].objectness_logits
-        else:
-            raise ValueError(
-                f"Input {i} ({x.get('file_name', 'no file name')}) has no regions: it needs "
-                "'proposals' (MODEL.LOAD_PROPOSALS: True with DATASETS.PROPOSAL_FILES_TEST), or "
-                "detected_instances."
-            )
-        bad = (~boxes.tensor.isfinite()).any(1).nonzero()[:, 0].tolist()
-        if bad:
-            where = f"Box {bad[0]} of input {i} ({x.get('file_name', 'no file name')})"
-            raise ValueError(f"{where} is not finite: {boxes.tensor[bad[0]].tolist()}.")
-        return boxes.to(self.device), scores.float().to(self.device)

@@ -173,6 +173,8 @@ def check_names(names: Sequence[str], *, repeats: bool = False) -> None:
     if not isinstance(names, Sequence | np.ndarray):
         kind = type(names).__name__
         raise ValueError(f"A vocabulary is a list of names, not a {kind}: pass list(...) of it.")
+    if isinstance(names, np.ndarray) and names.ndim != 1:
+        raise ValueError(f"A vocabulary is a list of names, not an array of shape {names.shape}.")
     if len(names) == 0:
         raise ValueError("The vocabulary is empty; give at least one name.")
     for place, name in enumerate(names):
