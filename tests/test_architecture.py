@@ -23,7 +23,7 @@ MODULES = package_modules()
 
 # Without mini/ and app/, which stand on their own. A larger number needs a reason that is as large.
 MAX_MODULES = 50
-MAX_LINES = 8950
+MAX_LINES = 9200
 MAX_MODULE_LINES = 320
 MAX_FUNCTION_LINES = 60
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterable
 from functools import cache
@@ -14,6 +13,8 @@ import numpy as np
 from detectron2.utils.visualizer import VisImage, Visualizer
 from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
+
+from .inputs import tell
 
 _FONT = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
 
@@ -47,12 +48,6 @@ def fonts_of(text: str) -> list[str]:
 def font_of(text: str) -> str:
     """The file of the one font that knows most letters of a text."""
     return max(fonts_of(text), key=lambda file: len(_letters(file) & set(map(ord, text))))
-
-
-def forget_fonts() -> None:
-    """Looks for fonts again, for instance after one was installed while a notebook runs."""
-    for remembered in (_font_with, _installed, _letters):
-        remembered.cache_clear()
 
 
 @cache
@@ -97,9 +92,8 @@ def _tell_once(letters: Iterable[str]) -> None:
     _told.update(new)
     if new:
         shown = "".join(new[:10]).encode("unicode_escape").decode()
-        print(
+        tell(
             f"No installed font draws '{''.join(new[:10])}' ({shown}): pictures have boxes in "
             "their place, results.json has the names. Install a font: fonts-noto-cjk for Chinese "
-            "and Japanese, fonts-noto-core for other scripts, fonts-symbola for emoji.",
-            file=sys.stderr,
+            "and Japanese, fonts-noto-core for other scripts, fonts-symbola for emoji."
         )

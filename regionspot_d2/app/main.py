@@ -162,7 +162,7 @@ def report(run: Run, outcomes: Counter[str], total: int) -> int:
     print(f"\n{named + empty} pictures and results.json are in {printable(output)}.")
     print(f"{named} named, {empty} without regions, {failed} failed{kinds and f' ({kinds})'}.")
     if failed:
-        print(f"{failed} of {total} images failed; see above.", file=sys.stderr)
+        tell(f"{failed} of {total} images failed; see above.")
     return failed
 
 

@@ -67,7 +67,8 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
         ImageReadError: the file is missing, no regular file, empty, truncated, damaged as far as
             its format can show it, too large, or not an image.
     """
-    name = printable(path)
+    # A repr: control characters and what cannot be encoded are escaped.
+    name = repr(os.fspath(path))
     try:
         with _open_regular(path) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metadata, and at half of PIL's limit
@@ -93,11 +94,6 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
     except Exception as error:  # PIL's decoders raise everything from SyntaxError to struct.error
         reason = textwrap.shorten(str(error).rstrip("."), 200) or type(error).__name__
         raise ImageReadError(f"The image file {name} cannot be read: {reason}.") from error
-
-
-def printable(path: str | os.PathLike[str]) -> str:
-    """A path in quotes, with control characters and what cannot be encoded escaped."""
-    return repr(os.fspath(path))
 
 
 def _open_regular(path: str | os.PathLike[str]) -> BinaryIO:

@@ -1,4 +1,4 @@
-"""Regions as people write them, checked at the door: what cannot be meant is one clear error."""
+"""Regions as people write them, checked at the door: whatever makes no sense is one error."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def given_image(i: int, x: Any) -> Tensor:
         )
     image = x.get("image")
     if not isinstance(image, Tensor) or image.dim() != 3 or len(image) != 3 or not image.numel():
-        kind = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+        kind = str(tuple(image.shape)) if isinstance(image, Tensor) else type(image).__name__
         raise ValueError(
             f"Input {_place(i, x)} has the 'image' {kind}; a tensor (3, H, W), 0..255, is expected."
         )
@@ -222,7 +222,7 @@ def given_regions(
     """
     what = f"input {_place(i, x)}"
     found: Any = x.get("proposals") if detected is None else detected
-    names = ("proposal_boxes", "objectness_logits") if detected is None else ("pred_boxes",)
+    names = ["proposal_boxes", "objectness_logits"] if detected is None else ["pred_boxes"]
     if found is None:
         raise ValueError(
             f"Input {_place(i, x)} has no regions: it needs 'proposals' (MODEL.LOAD_PROPOSALS: "

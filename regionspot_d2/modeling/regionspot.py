@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..arrays import check_channels
 from ..files import cache_dir, local_weights
+from . import naming
 from .interfaces import (
     LOCALIZER_REGISTRY,
     REGION_HEAD_REGISTRY,
@@ -286,7 +287,9 @@ class RegionSpot(nn.Module):
         Returns:
             What that function returns, with ``pred_masks`` if the answer has masks.
         """
-        logits = self.score(answer.embeddings, class_names)
+        together = max(1, naming.MAX_PAIRS_TOGETHER // max(1, len(class_names)))
+        parts = answer.embeddings.split(together)
+        logits = (self.score(part, class_names) for part in parts)
         masks = None if answer.mask_logits is None else answer.masks
         return name_regions(logits, answer.boxes, answer.image_size, masks=masks, **rules)
 

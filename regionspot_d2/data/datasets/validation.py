@@ -25,7 +25,7 @@ _MAX_OUTLINE = 4_000_000  # pixels along the polygons of one annotation; about 1
 
 
 class AnnotationsError(ValueError):
-    """An annotation file has a fault; the message names the file, the entry and what is due."""
+    """An annotation file has a fault; the message names file, entry and what was expected."""
 
 
 def parse_json(json_file: str) -> tuple[Any, bool]:
