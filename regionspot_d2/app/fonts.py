@@ -50,21 +50,30 @@ def font_of(text: str) -> str:
     return max(fonts_of(text), key=lambda file: len(_letters(file) & set(map(ord, text))))
 
 
-@cache
 def _font_with(letter: str) -> str | None:
+    # Fonts that matplotlib was given since are looked at too.
+    return _first_font_with(letter, len(font_manager.fontManager.ttflist))
+
+
+@cache
+def _first_font_with(letter: str, number_of_fonts: int) -> str | None:
     # Variation selectors and joiners shape the letters beside them, and have no picture.
     if ord(letter) in _letters(_FONT) or letter.isspace() or letter in "\u200d\ufe0e\ufe0f":
         return _FONT
     return next((file for file in _installed() if ord(letter) in _letters(file)), None)
 
 
-@cache
 def _installed() -> list[str]:
     # Those that matplotlib was given, and those installed since it made its list.
     given = [font.fname for font in font_manager.fontManager.ttflist]
-    files = dict.fromkeys([*given, *sorted(font_manager.findSystemFonts())])
+    files = dict.fromkeys([*given, *_of_the_system()])
     # Matplotlib's font of last resort "knows" every letter, as a box.
     return [file for file in files if "LastResort" not in Path(file).name]
+
+
+@cache
+def _of_the_system() -> list[str]:
+    return sorted(font_manager.findSystemFonts())
 
 
 @cache
