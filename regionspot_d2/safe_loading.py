@@ -120,7 +120,7 @@ def read_yaml(path: str, _inside: tuple[str, ...] = ()) -> dict[str, Any]:
     with PathManager.open(path, "rb") as file:
         text = file.read(_MAX_BYTES + 1)
     if len(text) > _MAX_BYTES:
-        raise ValueError(f"it has more than {_MAX_BYTES} bytes, too many for a config")
+        raise ValueError(f"it has more than {_MAX_BYTES} bytes, which is no config")
     content = yaml.load(text, _Loader)
     if not isinstance(content, dict):
         found = "nothing" if content is None else f"one {type(content).__name__}"
