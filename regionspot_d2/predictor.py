@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from itertools import islice
 from operator import index, length_hint
 from os import PathLike
@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.structures import Instances
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checkpoint import RegionSpotCheckpointer
 from .data.images import MAX_PIXELS, ImageLike, as_image_tensor
@@ -45,14 +45,20 @@ class RegionSpotPredictor:
         Args:
             model: a model; or a config, from which it is built and its weights are loaded.
             vocabulary: class names for questions that bring none.
+
+        Raises:
+            ValueError: the model is neither, or its config is not of a RegionSpot.
         """
         # Of image files; see INPUT.MAX_PIXELS.
         self.max_pixels: int = MAX_PIXELS
         if isinstance(model, CfgNode):
-            self.max_pixels = model.INPUT.MAX_PIXELS
-            weights = model.MODEL.WEIGHTS
-            model = build_model(model)
-            RegionSpotCheckpointer(model).load(weights)
+            cfg, model = model, _build(model)
+            self.max_pixels = cfg.INPUT.MAX_PIXELS
+        if not isinstance(model, RegionSpot):
+            raise ValueError(
+                f"model is of the type {type(model).__name__}; a config, as "
+                "regionspot_d2.engine.load_config reads it, or a RegionSpot is expected."
+            )
         self.model: RegionSpot = model.eval()
         self.vocabulary: list[str] = []
         if vocabulary is not None:
@@ -74,12 +80,13 @@ class RegionSpotPredictor:
             image, channels: see :func:`~regionspot_d2.data.images.as_image_tensor`.
         """
         pixels = self._pixels(image, channels)
-        self._encoded = self.model.encode([pixels])
+        encoded = self.model.encode([pixels])
         # Now rather than in the first question: that is what "set once" promises.
         if not self.model.zoom:
-            _ = self._encoded.image_tokens
+            _ = encoded.image_tokens
         if self.model.region_head.needs_localizer or self.model.with_masks:
-            _ = self._encoded.embeddings
+            _ = encoded.embeddings
+        self._encoded = encoded
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -135,24 +142,44 @@ class RegionSpotPredictor:
         return found
 
     @torch.no_grad()
-    def region_embeddings(self, *, zoom: float | None = None, **regions: Any) -> Tensor:
+    def region_embeddings(
+        self,
+        *,
+        boxes: Any | None = None,
+        points: Any | None = None,
+        point_labels: Any | None = None,
+        masks: Any | None = None,
+        zoom: float | None = None,
+    ) -> Tensor:
         """Embeds regions, given as for :meth:`predict`, in text space, for search and clustering.
 
         Returns:
             (R, D), rows of unit length.
         """
-        prompts = as_prompts(self.image_size, **regions)
+        prompts = as_prompts(
+            self.image_size, boxes=boxes, points=points, point_labels=point_labels, masks=masks
+        )
         [answer] = self.model.answer(self._image(), [prompts], with_masks=False, zoom=zoom)
         return answer.embeddings
 
     @torch.no_grad()
-    def attention_maps(self, **regions: Any) -> Tensor:
+    def attention_maps(
+        self,
+        *,
+        boxes: Any | None = None,
+        points: Any | None = None,
+        point_labels: Any | None = None,
+        masks: Any | None = None,
+    ) -> Tensor:
         """Where the region head looks in the whole image, whatever the zoom, to name regions.
 
         Returns:
             (R, rows, columns), see :meth:`RegionSpot.attention`.
         """
-        return self.model.attention(self._image(), as_prompts(self.image_size, **regions))
+        prompts = as_prompts(
+            self.image_size, boxes=boxes, points=points, point_labels=point_labels, masks=masks
+        )
+        return self.model.attention(self._image(), prompts)
 
     @torch.no_grad()
     def predict_batch(
@@ -186,13 +213,7 @@ class RegionSpotPredictor:
         topk = _count(topk, "topk", "name per region")
         batch_size = _count(batch_size, "batch_size", "image")
         names = self._names(vocabulary)
-        if not isinstance(boxes, Sequence | np.ndarray | Tensor):
-            raise ValueError(f"boxes is of the type {type(boxes).__name__}; pass a list of boxes.")
-        if not isinstance(images, Iterable) or isinstance(images, str | PathLike):
-            raise ValueError(f"images is {images!r:.60}; pass a list of images.")
-        count = length_hint(images, len(boxes))
-        if count != len(boxes):
-            raise ValueError(f"There are {count} images but boxes for {len(boxes)}.")
+        _check_lists(images, boxes)
         results: list[Instances] = []
         following = iter(images)
         while chunk := list(islice(following, batch_size)):
@@ -233,6 +254,46 @@ class RegionSpotPredictor:
         if self._encoded is None:
             raise ValueError("There is no image yet: call set_image first.")
         return self._encoded
+
+
+def _build(cfg: CfgNode) -> nn.Module:
+    """Builds the RegionSpot of a config with its weights; ValueError if it is of something else."""
+    if not isinstance(cfg.get("MODEL"), CfgNode) or "LOCALIZER" not in cfg.MODEL:
+        raise ValueError(
+            "The config has no MODEL.LOCALIZER. Read it with regionspot_d2.engine.load_config, or "
+            "call regionspot_d2.add_regionspot_config before merging it."
+        )
+    name = cfg.MODEL.META_ARCHITECTURE
+    kind = META_ARCH_REGISTRY.get(name) if name in META_ARCH_REGISTRY else None
+    if not (isinstance(kind, type) and issubclass(kind, RegionSpot)):
+        raise ValueError(f"MODEL.META_ARCHITECTURE is {name!r:.60}; 'RegionSpot' is expected.")
+    model = build_model(cfg)
+    RegionSpotCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    return model
+
+
+def _check_lists(images: Any, boxes: Any) -> None:
+    """Checks that images and boxes are lists of as many entries, as far as that can be known.
+
+    What can be iterated is not always a list: a dict gives its keys, one image its rows.
+    """
+    for name, values, kinds, dimensions in (
+        ("images", images, Iterable, 4),
+        ("boxes", boxes, Sequence | np.ndarray | Tensor, 2),
+    ):
+        numbers = isinstance(values, Tensor)
+        if isinstance(values, np.ndarray):  # of objects or of text, it is as good as a list
+            numbers = values.dtype.kind not in "OU"
+        no_list = isinstance(values, str | bytes | PathLike | Mapping | Set)
+        if (numbers and values.ndim < dimensions) or no_list or not isinstance(values, kinds):
+            found = f" of the shape {tuple(values.shape)}" if numbers else ""
+            raise ValueError(
+                f"{name} is of the type {type(values).__name__}{found}; a list with an entry for "
+                "each image is expected."
+            )
+    count = length_hint(images, len(boxes))
+    if count != len(boxes):
+        raise ValueError(f"There are {count} images but boxes for {len(boxes)}.")
 
 
 def _count(value: Any, name: str, of: str) -> int:

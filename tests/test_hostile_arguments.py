@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
+from itertools import tee
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.config import CfgNode, get_cfg
+from detectron2.structures import BitMasks, Boxes, Instances, RotatedBoxes
+from hypothesis import HealthCheck, given, settings
+from hypothesis.extra.numpy import array_shapes, arrays
+from hypothesis.strategies import sampled_from
+from PIL import Image
+from torch import nn
 
-from regionspot_d2 import RegionSpotPredictor
-from regionspot_d2.modeling import lazy_masks
+from regionspot_d2 import RegionSpotPredictor, add_regionspot_config, wrap
+from regionspot_d2.data.images import ImageReadError, as_image_tensor
+from regionspot_d2.modeling import RegionSpotROIHeads, lazy_masks
 from regionspot_d2.modeling.questions import as_boxes, as_masks, as_points
 
 from .tiny import golden, tiny_model
 
 pytestmark = pytest.mark.usefixtures("vocabularies")
 
+RGB = np.random.RandomState(0).randint(2, 120, (6, 8, 3)).astype(np.uint8)
 SIZE = (60, 90)  # height, width
 WORDS = ["cat", "dog", "bird", "bus"]
 BOX = [[10, 10, 50, 40]]
@@ -314,3 +326,278 @@ def test_numbers_that_apples_gpus_do_not_have(predictor):
     x = {"image": image, "proposals": proposals, "dataset_name": "regionspot_pets"}
     found = model([x])[0]["instances"]
     assert found.scores.dtype == found.pred_boxes.tensor.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        *(RGB.astype(kind) for kind in ("i2", ">i2", ">f4", "u2", "u8", "f2", "f8", "longdouble")),
+        RGB[::-1, ::-1].copy()[::-1, ::-1],
+        np.asfortranarray(RGB),
+        np.ma.masked_array(RGB),
+        torch.from_numpy(RGB).permute(2, 0, 1),
+        torch.from_numpy(RGB.astype("u2")).permute(2, 0, 1),
+        torch.from_numpy(RGB).permute(2, 0, 1).bfloat16().requires_grad_(),
+    ],
+)
+def test_images_of_any_type(image):
+    found = as_image_tensor(image, "RGB")
+    assert torch.equal(found.float(), torch.from_numpy(RGB).permute(2, 0, 1).float())
+    assert found.dtype in (torch.uint8, torch.float32) and found.is_contiguous()
+    assert not found.requires_grad
+    assert torch.equal(as_image_tensor(image, "BGR"), found.flip(0))
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        *(RGB.astype(kind) for kind in ("O", "U3", "S3", "M8[s]", "m8[s]", "V3", "complex")),
+        np.zeros((6, 8, 3), [("red", "u1")]),
+        np.ma.masked_array(RGB, RGB > 50),
+        torch.from_numpy(RGB).permute(2, 0, 1).to_sparse(),
+        torch.zeros(6, 8).to_sparse_csr(),
+        torch.zeros(3, 6, 8, device="meta"),
+        torch.zeros(3, 6, 8, dtype=torch.complex64),
+        torch.quantize_per_tensor(torch.zeros(3, 6, 8), 1.0, 0, torch.quint8),
+        np.where(RGB > 50, np.nan, RGB),
+        np.where(RGB > 50, np.inf, RGB),
+        RGB > 50,
+        np.zeros((6, 8, 4), np.uint8),
+        RGB[None],
+        RGB.tolist(),
+        np.array("photo.jpg"),
+        b"photo.jpg",
+        None,
+        Image.fromarray(np.zeros((4, 4), np.float32)),
+    ],
+)
+def test_images_that_are_none(predictor, image):
+    size = predictor.image_size
+    with pytest.raises(ValueError, match="^The (PIL image|image|pixels) "):
+        predictor.set_image(image)
+    assert predictor.image_size == size and len(predictor.predict(boxes=BOX)) == 1
+
+
+@pytest.mark.parametrize("name", ["a\udc80.jpg", "a\0.jpg", "", ".", "x" * 5000])
+@pytest.mark.parametrize("kind", [str, Path])
+def test_names_of_no_image_file(predictor, name, kind):
+    for read in (predictor.set_image, lambda path: predictor.predict_batch([path], [BOX])):
+        with pytest.raises(ImageReadError, match="^The image file '") as error:
+            read(kind(name))
+        assert "\n" not in str(error.value) and str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("channels", ["rgb", "L", None, 3, ["RGB"], np.array(["RGB", "BGR"])])
+def test_channels_that_do_not_exist(predictor, channels):
+    with pytest.raises(ValueError, match="channels is .*'RGB' or 'BGR'"):
+        predictor.set_image(RGB, channels=channels)
+    with pytest.raises(ValueError, match="input_format is .*'RGB' or 'BGR'"):
+        wrap(nn.Identity(), predictor.model, vocabulary=WORDS, input_format=channels)
+
+
+@given(
+    arrays(
+        sampled_from(["?", "u1", "i2", ">i4", "u8", "f2", ">f8", "c8", "U2", "M8[s]", "O"]),
+        array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5),
+    )
+)
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_array_is_understood_or_refused(values):
+    for read in (
+        lambda: as_image_tensor(values, "RGB"),
+        lambda: as_boxes(values, SIZE),
+        lambda: as_points(values, None, SIZE),
+        lambda: as_points([[1, 2]], values, SIZE),
+        lambda: as_masks(values, SIZE),
+    ):
+        try:
+            read()
+        except ValueError as error:
+            assert str(error)[0].isupper() and "\n" not in str(error)
+
+
+@pytest.mark.parametrize("given", [{0: [1, 2]}, {(1, 2)}, "12", b"12", 3, None])
+def test_points_and_labels_that_are_no_lists(given):
+    with pytest.raises(ValueError, match="points are .* a list with an entry per region"):
+        as_points(given, None, SIZE)
+    if given is not None:
+        with pytest.raises(ValueError, match="labels are .* a list with an entry per region"):
+            as_points([[1, 2]], given, SIZE)
+
+
+def test_masks_of_zeros_are_empty():
+    for kind in ("?", "u1", "f4"):
+        with pytest.raises(ValueError, match="mask of region 3 is empty"):
+            as_masks(np.zeros(SIZE, kind), SIZE, 3)
+
+
+@pytest.mark.parametrize("name", ["predict", "region_embeddings", "attention_maps"])
+def test_unknown_arguments_name_the_method(predictor, name):
+    with pytest.raises(TypeError, match=rf"\b{name}\(\) .*'box'"):
+        getattr(predictor, name)(box=BOX)
+    with pytest.raises(ValueError, match="no regions"):
+        getattr(predictor, name)()
+
+
+@pytest.mark.parametrize(
+    "model", [None, "config.yaml", Path("config.yaml"), 7, {}, nn.Linear(1, 1), RegionSpotPredictor]
+)
+def test_what_is_no_model(model):
+    with pytest.raises(ValueError, match="model is of the type .* a config, .* or a RegionSpot"):
+        RegionSpotPredictor(model)
+
+
+@pytest.mark.parametrize("model", ["GeneralizedRCNN", "Nothing", "PanopticFPN"])
+def test_configs_of_other_models(model):
+    cfg = get_cfg()
+    for incomplete in (cfg, CfgNode(), CfgNode({"MODEL": None}), CfgNode({"MODEL": "RegionSpot"})):
+        with pytest.raises(ValueError, match="no MODEL.LOCALIZER.*add_regionspot_config"):
+            RegionSpotPredictor(incomplete)
+    add_regionspot_config(cfg)
+    cfg.MODEL.META_ARCHITECTURE = model
+    with pytest.raises(ValueError, match=f"META_ARCHITECTURE is '{model}'; 'RegionSpot'"):
+        RegionSpotPredictor(cfg)
+
+
+def batches() -> list[tuple[Any, Any]]:
+    image = golden()["image"]
+    pixels = torch.from_numpy(image).permute(2, 0, 1)
+    return [
+        ({"photo.jpg": 1}, [BOX]),
+        ({"photo.jpg"}, [BOX]),
+        (image, [BOX] * len(image)),
+        (pixels, [BOX] * 3),
+        (image[..., 0], [BOX] * len(image)),
+        ("abc", [BOX] * 3),
+        (b"abc", [BOX] * 3),
+        (Path("photo.jpg"), [BOX]),
+        (Image.fromarray(image), [BOX]),
+        (None, [BOX]),
+        ([image], iter([BOX])),
+        ([image], {0: BOX}),
+        ([image], Boxes(torch.tensor(BOX))),
+        ([image], "a"),
+        ([image], None),
+        ([image] * 4, np.array(BOX[0])),
+        ([image], [BOX, BOX]),
+        (iter([image, image]), [BOX]),
+        (iter([]), [BOX]),
+        ([image], [None]),
+        ([image, None], [BOX, BOX]),
+        ([image, image], [BOX, [[9, 9, 1, 1]]]),
+    ]
+
+
+@pytest.mark.parametrize("case", range(len(batches())))
+def test_batches_that_are_no_lists(predictor, case):
+    images, boxes = batches()[case]
+    with pytest.raises(
+        ValueError, match="^(images|boxes) is .* a list|^There are .* boxes|^Image [01]: "
+    ):
+        predictor.predict_batch(images, boxes, vocabulary=["plane", "cat"])
+    assert predictor.vocabulary == WORDS and predictor.image_size == (90, 120)
+
+
+def test_batches_of_any_kind(predictor):
+    image = golden()["image"]
+    expected = predictor.predict(boxes=BOX).scores
+    for images in (image[None], iter([image]), deque([image]), [Image.fromarray(image)]):
+        for boxes in ([BOX], [Boxes(torch.tensor(BOX))], np.array([BOX]), torch.tensor([BOX])):
+            images, copy = tee(images)
+            torch.testing.assert_close(predictor.predict_batch(copy, boxes)[0].scores, expected)
+
+
+class Found(nn.Module):
+    """A detector that gives the same for every image."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, batched_inputs: Any) -> list[Any]:
+        return [self.output for _ in batched_inputs]
+
+
+def detections(boxes: Any, **fields: Any) -> dict[str, Instances]:
+    return {"instances": Instances((90, 120), pred_boxes=boxes, **fields)}
+
+
+def test_wrapping_what_cannot_be_wrapped(predictor):
+    for detector in (None, len, "mask_rcnn.yaml"):
+        with pytest.raises(ValueError, match="detector is of the type .*nn.Module"):
+            wrap(detector, predictor.model, vocabulary=WORDS)
+    for model in (predictor, None, nn.Identity()):
+        with pytest.raises(ValueError, match="regionspot is of the type .*RegionSpotPredictor"):
+            wrap(nn.Identity(), model, vocabulary=WORDS)
+        with pytest.raises(ValueError, match="regionspot is of the type"):
+            RegionSpotROIHeads(
+                regionspot=model, host=None, pixel_mean=[0] * 3, pixel_std=[1] * 3, input_format=""
+            )
+    model = wrap(nn.Identity(), predictor.model, vocabulary=WORDS)
+    for names in ("cat", None, {"cat": 1}, [], ["cat", "word " * 99], np.array("cat")):
+        with pytest.raises(ValueError, match="vocabulary|token"):
+            model.set_vocabulary(names)
+        assert model.vocabulary == WORDS
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        None,
+        [],
+        {},
+        {"instances": [1]},
+        detections(Boxes(torch.tensor(BOX))),
+        detections(RotatedBoxes(torch.ones(1, 5)), scores=torch.ones(1)),
+        detections(Boxes(torch.full((1, 4), torch.nan)), scores=torch.ones(1)),
+        detections(Boxes(torch.tensor(BOX)), scores=torch.tensor([-2.0])),
+        detections(Boxes(torch.tensor(BOX)), scores=torch.tensor([torch.nan])),
+    ],
+)
+def test_outputs_that_are_no_detections(predictor, output):
+    model = wrap(Found(output), predictor.model, vocabulary=WORDS)
+    with pytest.raises(ValueError, match="detector gives no|of input 0 "):
+        model([{"image": torch.zeros(3, 90, 120)}])
+
+
+@pytest.mark.parametrize(
+    "x", ["photo.jpg", {}, *({"image": image} for image in (None, RGB, torch.from_numpy(RGB)))]
+)
+def test_inputs_that_are_no_images(predictor, x):
+    model = wrap(Found(detections(Boxes(torch.tensor(BOX)))), predictor.model, vocabulary=WORDS)
+    for ask in (predictor.model, model):
+        with pytest.raises(ValueError, match=r"^Input 0 .* is expected"):
+            ask([x])
+
+
+def proposals(**fields: Any) -> dict[str, Any]:
+    found = Instances((90, 120), **fields)
+    return {"image": torch.zeros(3, 90, 120), "proposals": found, "file_name": "a.jpg"}
+
+
+def test_proposals_that_are_none(predictor):
+    boxes = Boxes(torch.tensor(BOX))
+    for x in (
+        proposals(proposal_boxes=boxes),
+        proposals(objectness_logits=torch.ones(1)),
+        {**proposals(), "proposals": BOX},
+        proposals(proposal_boxes=torch.tensor(BOX), objectness_logits=torch.ones(1)),
+        proposals(proposal_boxes=RotatedBoxes(torch.ones(1, 5)), objectness_logits=torch.ones(1)),
+    ):
+        with pytest.raises(ValueError, match=r"of input 0 \(a.jpg\) are .*Boxes|not Instances"):
+            predictor.model([x])
+
+
+@pytest.mark.parametrize("score", [6.0, -0.4, torch.nan, torch.inf])
+def test_proposals_with_logits_are_refused(predictor, score):
+    model, boxes = predictor.model, Boxes(torch.tensor(BOX * 3))
+    scores = torch.tensor([0.5, score, 0.9])
+    with pytest.raises(ValueError, match=r"input 0 \(a.jpg\) are from .* sigmoid"):
+        model([proposals(proposal_boxes=boxes, objectness_logits=scores)])
+    x = {"image": torch.zeros(3, 90, 120)}
+    with pytest.raises(ValueError, match="scores of input 0 .* sigmoid"):
+        model.inference([x], [Instances((90, 120), pred_boxes=boxes, scores=scores)])
+    if scores.isfinite().all():
+        [found] = model([proposals(proposal_boxes=boxes, objectness_logits=scores.sigmoid())])
+        assert set(found["instances"].region_index.tolist()) == {0, 1, 2}
+        assert found["instances"].scores.max() <= 1

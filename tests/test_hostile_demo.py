@@ -295,7 +295,6 @@ def test_letters_are_drawn_by_a_font_that_is_installed(tmp_path, capsys):
     font.save(tmp_path / "squares.ttf")
     from regionspot_d2.app import fonts
 
-    fonts.forget_fonts()
     known = list(matplotlib.font_manager.fontManager.ttflist)
     matplotlib.font_manager.fontManager.addfont(str(tmp_path / "squares.ttf"))
     try:
@@ -303,7 +302,6 @@ def test_letters_are_drawn_by_a_font_that_is_installed(tmp_path, capsys):
         assert (draw_regions(image, REGION, {1: "\u9f98"}) != image).any()
     finally:
         matplotlib.font_manager.fontManager.ttflist[:] = known
-        fonts.forget_fonts()
 
 
 def test_a_missing_font_is_told_once(capsys):

@@ -427,7 +427,7 @@ def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path, caplog):
     folder = tmp_path / "file"
     folder.write_text("")
     assert TextEmbedder(Words(), folder / "vocabularies")(["cat"]).shape == (1, 3)
-    assert "of no use" in caplog.text
+    assert "cannot be used" in caplog.text
 
 
 # Errors of processes ------------------------------------------------------------------------------

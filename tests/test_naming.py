@@ -6,7 +6,10 @@ import pytest
 import torch
 from detectron2.structures import Boxes, Instances
 
+from regionspot_d2.modeling import BoxPrompts, naming
 from regionspot_d2.modeling.naming import name_regions
+
+from .tiny import tiny_model
 
 SIZE = (60, 90)
 BOXES = Boxes(torch.tensor([[0.0, 0, 10, 10], [20, 20, 50, 40], [5, 30, 80, 60]]))
@@ -79,3 +82,49 @@ def test_no_regions():
     for rules in ({"topk": 2}, {"max_pairs": 10, "keep_before_region_score": 3}):
         found = name_regions(torch.zeros(0, 4), Boxes(torch.zeros(0, 4)), SIZE, **rules)
         assert len(found) == 0 and found.image_size == SIZE
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"topk": 1},
+        {"topk": 3, "score_thresh": 0.1},
+        {"max_pairs": 10},
+        {"max_pairs": 10, "score_thresh": 0.2},
+        {"max_pairs": -1, "score_thresh": 0.05},
+        {"max_pairs": 6, "keep_before_region_score": 14},
+        {"max_pairs": -1, "keep_before_region_score": 14, "score_thresh": 0.01},
+    ],
+)
+@pytest.mark.parametrize("rows", [1, 4, 12, 50])
+def test_rows_in_parts_have_the_names_of_all(rules, rows):
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(13, 7, generator=random)
+    rules = {**rules, "region_scores": torch.rand(13, generator=random)}
+    boxes = Boxes(torch.rand(13, 4, generator=random))
+    whole = name_regions(logits, boxes, SIZE, **rules)
+    found = name_regions(iter(logits.split(rows)), boxes, SIZE, **rules)
+    assert len(whole) > 0
+    for name, values in whole.get_fields().items():
+        in_parts = found.get(name)
+        if name == "pred_boxes":
+            values, in_parts = values.tensor, in_parts.tensor
+        assert torch.equal(in_parts, values), name
+
+
+@pytest.mark.usefixtures("vocabularies")
+@pytest.mark.parametrize("rules", [{"topk": 2}, {"max_pairs": 5}])
+def test_a_model_scores_many_pairs_in_parts(monkeypatch, rules):
+    model, widths = tiny_model(), []
+    encoded = model.encode([torch.zeros(3, 60, 90)])
+    boxes = Boxes(torch.tensor([[k, k, k + 20.0, k + 30] for k in range(11)]))
+    [answer] = model.answer(encoded, [BoxPrompts(boxes)], with_masks=False)
+    whole = model.name(answer, ["cat", "dog", "bird"], **rules)
+    score = model.score
+    monkeypatch.setattr(model, "score", lambda e, names: widths.append(len(e)) or score(e, names))
+    monkeypatch.setattr(naming, "MAX_PAIRS_TOGETHER", 14)
+    found = model.name(answer, ["cat", "dog", "bird"], **rules)
+    assert widths == [4, 4, 3]
+    assert torch.equal(found.pred_classes, whole.pred_classes)
+    assert torch.equal(found.region_index, whole.region_index)
+    torch.testing.assert_close(found.scores, whole.scores)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch import nn
 from regionspot_d2 import RegionSpotPredictor
 from regionspot_d2.engine import load_config
 from regionspot_d2.files import WeightsNotFoundError
+from regionspot_d2.modeling.vocabulary import TextEmbedder
 
 from .tiny import tiny_cfg, tiny_model, tiny_openai_clip
 
@@ -74,3 +77,25 @@ def test_mini():
     except WeightsNotFoundError as error:
         pytest.skip(str(error))
     own_results(predictor.model, rounds=5)
+
+
+@pytest.mark.usefixtures("vocabularies")
+def test_more_vocabularies_than_are_kept(tmp_path):
+    embed = TextEmbedder(tiny_model().vision_language, tmp_path)
+    vocabularies = [[f"thing {k}"] for k in range(36)]  # four more
+    wanted = [embed(names) for names in vocabularies]
+    barrier = threading.Barrier(4)
+
+    def work(thread: int) -> int:
+        barrier.wait()
+        order = np.random.RandomState(thread).randint(0, 36, 60)
+        return sum(not torch.equal(embed(vocabularies[k]), wanted[k]) for k in order)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(work, range(4))) == [0] * 4
+    finally:
+        sys.setswitchinterval(interval)
+    assert torch.equal(copy.deepcopy(embed)(vocabularies[0]), wanted[0])

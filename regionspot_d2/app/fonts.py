@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterable
 from functools import cache
@@ -14,6 +13,8 @@ import numpy as np
 from detectron2.utils.visualizer import VisImage, Visualizer
 from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
+
+from .inputs import tell
 
 _FONT = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
 
@@ -49,27 +50,30 @@ def font_of(text: str) -> str:
     return max(fonts_of(text), key=lambda file: len(_letters(file) & set(map(ord, text))))
 
 
-def forget_fonts() -> None:
-    """Looks for fonts again, for instance after one was installed while a notebook runs."""
-    for remembered in (_font_with, _installed, _letters):
-        remembered.cache_clear()
+def _font_with(letter: str) -> str | None:
+    # Fonts that matplotlib was given since are looked at too.
+    return _first_font_with(letter, len(font_manager.fontManager.ttflist))
 
 
 @cache
-def _font_with(letter: str) -> str | None:
+def _first_font_with(letter: str, number_of_fonts: int) -> str | None:
     # Variation selectors and joiners shape the letters beside them, and have no picture.
     if ord(letter) in _letters(_FONT) or letter.isspace() or letter in "\u200d\ufe0e\ufe0f":
         return _FONT
     return next((file for file in _installed() if ord(letter) in _letters(file)), None)
 
 
-@cache
 def _installed() -> list[str]:
     # Those that matplotlib was given, and those installed since it made its list.
     given = [font.fname for font in font_manager.fontManager.ttflist]
-    files = dict.fromkeys([*given, *sorted(font_manager.findSystemFonts())])
+    files = dict.fromkeys([*given, *_of_the_system()])
     # Matplotlib's font of last resort "knows" every letter, as a box.
     return [file for file in files if "LastResort" not in Path(file).name]
+
+
+@cache
+def _of_the_system() -> list[str]:
+    return sorted(font_manager.findSystemFonts())
 
 
 @cache
@@ -97,9 +101,8 @@ def _tell_once(letters: Iterable[str]) -> None:
     _told.update(new)
     if new:
         shown = "".join(new[:10]).encode("unicode_escape").decode()
-        print(
+        tell(
             f"No installed font draws '{''.join(new[:10])}' ({shown}): pictures have boxes in "
             "their place, results.json has the names. Install a font: fonts-noto-cjk for Chinese "
-            "and Japanese, fonts-noto-core for other scripts, fonts-symbola for emoji.",
-            file=sys.stderr,
+            "and Japanese, fonts-noto-core for other scripts, fonts-symbola for emoji."
         )

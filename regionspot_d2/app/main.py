@@ -168,7 +168,7 @@ def report(run: Run, outcomes: Counter[str], total: int) -> int:
         ) from error
     print(f"\n{named + empty} pictures and results.json are in {printable(output)}.\n{counts}")
     if failed:
-        print(f"{failed} of {total} images failed; see above.", file=sys.stderr)
+        tell(f"{failed} of {total} images failed; see above.")
     return failed
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from reprlib import repr as shown  # short, however long or deep a value is
@@ -19,13 +18,14 @@ from detectron2.engine import DefaultPredictor
 from detectron2.structures import Instances
 
 from ..checkpoint import RegionSpotCheckpointer
-from ..logits import LOGITS, look_like_logits, sigmoid
 from ..data.proposal_sources import from_instances
 from ..engine.config import merge_config_file
 from ..files import WeightsNotFoundError, local_weights
+from ..logits import LOGITS, look_like_logits, sigmoid
 from ..modeling import Localizer, RegionSpot, SamLocalizer
 from ..modeling.automatic_masks import automatic_boxes
 from ..safe_loading import read_json
+from .inputs import tell
 from .results import is_number
 
 _PIXELS = "multiply x by its width, y by its height: pixels are expected."
@@ -125,7 +125,7 @@ def from_file(file: str) -> RegionSource:
             raise SystemExit(f"error: --proposals {file}: {shown(name)} {fault}")
     are_logits = any(map(look_like_logits, (e.get("scores") or [] for e in entries.values())))
     if are_logits:
-        print(f"--proposals {file}: {LOGITS}", file=sys.stderr)
+        tell(f"--proposals {file}: {LOGITS}")
 
     def regions_of(name: str, image: np.ndarray) -> Regions:
         if name not in entries:
@@ -169,10 +169,9 @@ def from_sam(localizer: Localizer) -> RegionSource:
             f"error: --proposals sam: {type(localizer).__name__} (MODEL.LOCALIZER.NAME) is not SAM."
         )
     if not localizer.masks_are_fine:
-        print(
+        tell(
             f"--proposals sam: {type(localizer).__name__} was tuned to boxes and finds few regions "
-            "or none; SAM (another --config-file) finds many.",
-            file=sys.stderr,
+            "or none; SAM (another --config-file) finds many."
         )
 
     def regions_of(name: str, image: np.ndarray) -> Regions:

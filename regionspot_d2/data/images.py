@@ -17,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
+from ..arrays import as_numbers, check_channels
 from .image_files import check_jpeg, check_png
 
 ImageLike: TypeAlias = str | os.PathLike[str] | np.ndarray | Image.Image | Tensor
@@ -66,7 +67,8 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
         ImageReadError: the file is missing, no regular file, empty, truncated, damaged as far as
             its format can show it, too large, or not an image.
     """
-    name = printable(path)
+    # A repr: control characters and what cannot be encoded are escaped.
+    name = repr(os.fspath(path))
     try:
         with _open_regular(path) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metadata, and at half of PIL's limit
@@ -92,11 +94,6 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
     except Exception as error:  # PIL's decoders raise everything from SyntaxError to struct.error
         reason = textwrap.shorten(str(error).rstrip("."), 200) or type(error).__name__
         raise ImageReadError(f"The image file {name} cannot be read: {reason}.") from error
-
-
-def printable(path: str | os.PathLike[str]) -> str:
-    """A path in quotes, with control characters and what cannot be encoded escaped."""
-    return repr(os.fspath(path))
 
 
 def _open_regular(path: str | os.PathLike[str]) -> BinaryIO:
@@ -207,23 +204,19 @@ def as_image_tensor(image: ImageLike, channels: str, *, max_pixels: int = MAX_PI
         ValueError: the image has another type, shape or range.
         ImageReadError: the file cannot be read.
     """
-    if channels not in ("RGB", "BGR"):
-        raise ValueError(f"channels is '{channels}'; it must be 'RGB' or 'BGR'.")
-    ours = isinstance(image, (str, os.PathLike, Image.Image))
+    check_channels(channels, "channels")
     if isinstance(image, (str, os.PathLike)):
         image, channels = read_image(image, max_pixels=max_pixels), "RGB"
     elif isinstance(image, Image.Image):
-        image, channels = to_rgb_array(image), "RGB"
-    if isinstance(image, Tensor):
-        pixels = image.detach().clone()
-        pixels = pixels.permute(1, 2, 0) if pixels.dim() == 3 else pixels
-    elif isinstance(image, np.ndarray):
-        pixels = torch.from_numpy(image if ours else image.copy())
-    else:
+        image, channels = _pil_pixels(image), "RGB"
+    if not isinstance(image, np.ndarray | Tensor):
         kind = type(image).__name__
         raise ValueError(
             f"The image is of the type {kind}, not a path, PIL image, array or tensor."
         )
+    pixels = as_numbers(image, "pixels of the image")
+    if isinstance(image, Tensor) and pixels.dim() == 3:
+        pixels = pixels.permute(1, 2, 0)
     if pixels.dim() == 2:
         pixels = pixels[..., None].expand(-1, -1, 3)
     if pixels.dim() != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
@@ -243,4 +236,14 @@ def as_image_tensor(image: ImageLike, channels: str, *, max_pixels: int = MAX_PI
             )
         pixels = values if pixels.is_floating_point() else pixels.to(torch.uint8)
     pixels = pixels.permute(2, 0, 1)
-    return (pixels.flip(0) if channels == "BGR" else pixels).contiguous()
+    pixels = pixels.flip(0) if channels == "BGR" else pixels
+    return pixels.clone(memory_format=torch.contiguous_format)
+
+
+def _pil_pixels(image: Image.Image) -> np.ndarray:
+    try:
+        return to_rgb_array(image)
+    # A file that PIL opened is decoded only now, or was closed before.
+    except Exception as error:
+        reason = textwrap.shorten(str(error).rstrip("."), 200) or type(error).__name__
+        raise ValueError(f"The PIL image cannot be read: {reason}.") from error

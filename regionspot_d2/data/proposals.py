@@ -21,8 +21,8 @@ from detectron2.utils.file_io import PathManager
 from torchvision.ops import nms
 
 from ..files import write_atomically
-from ..safe_loading import load_pickle
 from ..logits import LOGITS, look_like_logits, sigmoid
+from ..safe_loading import load_pickle
 
 logger = logging.getLogger(__name__)
 

@@ -101,15 +101,15 @@ class TextVectors:
             words = [word for word in plain.split() if word in self._rows]
             close = dict.fromkeys(words + difflib.get_close_matches(plain, self._rows, n=4))
             lines.append(
-                f"  '{name}': " + (f"close: {', '.join(close)}" if close else "none close")
+                f"'{name:.60}': " + (f"close: {', '.join(close)}" if close else "none close")
             )
         if len(unknown) > len(lines):
-            lines.append(f"  and {len(unknown) - len(lines)} more")
+            lines.append(f"and {len(unknown) - len(lines)} more")
         return (
             "The mini model knows the class names and synonyms of LVIS, COCO, Objects365 and "
-            "OpenImages, but not:\n"
-            + "\n".join(lines)
-            + "\nConfigs with a CLIP text encoder, e.g. configs/regionspot_L.yaml, take any name."
+            "OpenImages, but not "
+            + "; ".join(lines)
+            + ". Configs with a CLIP text encoder, e.g. configs/regionspot_L.yaml, take any name."
         )
 
 

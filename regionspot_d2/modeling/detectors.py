@@ -12,6 +12,8 @@ from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, ROIHeads
 from detectron2.structures import BitMasks, Boxes, ImageList, Instances
 from torch import Tensor, nn
 
+from ..arrays import check_channels
+from .inputs import given_image, given_regions
 from .interfaces import to_rgb
 from .prompts import BoxPrompts
 from .regionspot import RegionSpot
@@ -56,8 +58,16 @@ class RegionSpotROIHeads(nn.Module):
             input_format: channel order of the detector's images, "RGB" or "BGR".
             vocabulary: class names; by default those of the first dataset of the config.
             max_detections: proposals named per image where there is no host.
+
+        Raises:
+            ValueError: ``regionspot`` is something else, the vocabulary has empty or repeated
+                names, or the channel order is unknown.
         """
         super().__init__()
+        _check_regionspot(regionspot)
+        check_channels(input_format, "INPUT.FORMAT")
+        if vocabulary is not None:
+            check_names(vocabulary)
         self.regionspot = regionspot
         self.host = host
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
@@ -209,11 +219,15 @@ class OpenVocabularyDetector(nn.Module):
             input_format: the detector's ``INPUT.FORMAT``, "RGB" or "BGR".
 
         Raises:
-            ValueError: the vocabulary has empty or repeated names, or the channel order is unknown.
+            ValueError: an argument has another type, the vocabulary has empty or repeated names or
+                one that the text side cannot read, or the channel order is unknown.
         """
         super().__init__()
-        if input_format not in ("RGB", "BGR"):
-            raise ValueError(f"input_format is '{input_format}'; it must be 'RGB' or 'BGR'.")
+        if not isinstance(detector, nn.Module):
+            kind = type(detector).__name__
+            raise ValueError(f"detector is of the type {kind}; a model (nn.Module) is expected.")
+        _check_regionspot(regionspot)
+        check_channels(input_format, "input_format")
         self.detector = detector
         self.regionspot = regionspot
         self.input_format = input_format
@@ -223,6 +237,8 @@ class OpenVocabularyDetector(nn.Module):
     def set_vocabulary(self, vocabulary: Sequence[str]) -> None:
         """Changes the class names; ``pred_classes`` are places in this list."""
         check_names(vocabulary)
+        # Which names the text side cannot read, it tells now.
+        self.regionspot.text_embedder(vocabulary, self.regionspot.device)
         self.vocabulary = list(vocabulary)
 
     def train(self, mode: bool = True) -> OpenVocabularyDetector:
@@ -236,12 +252,16 @@ class OpenVocabularyDetector(nn.Module):
         Returns:
             Its own outputs, best first, with ``pred_classes`` and ``scores`` replaced and all other
             fields, such as its masks, kept.
+
+        Raises:
+            ValueError: the detector's outputs are not what :meth:`__init__` says.
         """
+        given = [given_image(i, x) for i, x in enumerate(batched_inputs)]
         outputs = self.detector(batched_inputs)
         images, prompts = [], []
-        for x, output in zip(batched_inputs, outputs):
-            image = to_rgb(x["image"].to(self.regionspot.device), self.input_format)
-            found = output["instances"]
+        for i, (pixels, output) in enumerate(zip(given, outputs)):
+            image = to_rgb(pixels.to(self.regionspot.device), self.input_format)
+            found = _detections(i, batched_inputs[i], output)
             boxes = Boxes(found.pred_boxes.tensor.clone())
             # Results have the size that was asked for, the image the size that the detector saw.
             height, width = found.image_size
@@ -262,6 +282,22 @@ class OpenVocabularyDetector(nn.Module):
             best_first = renamed.scores.argsort(descending=True)
             results.append({**output, "instances": renamed[best_first]})
         return results
+
+
+def _check_regionspot(model: Any) -> None:
+    if not isinstance(model, RegionSpot):
+        raise ValueError(
+            f"regionspot is of the type {type(model).__name__}; a RegionSpot is expected, such as "
+            "the 'model' of a RegionSpotPredictor."
+        )
+
+
+def _detections(i: int, x: dict[str, Any], output: Any) -> Instances:
+    found = output.get("instances") if isinstance(output, dict) else None
+    if not isinstance(found, Instances) or not found.has("scores"):
+        raise ValueError("The detector gives no {'instances': Instances} with 'scores'.")
+    given_regions(i, x, found)
+    return found
 
 
 def wrap(

@@ -5,6 +5,9 @@ This is the only place where scores become results.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import torch
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
@@ -12,9 +15,24 @@ from torch import Tensor
 
 from .lazy_masks import MaskReader, nearest_masks, shared_masks
 
+# Pairs of a region and a name that are scored at a time: 64 MB of logits. All of 100,000 regions
+# and 10,000 names would take 4 GB, several times over.
+MAX_PAIRS_TOGETHER = 2**24
+
+
+class _Pairs(NamedTuple):
+    """Pairs of a region and a name, by their places in the flattened (R, C)."""
+
+    places: Tensor
+    probabilities: Tensor
+    scores: Tensor
+
+    def take(self, which: Tensor) -> _Pairs:
+        return _Pairs(*(values[which] for values in self))
+
 
 def name_regions(
-    logits: Tensor,
+    logits: Tensor | Iterable[Tensor],
     boxes: Boxes,
     image_size: tuple[int, int],
     *,
@@ -34,7 +52,7 @@ def name_regions(
     keeps its ``max_pairs`` best pairs of region and name, best first.
 
     Args:
-        logits: (R, C).
+        logits: (R, C), or its rows in parts, of which only one is held at a time.
         boxes: R boxes, XYXY, pixels of the image, which is of ``image_size`` (H, W).
         region_scores: (R,), how sure the source of the regions was of each; by default 1.
         topk: names per region; None takes the best pairs of the image.
@@ -53,19 +71,33 @@ def name_regions(
         ``pred_boxes``, ``scores``, ``pred_classes`` (places in the vocabulary), ``region_index``
         (place of the region in the question) and, with ``masks``, ``pred_masks`` (bool).
     """
-    probabilities = logits.softmax(1)
-    scores = probabilities if region_scores is None else probabilities * region_scores[:, None]
+    first = keep_before_region_score
+    kept: list[_Pairs] = []
+    start = classes = 0
+    for part in [logits] if isinstance(logits, Tensor) else logits:
+        rows, classes = part.shape
+        probabilities = scores = part.softmax(1)
+        if region_scores is not None:
+            scores = scores * region_scores[start : start + rows, None]
+        places = torch.arange(scores.numel(), device=scores.device)
+        pairs = _Pairs(places, probabilities.flatten(), scores.flatten())
+        # A pair that is not among the best of its part is not among those of the image.
+        if topk is not None:
+            pairs = pairs.take(_best_names(scores, topk, score_thresh))
+        elif first > 0:
+            pairs = _best_pairs(pairs, None, -1, first)
+        else:
+            pairs = _best_pairs(pairs, score_thresh, max_pairs, 0)
+        kept.append(pairs._replace(places=pairs.places + start * classes))
+        start += rows
+    pairs = _Pairs(*map(torch.cat, zip(*kept)))
     if topk is None:
-        pairs = _best_pairs(
-            probabilities, scores, score_thresh, max_pairs, keep_before_region_score
-        )
-    else:
-        pairs = _best_names(scores, topk, score_thresh)
-    regions = pairs // max(logits.shape[1], 1)
+        pairs = _best_pairs(pairs, score_thresh, max_pairs, first)
+    regions = pairs.places // max(classes, 1)
     found = Instances(image_size)
     found.pred_boxes = Boxes(boxes.tensor[regions])
-    found.scores = scores.flatten()[pairs]
-    found.pred_classes = pairs % max(logits.shape[1], 1)
+    found.scores = pairs.scores
+    found.pred_classes = pairs.places % max(classes, 1)
     found.region_index = regions
     if output_size is not None:
         found = detector_postprocess(found, *output_size)
@@ -83,16 +115,12 @@ def _best_names(scores: Tensor, topk: int, score_thresh: float | None) -> Tensor
     return pairs.flatten() if score_thresh is None else pairs[best > score_thresh]
 
 
-def _best_pairs(
-    probabilities: Tensor, scores: Tensor, score_thresh: float | None, count: int, first: int
-) -> Tensor:
-    """Places in the flattened scores: the best pairs of the image, best first."""
-    probabilities, scores = probabilities.flatten(), scores.flatten()
-    pairs = torch.arange(len(scores), device=scores.device)
-    if 0 < first < len(pairs):
-        pairs = probabilities.topk(first).indices
+def _best_pairs(pairs: _Pairs, score_thresh: float | None, count: int, first: int) -> _Pairs:
+    """The best of some pairs, best first."""
+    if 0 < first < len(pairs.places):
+        pairs = pairs.take(pairs.probabilities.topk(first).indices)
     if score_thresh is not None:
-        pairs = pairs[scores[pairs] > score_thresh]
-    if 0 <= count < len(pairs):
-        return pairs[scores[pairs].topk(count).indices]
-    return pairs[scores[pairs].sort(descending=True, stable=True).indices]
+        pairs = pairs.take(pairs.scores > score_thresh)
+    if 0 <= count < len(pairs.places):
+        return pairs.take(pairs.scores.topk(count).indices)
+    return pairs.take(pairs.scores.sort(descending=True, stable=True).indices)

@@ -1,15 +1,15 @@
-"""Regions as people write them, checked at the door: what cannot be meant is one clear error."""
+"""Regions as people write them, checked at the door: whatever makes no sense is one error."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Set
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.structures import BitMasks, Boxes
 from torch import Tensor
 
+from ..arrays import as_numbers
 from .prompts import BoxPrompts, MaskPrompts, MixedPrompts, PointPrompts, Prompts
 
 # On an image of a pixel or two, boxes between 0 and 1 may be pixels.
@@ -165,7 +165,7 @@ def as_masks(masks: Any, image_size: tuple[int, int], first_region: int = 0) -> 
     if values.dtype != torch.bool and values.numel():
         values, inside = values != 0, values
         other = values & (inside != inside.max())
-        if other.any() or not 0 < (level := float(inside.max())) or level < 1:
+        if other.any() or (values.any() and inside.max() < 1):
             found = f"{float(inside[other][0] if other.any() else inside.max()):g}"
             raise ValueError(
                 f"The masks hold {found}; 0 and 1 are expected. Threshold scores first, as in "
@@ -180,6 +180,8 @@ def as_masks(masks: Any, image_size: tuple[int, int], first_region: int = 0) -> 
 
 def _each(values: Any, what: str) -> list[Any]:
     try:
+        if isinstance(values, str | bytes | Mapping | Set):  # a dict would give its keys
+            raise TypeError
         return list(values)
     except TypeError as error:
         message = f"The {what} are {values!r:.60}; a list with an entry per region is expected."
@@ -187,25 +189,4 @@ def _each(values: Any, what: str) -> list[Any]:
 
 
 def _numbers(values: Any, what: str) -> Tensor:
-    """What looks like an array of numbers, on the CPU; ValueError if it cannot be one."""
-    try:
-        first = values[0] if isinstance(values, Sequence) and len(values) else None
-        if isinstance(first, Tensor):
-            values = torch.stack(list(values))
-        elif not isinstance(values, Tensor):
-            values = np.asarray(values)
-            if values.dtype.kind not in "bfiu":
-                raise TypeError(f"they have the type {values.dtype}")
-            # PyTorch reads no views with negative strides, such as points[:, ::-1].
-            values = torch.from_numpy(np.require(values, _readable(values.dtype), ["C", "W"]))
-        if values.is_complex() or values.layout != torch.strided:
-            raise TypeError(f"they are {values.layout} of {values.dtype}")
-        return values.detach().cpu()
-    except (TypeError, ValueError, RuntimeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"The {what} cannot be read as numbers: {error}.") from error
-
-
-def _readable(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """A type, in the machine's byte order, that PyTorch computes with and that holds the same."""
-    known = dtype.kind in "bfi" and dtype.itemsize <= 8 or dtype == np.uint8
-    return dtype.newbyteorder("=") if known else np.dtype(np.float64)
+    return as_numbers(values, what).cpu()

@@ -11,7 +11,9 @@ from detectron2.modeling.meta_arch import META_ARCH_REGISTRY
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
+from ..arrays import check_channels
 from ..files import local_weights
+from . import naming
 from .answers import Answer, EncodedImages, answer_regions, localize
 from .inputs import input_images, input_regions
 from .interfaces import (
@@ -78,10 +80,11 @@ class RegionSpot(nn.Module):
             zoom_in_training: whether ``zoom`` counts in training too.
         """
         super().__init__()
+        check_channels(input_format, "INPUT.FORMAT")
         limits = {"REGION_HEAD.MAX_REGIONS": max_regions, "ZOOM_MAX_VIEWS": zoom_max_views}
         for key, limit in limits.items():
             if limit < 1:
-                raise ValueError(f"MODEL.{key} is {limit}; it must be 1 or more of an image.")
+                raise ValueError(f"MODEL.{key} is {limit}; it must be at least 1.")
         self.max_regions = max_regions
         self.zoom = check_zoom(zoom, "MODEL.ZOOM")
         self.zoom_max_views = zoom_max_views
@@ -140,7 +143,8 @@ class RegionSpot(nn.Module):
                 * dataset_name: its ``thing_classes`` in the ``MetadataCatalog`` are the vocabulary.
                 * instances (training): ``gt_boxes`` and ``gt_classes``.
                 * mask_tokens (training, optional): (R, T) of those boxes; the localizer then rests.
-                * proposals (inference): ``proposal_boxes``, their scores as ``objectness_logits``.
+                * proposals (inference): ``proposal_boxes`` and, as ``objectness_logits``, their
+                  scores in 0..1, which Detectron2's own proposals get by a sigmoid.
                 * height, width (inference, optional): of the output, by default those of ``image``.
 
         Returns:
@@ -154,7 +158,7 @@ class RegionSpot(nn.Module):
             dtype = torch.get_default_dtype()
             tokens = [x["mask_tokens"].to(dtype).to(self.device) for x in batched_inputs]
         answers = self.answer(
-            self.encode(self._images(batched_inputs)),
+            self.encode(input_images(batched_inputs, self.input_format, self.device)),
             [BoxPrompts(target.gt_boxes) for target in targets],
             with_masks=False,
             mask_tokens=tokens,
@@ -185,11 +189,13 @@ class RegionSpot(nn.Module):
             :func:`~regionspot_d2.modeling.naming.name_regions` makes them, best first.
 
         Raises:
-            ValueError: an input has no regions, boxes that are not finite, or scores outside 0..1.
+            ValueError: an input has no image or regions, boxes that are not finite, or scores
+                outside 0..1.
         """
+        images = input_images(batched_inputs, self.input_format, self.device)
         regions = input_regions(batched_inputs, detected_instances, self.device)
         answers = self.answer(
-            self.encode(self._images(batched_inputs)),
+            self.encode(images),
             [BoxPrompts(boxes) for boxes, _ in regions],
             with_masks=self.with_masks,
         )
@@ -269,12 +275,11 @@ class RegionSpot(nn.Module):
                 ``max_regions``.
         """
         if len(prompts) > self.max_regions:
+            limit = f"{self.max_regions} (MODEL.REGION_HEAD.MAX_REGIONS)"
             raise ValueError(
-                f"Attention of {len(prompts)} regions is asked for; ask for at most "
-                f"{self.max_regions} (MODEL.REGION_HEAD.MAX_REGIONS) at a time."
+                f"Attention of {len(prompts)} regions is asked for, more than {limit}."
             )
-        prompts = prompts.to(self.device)
-        [regions] = localize(encoded, self.region_head, [prompts], with_masks=False)
+        [regions] = localize(encoded, self.region_head, [prompts.to(self.device)], with_masks=False)
         maps = self.region_head.attention(regions.tokens, encoded.image_tokens)
         prefix = self.vision_language.num_prefix_tokens
         return maps[:, prefix:].reshape(len(maps), *self.vision_language.grid_size)
@@ -302,7 +307,9 @@ class RegionSpot(nn.Module):
         Returns:
             What that function returns, with ``pred_masks`` if the answer has masks.
         """
-        logits = self.score(answer.embeddings, class_names)
+        together = max(1, naming.MAX_PAIRS_TOGETHER // max(1, len(class_names)))
+        parts = answer.embeddings.split(together)
+        logits = (self.score(part, class_names) for part in parts)
         masks = None if answer.mask_logits is None else answer.masks
         rules = {"masks": masks, "masks_by_nearest": self.nearest_masks, **rules}
         return name_regions(logits, answer.boxes, answer.image_size, **rules)
@@ -310,9 +317,6 @@ class RegionSpot(nn.Module):
     def losses(self, logits: list[Tensor], gt_classes: list[Tensor]) -> dict[str, Tensor]:
         """See :class:`~regionspot_d2.modeling.region_head.FocalLoss`."""
         return {"loss_cls": self.loss(logits, gt_classes)}
-
-    def _images(self, batched_inputs: list[dict[str, Any]]) -> list[Tensor]:
-        return input_images(batched_inputs, self.input_format, self.device)
 
     def _class_names(self, x: dict[str, Any]) -> Sequence[str]:
         return dataset_class_names(x.get("dataset_name", self.default_dataset))

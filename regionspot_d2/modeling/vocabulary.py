@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,6 +99,7 @@ class TextEmbedder:
         self._folder = cache_folder
         self._max_disk_bytes = max_disk_bytes
         self._recent: OrderedDict[tuple[torch.device, tuple[str, ...]], Tensor] = OrderedDict()
+        self._lock = Lock()
 
     @classmethod
     def from_config(cls, cfg: CfgNode, vision_language: VisionLanguageModel) -> TextEmbedder:
@@ -116,14 +119,23 @@ class TextEmbedder:
                 twice, as in the class lists of some datasets.
         """
         key = (torch.device(device), tuple(names))
-        words = self._recent.pop(key, None)
-        if words is None:
+        with self._lock:
+            words = self._recent.get(key)
+        if words is None:  # not locked: threads with other vocabularies need not wait
             check_names(names, repeats=True)
             words = self._load(tuple(map(self._words, names))).to(device)
-        self._recent[key] = words  # last in the order, and so the last to go
-        while len(self._recent) > _MAX_VOCABULARIES:
-            self._recent.popitem(last=False)
+        with self._lock:
+            self._recent[key] = words
+            self._recent.move_to_end(key)  # the last to go
+            if len(self._recent) > _MAX_VOCABULARIES:
+                self._recent.popitem(last=False)
         return words
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=Lock())
 
     def _load(self, names: tuple[str, ...]) -> Tensor:
         if self._folder is None:
@@ -152,7 +164,7 @@ class TextEmbedder:
         try:
             yield
         except (OSError, ValueError, SafetensorError) as error:
-            logger.warning("The vocabulary cache %s is of no use (%s).", path, error)
+            logger.warning("The vocabulary cache %s cannot be used (%s).", path, error)
 
     @torch.no_grad()
     def _encode(self, names: tuple[str, ...]) -> Tensor:
@@ -212,6 +224,8 @@ def check_names(names: Sequence[str], *, repeats: bool = False) -> None:
     if not isinstance(names, Sequence | np.ndarray):
         kind = type(names).__name__
         raise ValueError(f"A vocabulary is a list of names, not a {kind}: pass list(...) of it.")
+    if isinstance(names, np.ndarray) and names.ndim != 1:
+        raise ValueError(f"A vocabulary is a list of names, not an array of shape {names.shape}.")
     if len(names) == 0:
         raise ValueError("The vocabulary is empty; give at least one name.")
     for place, name in enumerate(names):

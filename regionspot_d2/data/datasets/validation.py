@@ -24,7 +24,7 @@ _MAX_OUTLINE = 4_000_000  # pixels along the polygons of one annotation; about 1
 
 
 class AnnotationsError(ValueError):
-    """An annotation file has a fault; the message names the file, the entry and what is due."""
+    """An annotation file has a fault; the message names file, entry and what was expected."""
 
 
 def read_annotations(json_file: str, *, lvis: bool = False) -> dict[str, Any]:

@@ -1,0 +1,64 @@
+"""Numbers in any array that people have, checked at the door and made a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Types that PyTorch computes with, and what holds the numbers of those that it can only store.
+_STORED = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.float64}
+_STORED |= {torch.float8_e4m3fn: torch.float32, torch.float8_e5m2: torch.float32}
+_COMPUTED = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+_COMPUTED |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
+
+def as_numbers(values: Any, what: str) -> Tensor:
+    """Reads what looks like an array of numbers.
+
+    Args:
+        values: a tensor, an array, nested lists, or a list of tensors; of any type of real numbers,
+            byte order, strides and device.
+        what: what they are, for the message.
+
+    Returns:
+        A tensor of a type that PyTorch computes with, on the device of the values, without
+        gradient. It may share their memory.
+
+    Raises:
+        ValueError: they cannot be read as numbers.
+    """
+    try:
+        first = values[0] if isinstance(values, Sequence) and len(values) else None
+        if isinstance(first, Tensor):
+            values = torch.stack(list(values))
+        elif not isinstance(values, Tensor):
+            values = _from_array(values)
+        if values.is_nested or values.is_meta or values.layout != torch.strided:
+            raise TypeError("a tensor that is sparse, nested or without data was given")
+        if values.dtype not in {*_COMPUTED, *_STORED}:
+            raise TypeError(f"they have the type {values.dtype}")
+        return values.detach().to(_STORED.get(values.dtype, values.dtype))
+    except (TypeError, ValueError, RuntimeError, OverflowError, RecursionError) as error:
+        reason = str(error).rstrip(".")
+        raise ValueError(f"The {what} cannot be read as numbers: {reason}.") from error
+
+
+def _from_array(values: Any) -> Tensor:
+    if np.ma.is_masked(values):
+        raise TypeError("some are masked; fill them first, as in array.filled(0)")
+    values = np.asarray(values)
+    if values.dtype.kind not in "bfiu":
+        raise TypeError(f"they have the type {values.dtype}")
+    dtype = values.dtype.newbyteorder("=") if values.dtype.itemsize <= 8 else np.float64
+    # PyTorch reads no views with negative strides, such as points[:, ::-1].
+    return torch.from_numpy(np.require(values, dtype, ["C", "W"]))
+
+
+def check_channels(channels: Any, name: str) -> None:
+    """Checks an order of color channels; ``name`` is that of the argument, for the message."""
+    if not isinstance(channels, str) or channels not in ("RGB", "BGR"):
+        raise ValueError(f"{name} is {channels!r:.60}; it must be 'RGB' or 'BGR'.")
