@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
-
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -282,17 +280,3 @@ def test_thousand_boxes():
     x = random_input(20, (60, 90), 1000)
     found = tiny_model(with_masks=False)([x])[0]["instances"]
     assert len(found) == 3000
-
-
-@pytest.mark.parametrize("scores", [[6.0, 0.5, -0.4], [0.2, 1.5, 0.3], [0.1, math.nan, 0.2]])
-def test_scores_of_regions_that_are_no_probabilities_are_refused(scores):
-    model, x = tiny.tiny_model(), random_input(0, (64, 64), 3)
-    x["proposals"].objectness_logits = torch.tensor(scores)
-    with pytest.raises(ValueError, match="scores of the regions of input 0 .*sigmoid"):
-        model([x])
-    found = Instances((64, 64), pred_boxes=x["proposals"].proposal_boxes)
-    found.scores = torch.tensor(scores)
-    with pytest.raises(ValueError, match="probabilities are expected"):
-        model.inference([x], [found])
-    x["proposals"].objectness_logits = torch.tensor([0.0, 1.0, 1.0 + 1e-6])
-    assert set(model([x])[0]["instances"].region_index.tolist()) >= {1, 2}

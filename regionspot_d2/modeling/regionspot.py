@@ -66,7 +66,7 @@ class RegionSpot(nn.Module):
         """
         Args:
             localizer, vision_language, region_head, text_embedder: the parts of the model.
-            loss: of training; by default that of the paper, averaged over all regions.
+            loss: of training; by default the paper's, averaged over all regions.
             with_masks: whether inference gives ``pred_masks``.
             nearest_masks: makes them in the published way, see ``name_regions``.
             score_thresh, max_detections, keep_before_proposal_score: what inference keeps, as
@@ -75,9 +75,8 @@ class RegionSpot(nn.Module):
             input_format: channel order of ``image`` in the inputs, "RGB" or "BGR".
             default_dataset: its class names serve an input without ``dataset_name``.
             max_regions: of an image that the region head sees together; more are named in groups.
-            zoom: by default for :meth:`answer`.
+            zoom, zoom_in_training: by default for :meth:`answer`, and whether in training too.
             zoom_max_views: of an image, see :class:`~regionspot_d2.modeling.views.ViewFinder`.
-            zoom_in_training: whether ``zoom`` counts in training too.
         """
         super().__init__()
         check_channels(input_format, "INPUT.FORMAT")
@@ -189,8 +188,7 @@ class RegionSpot(nn.Module):
             :func:`~regionspot_d2.modeling.naming.name_regions` makes them, best first.
 
         Raises:
-            ValueError: an input has no image or regions, boxes that are not finite, or scores
-                outside 0..1.
+            ValueError: an input has no image or regions, or boxes or scores that make no sense.
         """
         images = input_images(batched_inputs, self.input_format, self.device)
         regions = input_regions(batched_inputs, detected_instances, self.device)
@@ -277,7 +275,7 @@ class RegionSpot(nn.Module):
         if len(prompts) > self.max_regions:
             limit = f"{self.max_regions} (MODEL.REGION_HEAD.MAX_REGIONS)"
             raise ValueError(
-                f"Attention of {len(prompts)} regions is asked for, more than {limit}."
+                f"Attention of {len(prompts)} regions is too much: ask at most {limit}."
             )
         [regions] = localize(encoded, self.region_head, [prompts.to(self.device)], with_masks=False)
         maps = self.region_head.attention(regions.tokens, encoded.image_tokens)
