@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from operator import index, length_hint
 from os import PathLike
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -17,8 +17,10 @@ from torch import Tensor
 
 from .checkpoint import RegionSpotCheckpointer
 from .data.images import MAX_PIXELS, ImageLike, as_image_tensor
+from .modeling.everything import Search, name_everything
 from .modeling.interfaces import image_size_of
 from .modeling.naming import EncodedImages
+from .modeling.panoptic import Panoptic, panoptic_segments
 from .modeling.prompts import BoxPrompts
 from .modeling.questions import as_boxes, as_prompts
 from .modeling.regionspot import RegionSpot
@@ -133,6 +135,66 @@ class RegionSpotPredictor:
         found = self.model.name(answer, names, topk=topk)
         self.vocabulary = names
         return found
+
+    @overload
+    def everything(self, *, panoptic: Literal[True], **options: Any) -> Panoptic: ...
+
+    @overload
+    def everything(self, *, panoptic: Literal[False] = False, **options: Any) -> Instances: ...
+
+    @torch.no_grad()
+    def everything(
+        self,
+        *,
+        vocabulary: Sequence[str] | None = None,
+        topk: int = 1,
+        score_thresh: float = 0.0,
+        max_regions: int = 100,
+        zoom: float | None = None,
+        search: Search | None = None,
+        panoptic: bool = False,
+        stuff: Sequence[str] = (),
+    ) -> Instances | Panoptic:
+        """Finds and names every region of the image, once.
+
+        A localizer whose masks are fine is asked for the regions under a grid of points, on what
+        :meth:`set_image` encoded; its tokens and masks are used as they are. Without such a
+        localizer, regions are grouped from what the vision-language model sees.
+
+        Args:
+            vocabulary, topk, zoom: as for :meth:`predict`.
+            score_thresh: regions whose best name does not score more are left out.
+            max_regions: the best that are kept.
+            search: how regions are looked for.
+            panoptic: whether to give each pixel to one region.
+            stuff: with ``panoptic``, class names whose regions are merged, such as "sky".
+
+        Returns:
+            ``Instances`` as :meth:`predict`, the best region first; a score is that of the name
+            times that of the region. With ``panoptic`` what
+            :func:`~regionspot_d2.modeling.panoptic.panoptic_segments` returns.
+
+        Raises:
+            ValueError: as :meth:`predict`; or ``stuff`` is not part of the vocabulary.
+        """
+        topk = _count(topk, "topk", "name per region")
+        max_regions = _count(max_regions, "max_regions", "region")
+        names = self._names(vocabulary)
+        if unknown := [name for name in stuff if name not in names]:
+            raise ValueError(f"stuff: '{unknown[0]}' is not in the vocabulary; add it there too.")
+        found = name_everything(
+            self.model,
+            self._image(),
+            names,
+            search or Search(),
+            with_masks=panoptic or self.model.with_masks,
+            topk=1 if panoptic else topk,
+            score_thresh=score_thresh,
+            max_regions=max_regions,
+            zoom=zoom,
+        )
+        self.vocabulary = names
+        return panoptic_segments(found, {names.index(s) for s in stuff}) if panoptic else found
 
     @torch.no_grad()
     def region_embeddings(self, *, zoom: float | None = None, **regions: Any) -> Tensor:

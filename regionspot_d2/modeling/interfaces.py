@@ -14,7 +14,7 @@ import torch
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
-from .prompts import Prompts
+from .prompts import PointPrompts, Prompts
 
 # Built as ``get(name)(cfg)``, region heads as ``get(name)(cfg, localizer, vision_language)``.
 LOCALIZER_REGISTRY = Registry("LOCALIZER")
@@ -103,6 +103,19 @@ class Localizer(FrozenModule, ABC):
             Mask tokens (R, T), and mask logits (R, 1, h, w) or None.
         """
 
+    def decode_points(
+        self, embedding: Embedding, image_size: tuple[int, int], points: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Decodes points (R, 2), XY in pixels of the image, each a region of its own.
+
+        Returns:
+            What :meth:`decode` returns for them with masks, and the IoU (R,) that the localizer
+            predicts for each mask, None where it predicts none.
+        """
+        labels = torch.ones(len(points), 1, dtype=torch.int64, device=points.device)
+        prompts = PointPrompts(points[:, None], labels)
+        return *self.decode(embedding, image_size, prompts, with_masks=True), None
+
     @abstractmethod
     def full_size_masks(
         self,
@@ -188,6 +201,10 @@ class VisionLanguageModel(FrozenModule, ABC):
     @abstractmethod
     def project(self, image_tokens: Tensor) -> Tensor:
         """Takes image tokens (B, L, W) to text space: (B, L, D), not normalized."""
+
+    def appearance(self, image_tokens: Tensor) -> Tensor:
+        """What of image tokens (..., W) groups cells that belong together; by default all of it."""
+        return image_tokens
 
     @abstractmethod
     def encode_text(self, texts: list[str]) -> Tensor:
