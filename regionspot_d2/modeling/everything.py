@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from detectron2.layers import batched_nms, nms
-from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.layers import nms
+from detectron2.structures import BitMasks, Boxes, Instances, pairwise_iou
+from detectron2.structures.boxes import pairwise_intersection
 from torch import Tensor
 
 from .grouping import GROUPING_VIEWS, regions_of_tokens
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 _STABILITY_OFFSET = 1.0
 # Boxes found in views are coarse: two of one name that overlap so much are most often one object.
 _GROUPING_NMS = 0.3
+# A region is a part of a better one of its name if so much of it lies inside, unless it is so much
+# smaller that it may be another object, as a person in front of a person.
+_INSIDE, _MUCH_SMALLER = 0.8, 1 / 20
 # Regions that were found in views are named in them too, with so much around them.
 _GROUPING_ZOOM = 1.5
 # Points decoded together, and the pixels of their masks.
@@ -116,8 +120,7 @@ def name_everything(
     )
     boxes, scores = best.pred_boxes.tensor, best.scores
     thresh = search.name_nms_thresh if by_masks else _GROUPING_NMS
-    kept = batched_nms(boxes, scores, best.pred_classes, thresh)
-    # Two names for one place; by_masks they have passed the same test by the scores of the masks.
+    kept = distinct_regions(best.pred_boxes, scores, best.pred_classes, thresh)
     kept = kept[nms(boxes[kept], scores[kept], search.box_nms_thresh)]
     kept = kept[best.scores[kept] > score_thresh][:max_regions]
     answer = replace(answer, embeddings=answer.embeddings[kept], boxes=answer.boxes[kept])
@@ -125,6 +128,31 @@ def name_everything(
         read = answer.mask_logits
         answer = replace(answer, mask_logits=lambda places: read(kept[places]))
     return model.name(answer, class_names, region_scores=regions.scores[kept], topk=topk)
+
+
+def distinct_regions(boxes: Boxes, scores: Tensor, classes: Tensor, iou_thresh: float) -> Tensor:
+    """Drops regions that a better one of the same name overlaps or holds as a part.
+
+    Args:
+        boxes: R boxes.
+        scores, classes: (R,).
+        iou_thresh: a larger IoU with a better region is too much.
+
+    Returns:
+        The places of those that are left, (K,), best first.
+    """
+    order = scores.argsort(descending=True, stable=True)
+    boxes, classes = boxes[order], classes[order]
+    area = boxes.area()
+    inside = pairwise_intersection(boxes, boxes) > _INSIDE * area
+    part = inside & (area > _MUCH_SMALLER * area[:, None])
+    again = part | (pairwise_iou(boxes, boxes) > iou_thresh)
+    again = (again & (classes[:, None] == classes)).triu(1).cpu()
+    left = torch.ones(len(order), dtype=torch.bool)
+    for place, worse in enumerate(again):
+        if left[place]:
+            left &= ~worse
+    return order[left.to(order.device)]
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ _MIN_SHARE = 1 / 64
 _SAME = 0.8
 # A small part of an object is often named as surely as the whole; with this power of its share of
 # the image in the score, the whole comes first. Chosen on 16 photos of COCO.
-_AREA_POWER = 0.15
+_AREA_POWER = 0.05
 
 
 @torch.no_grad()
