@@ -68,6 +68,14 @@ def _add_model(cfg: CN) -> None:
     # Views of an image; more regions than that share the views of a pyramid.
     cfg.MODEL.ZOOM_MAX_VIEWS = 64
 
+    # PanopticRegionSpot: the grid of points (as many columns as rows) that it asks the localizer
+    # for, and which masks are good enough, as in SAM's automatic mask generator. What becomes of
+    # overlaps and small segments is in MODEL.PANOPTIC_FPN.COMBINE.
+    cfg.MODEL.EVERYTHING = CN()
+    cfg.MODEL.EVERYTHING.POINTS_PER_SIDE = 32
+    cfg.MODEL.EVERYTHING.PRED_IOU_THRESH = 0.88
+    cfg.MODEL.EVERYTHING.STABILITY_THRESH = 0.95
+
     # With ROI_HEADS.NAME RegionSpotROIHeads: the ROI heads whose detections are named, such as
     # StandardROIHeads; empty names the proposals.
     cfg.MODEL.ROI_HEADS.HOST = ""

@@ -65,6 +65,12 @@ RULES = (
         f"files {CONTRACTS} modeling.naming modeling.region_head modeling.views "
         "modeling.vocabulary",
     ),
+    # Regions that nobody asked for.
+    Rule("modeling.grouping", "modeling.naming modeling.views", TORCH),
+    Rule("modeling.everything", f"{CONTRACTS} modeling.naming modeling.grouping", TORCH),
+    Rule(
+        "modeling.panoptic", "modeling.everything modeling.regionspot modeling.vocabulary", TORCH
+    ),
     Rule(
         "modeling.detectors",
         f"{CONTRACTS} modeling.naming modeling.regionspot modeling.vocabulary",

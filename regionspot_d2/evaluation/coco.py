@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 BACKENDS = ("hotcoco", "reference")
 
 
-def _uses_hotcoco(backend: str) -> bool:
+def uses_hotcoco(backend: str) -> bool:
+    """Whether ``TEST.EVALUATION_BACKEND`` is "hotcoco"; ValueError if there is no such backend."""
     if backend not in BACKENDS:
         raise ValueError(f"TEST.EVALUATION_BACKEND is '{backend}'; it must be one of {BACKENDS}.")
     return backend == "hotcoco"
@@ -42,7 +43,7 @@ def _uses_hotcoco(backend: str) -> bool:
 @contextlib.contextmanager
 def lvis_library(backend: str) -> Iterator[ModuleType]:
     """Yields the module whose ``LVIS``, ``LVISResults`` and ``LVISEval`` compute LVIS AP."""
-    if _uses_hotcoco(backend):
+    if uses_hotcoco(backend):
         yield hotcoco
         return
     try:
@@ -136,8 +137,8 @@ class COCOAPEvaluator(COCOEvaluator):
         backend: str = "hotcoco",
     ) -> None:
         metadata = MetadataCatalog.get(dataset_name)
-        self._library = hotcoco if _uses_hotcoco(backend) else pycocotools.coco
-        self._evaluation = hotcoco.COCOeval if _uses_hotcoco(backend) else COCOeval
+        self._library = hotcoco if uses_hotcoco(backend) else pycocotools.coco
+        self._evaluation = hotcoco.COCOeval if uses_hotcoco(backend) else COCOeval
         with tempfile.TemporaryDirectory() as scratch:
             if converted := metadata.get("json_file") is None:
                 # The user registered a function that makes the records. Detectron2 would keep the

@@ -85,8 +85,9 @@ def name_everything(
     with_masks: bool,
     topk: int = 1,
     score_thresh: float = 0.0,
-    max_regions: int = 100,
+    max_regions: int | None = 100,
     zoom: float | None = None,
+    output_size: tuple[int, int] | None = None,
 ) -> Instances:
     """Finds the regions of one encoded image and names them.
 
@@ -127,7 +128,9 @@ def name_everything(
     if answer.mask_logits is not None:
         read = answer.mask_logits
         answer = replace(answer, mask_logits=lambda places: read(kept[places]))
-    return model.name(answer, class_names, region_scores=regions.scores[kept], topk=topk)
+    return model.name(
+        answer, class_names, region_scores=regions.scores[kept], topk=topk, output_size=output_size
+    )
 
 
 def distinct_regions(boxes: Boxes, scores: Tensor, classes: Tensor, iou_thresh: float) -> Tensor:

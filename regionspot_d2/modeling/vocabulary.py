@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,6 +28,7 @@ from .interfaces import VisionLanguageModel
 
 logger = logging.getLogger(__name__)
 
+_STUFF_SUFFIX = re.compile(r"(?<=.)(-other|-stuff)?(-merged)?$")
 # Texts encoded at a time: 81 templates of one name fill about a third of it.
 _BATCH_SIZE = 256
 # Vocabularies kept in memory, and bytes kept on disk. LVIS with ViT-L/14 takes 3.7 MB.
@@ -45,9 +47,29 @@ def dataset_class_names(name: str | None) -> list[str]:
     return names
 
 
+def dataset_stuff_classes(name: str | None) -> set[int]:
+    """The places of stuff in a panoptic dataset's ``thing_classes``, which hold all its names.
+
+    Raises:
+        ValueError: its metadata has no list of both, as Detectron2's "standard" datasets have.
+    """
+    metadata = MetadataCatalog.get(name) if name else None
+    names = metadata and metadata.get("thing_classes")
+    if metadata is None or not names or names != metadata.get("stuff_classes"):
+        raise ValueError(
+            f"The dataset {name!r} does not tell things from stuff: its thing_classes and "
+            "stuff_classes must both list all names, as those of coco_2017_val_panoptic do."
+        )
+    return set(metadata.stuff_dataset_id_to_contiguous_id.values())
+
+
 def clean_name(name: str) -> str:
-    """Writes a class name as words: ``"aerosol_can"`` becomes ``"aerosol can"``."""
-    return " ".join(name.replace("_", " ").split())
+    """Writes a class name as words: ``"aerosol_can"`` becomes ``"aerosol can"``.
+
+    COCO's names of stuff lose what only tells them from others: ``"sky-other-merged"`` becomes
+    ``"sky"``.
+    """
+    return " ".join(_STUFF_SUFFIX.sub("", name).replace("_", " ").split())
 
 
 class TextEmbedder:
