@@ -12,6 +12,7 @@ def add_regionspot_config(cfg: CN) -> None:
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     _add_model(cfg)
+    _add_search(cfg)
     _add_data(cfg)
     _add_training(cfg)
     _add_evaluation(cfg)
@@ -68,6 +69,12 @@ def _add_model(cfg: CN) -> None:
     # Views of an image; more regions than that share the views of a pyramid.
     cfg.MODEL.ZOOM_MAX_VIEWS = 64
 
+    # With ROI_HEADS.NAME RegionSpotROIHeads: the ROI heads whose detections are named, such as
+    # StandardROIHeads; empty names the proposals.
+    cfg.MODEL.ROI_HEADS.HOST = ""
+
+
+def _add_search(cfg: CN) -> None:
     # PanopticRegionSpot: the grid of points (as many columns as rows) that it asks the localizer
     # for, and which masks are good enough, as in SAM's automatic mask generator. What becomes of
     # overlaps and small segments is in MODEL.PANOPTIC_FPN.COMBINE.
@@ -75,10 +82,6 @@ def _add_model(cfg: CN) -> None:
     cfg.MODEL.EVERYTHING.POINTS_PER_SIDE = 32
     cfg.MODEL.EVERYTHING.PRED_IOU_THRESH = 0.88
     cfg.MODEL.EVERYTHING.STABILITY_THRESH = 0.95
-
-    # With ROI_HEADS.NAME RegionSpotROIHeads: the ROI heads whose detections are named, such as
-    # StandardROIHeads; empty names the proposals.
-    cfg.MODEL.ROI_HEADS.HOST = ""
 
 
 def _add_data(cfg: CN) -> None:

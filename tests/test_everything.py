@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ import torch
 from detectron2.data import Metadata
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.visualizer import Visualizer
-from torchvision.ops import box_iou
 
 from regionspot_d2 import RegionSpotPredictor
 from regionspot_d2.modeling import BoxPrompts, Localizer, PointPrompts
@@ -260,10 +258,15 @@ def test_overlaps_go_to_the_better_score_and_stuff_is_merged():
 def test_small_stuff_is_dropped():
     found = instances(masks_of((0, 0, 9, 9), (20, 20, 40, 40)), [0.9, 0.5], [1, 0])
     seg, [segment] = panoptic_segments(found, {1}, min_area=10, stuff_area_limit=100)
-    assert segment["id"] == 1 and segment["category_id"] == 0 and set(seg.flatten().tolist()) == {
-        0,
-        1,
-    }
+    assert (
+        segment["id"] == 1
+        and segment["category_id"] == 0
+        and set(seg.flatten().tolist())
+        == {
+            0,
+            1,
+        }
+    )
 
 
 @pytest.mark.parametrize("stuff", [[], ["cat", "bus"], WORDS])

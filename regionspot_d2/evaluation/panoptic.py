@@ -60,7 +60,11 @@ def panoptic_library(backend: str) -> Iterator[None]:
             ) from error
         yield
         return
-    parts = {"": {}, ".utils": {"id2rgb": id2rgb}, ".evaluation": {"pq_compute": panoptic_quality}}
+    parts: dict[str, dict[str, Any]] = {
+        "": {},
+        ".utils": {"id2rgb": id2rgb},
+        ".evaluation": {"pq_compute": panoptic_quality},
+    }
     modules = {f"panopticapi{name}": ModuleType(f"panopticapi{name}") for name in parts}
     for module, content in zip(modules.values(), parts.values()):
         vars(module).update(content)
@@ -96,11 +100,13 @@ def panoptic_quality(
         files = []
         for name, content in zip(("truth", "predictions"), contents):
             images = [{**image, "id": numbers[image["id"]]} for image in contents[0]["images"]]
-            annotations = [{**a, "image_id": numbers[a["image_id"]]} for a in content["annotations"]]
+            annotations = [
+                {**a, "image_id": numbers[a["image_id"]]} for a in content["annotations"]
+            ]
             files.append(os.path.join(folder, f"{name}.json"))
             with open(files[-1], "w") as file:
                 json.dump({**content, "images": images, "annotations": annotations}, file)
-        return hotcoco.panoptic.pq_compute(*files, gt_folder=gt_folder, pred_folder=pred_folder)
+        return hotcoco.panoptic.pq_compute(files[0], files[1], gt_folder, pred_folder)
 
 
 def check_panoptic(dataset_name: str, backend: str) -> None:

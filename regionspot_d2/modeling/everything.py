@@ -70,10 +70,6 @@ class FoundRegions(NamedTuple):
     tokens: Tensor | None = None
     mask_logits: Tensor | None = None
 
-    def __getitem__(self, places: Tensor) -> FoundRegions:  # type: ignore[override]
-        fields = (self.boxes, self.scores, self.tokens, self.mask_logits)
-        return FoundRegions(*(None if field is None else field[places] for field in fields))
-
 
 @torch.no_grad()
 def name_everything(
@@ -191,7 +187,7 @@ def regions_of_points(
     ]
     tokens, logits, boxes, scores = (torch.cat(column) for column in zip(*parts))
     kept = nms(boxes, scores, search.box_nms_thresh)
-    return FoundRegions(Boxes(boxes), scores, tokens, logits)[kept]
+    return FoundRegions(Boxes(boxes[kept]), scores[kept], tokens[kept], logits[kept])
 
 
 def _regions_of_some(

@@ -67,7 +67,9 @@ def grouped_boxes(cells: np.ndarray, grid_size: tuple[int, int]) -> np.ndarray:
     boxes = np.stack([x, y, x + 1, y + 1], axis=1).astype(float)
     neighbors: list[set[int]] = [set() for _ in cells]
     for a in range(len(cells)):
-        for b in ([a + 1] if x[a] + 1 < columns else []) + ([a + columns] if y[a] + 1 < rows else []):
+        for b in ([a + 1] if x[a] + 1 < columns else []) + (
+            [a + columns] if y[a] + 1 < rows else []
+        ):
             neighbors[a].add(b)
             neighbors[b].add(a)
 
@@ -86,7 +88,10 @@ def grouped_boxes(cells: np.ndarray, grid_size: tuple[int, int]) -> np.ndarray:
             continue
         sums[a] += sums[b]
         sizes[a], sizes[b] = sizes[a] + sizes[b], 0
-        boxes[a] = [*np.minimum(boxes[a, :2], boxes[b, :2]), *np.maximum(boxes[a, 2:], boxes[b, 2:])]
+        boxes[a] = [
+            *np.minimum(boxes[a, :2], boxes[b, :2]),
+            *np.maximum(boxes[a, 2:], boxes[b, 2:]),
+        ]
         if sizes[a] >= _MIN_SHARE * len(cells):
             found.append(boxes[a].copy())
         neighbors[a] = (neighbors[a] | neighbors[b]) - {a, b}
