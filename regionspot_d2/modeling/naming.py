@@ -21,7 +21,7 @@ from torch import Tensor
 from .interfaces import Embedding, Localizer, RegionHead, VisionLanguageModel, image_size_of
 from .lazy_masks import MaskReader, shared_masks
 from .prompts import Prompts
-from .views import View, ViewFinder, Zoom
+from .views import View, ViewFinder, Zoom, boxes_in_view, relative_boxes
 
 # From places of regions (K,) to the logits of their masks, (K, 1, h, w).
 LogitReader: TypeAlias = Callable[[Tensor], Tensor]
@@ -233,17 +233,10 @@ def _embed_in_views(
         found += head(
             [regions.tokens[members[place]] for place in batch],
             torch.stack([image_tokens[place] for place in batch]),
-            [_boxes_in_view(regions.boxes[members[place]], views[place]) for place in batch],
+            [boxes_in_view(regions.boxes[members[place]], views[place]) for place in batch],
         )
     # Back into the order in which the regions were asked for.
     return torch.cat(found)[torch.cat(members).argsort()]
-
-
-def _boxes_in_view(boxes: Boxes, view: View) -> Tensor:
-    """Boxes in pixels of the image, in a view of it as region heads read them: (R, 4) in 0..1."""
-    x0, y0, x1, y1 = view
-    moved = Boxes(boxes.tensor - boxes.tensor.new_tensor([x0, y0, x0, y0]))
-    return relative_boxes(moved, (y1 - y0, x1 - x0))
 
 
 def _logits_again(encoded: EncodedImages, i: int, prompts: Prompts) -> LogitReader | None:
@@ -282,13 +275,6 @@ def localize(
         boxes = prompt.boxes(size, masks)
         found.append(LocalizedRegions(tokens, boxes, logits if with_masks else None))
     return found
-
-
-def relative_boxes(boxes: Boxes, image_size: tuple[int, int]) -> Tensor:
-    """Boxes in pixels of an image as region heads read them: (R, 4) in 0..1, cut at its edges."""
-    inside = Boxes(boxes.tensor.clone())
-    inside.clip(image_size)
-    return inside.tensor / inside.tensor.new_tensor([*reversed(image_size)] * 2)
 
 
 def name_regions(

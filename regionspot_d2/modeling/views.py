@@ -1,8 +1,8 @@
 """Zoom: the views of an image in which its regions are seen.
 
-A token of CLIP ViT-L/14 at 224 pixels covers a sixteenth of the image's side, more than many objects
-do. In a view, a part of the image that holds a region and what is around it, the same region covers
-many tokens.
+A token of CLIP ViT-L/14 at 224 pixels covers a sixteenth of the image's side, more than many
+objects do. In a view, a part of the image that holds a region and what is around it, the same
+region covers many tokens.
 """
 
 from __future__ import annotations
@@ -136,6 +136,20 @@ def _pyramid(image_size: tuple[int, int], max_views: int) -> Iterator[tuple[Tens
         side /= 2
 
 
+def relative_boxes(boxes: Boxes, image_size: tuple[int, int]) -> Tensor:
+    """Boxes in pixels of an image as region heads read them: (R, 4) in 0..1, cut at its edges."""
+    inside = Boxes(boxes.tensor.clone())
+    inside.clip(image_size)
+    return inside.tensor / inside.tensor.new_tensor([*reversed(image_size)] * 2)
+
+
+def boxes_in_view(boxes: Boxes, view: View) -> Tensor:
+    """Boxes in pixels of an image, in a view of it, as region heads read them: (R, 4) in 0..1."""
+    x0, y0, x1, y1 = view
+    moved = Boxes(boxes.tensor - boxes.tensor.new_tensor([x0, y0, x0, y0]))
+    return relative_boxes(moved, (y1 - y0, x1 - x0))
+
+
 def check_zoom(zoom: float, name: str = "zoom") -> float:
     """Checks the factor of a zoom: 0, which means the whole image, or at least 1.
 
@@ -145,7 +159,7 @@ def check_zoom(zoom: float, name: str = "zoom") -> float:
     number = isinstance(zoom, float | int) and not isinstance(zoom, bool)
     if not (number and (zoom == 0 or 1 <= zoom < math.inf)):
         raise ValueError(
-            f"{name} is {zoom!r:.60}; it must be 0 (regions are seen in the whole image) or at least 1 "
-            "(in a view so many times as large as their longer side, 2 for example)."
+            f"{name} is {zoom!r:.60}; it must be 0 (regions are seen in the whole image) or at "
+            "least 1 (in a view so many times as large as their longer side, 2 for example)."
         )
     return float(zoom)

@@ -3,6 +3,8 @@
 
     # where the time and the memory of naming many boxes of one image go
     python tools/benchmarks/inference.py image --boxes 50 300
+    # the same with zoom, whose cost is that of the views
+    python tools/benchmarks/inference.py image --boxes 50 300 --zoom 2
     # mask tokens of many prompts of one image: ours against segment_anything's decoder
     python tools/benchmarks/inference.py mask-tokens --boxes 96
     # set_image and 20 predict calls against the bare modules doing the same
@@ -65,9 +67,10 @@ def run_image(args: argparse.Namespace) -> None:
         results = context.Queue()
         process = context.Process(target=measure_image, args=(args, boxes, results))
         process.start()
-        total, outside, parts, peaks[boxes] = results.get()
+        total, outside, parts, views, peaks[boxes] = results.get()
         process.join()
         print(f"{boxes} boxes: {total:.2f} s an image (median of {args.repeats})")
+        print(f"  views of the image   {views:6d}")
         for name, spent in {**parts, "everything else": outside}.items():
             print(f"  {name:20s} {spent:6.2f} s  {100 * spent / total:5.1f} %")
         print(f"  peak memory {peaks[boxes] / 1e9:.2f} GB")
@@ -79,6 +82,7 @@ def measure_image(args: argparse.Namespace, boxes: int, results: Any) -> None:
     torch.set_num_threads(args.threads)
     opts = ["MODEL.LOCALIZER.WEIGHTS", "", "MODEL.VISION_LANGUAGE.WEIGHTS", ""]
     opts += ["MODEL.DEVICE", DEVICE, "MODEL.MASK_ON", str(not args.no_masks)]
+    opts += ["MODEL.ZOOM", str(args.zoom)]
     model = build_model(load_config(args.config_file, opts, training=False)).eval()
     use_random_text_embeddings(model)
     MetadataCatalog.get("benchmark").thing_classes = [f"name {i}" for i in range(NUM_NAMES)]
@@ -88,13 +92,14 @@ def measure_image(args: argparse.Namespace, boxes: int, results: Any) -> None:
     watch.time(model.localizer.image_encoder, "forward", "SAM image encoder")
     watch.time(model.vision_language, "forward", "CLIP image encoder")
     watch.time(model.localizer.token_decoder, "forward", "SAM mask decoder")
-    totals, outside = [], []
+    totals, outside, views = [], [], [0]
+    model.vision_language.register_forward_pre_hook(lambda _, given: views.append(len(given[0])))
     for _ in range(args.repeats):
         watch.seconds.clear()
         totals.append(seconds(lambda: model([random_input(boxes)])))
         outside.append(totals[-1] - watch.seconds.total())
     times = (statistics.median(totals), statistics.median(outside), watch.seconds)
-    results.put((*times, peak_bytes()))
+    results.put((*times, sum(views) // args.repeats, peak_bytes()))
 
 
 def random_input(boxes: int, size: tuple[int, int] = (480, 640)) -> dict[str, Any]:
@@ -289,6 +294,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--config-file", default="configs/regionspot_L_336.yaml")
     add("--boxes", type=int, nargs="+", default=[50, 300])
     add("--no-masks", action="store_true")
+    add("--zoom", type=float, default=0.0, help="MODEL.ZOOM")
     add = command("mask-tokens", run_mask_tokens, 3)
     add("--boxes", type=int, default=96, help="box prompts of the image")
     add("--others", type=int, default=8, help="point prompts, and mask prompts")

@@ -151,23 +151,32 @@ def seconds(run: Callable[[], object], repeats: int = 5) -> float:
 
 
 def timings(
-    model: RegionSpot, crop_classifier: CropClassifier, photo: Photo, names: list[str], count: int
-) -> tuple[float, float]:
-    """Seconds from pixels to the names of ``count`` boxes: with the head, and crop by crop."""
+    model: RegionSpot,
+    crop_classifier: CropClassifier,
+    photo: Photo,
+    names: list[str],
+    count: int,
+    zoom: float,
+) -> dict[str, float]:
+    """Seconds from pixels to the names of ``count`` boxes, by method."""
     image = read(photo)
     boxes = random_boxes(count, "timing")
     pixels = boxes * torch.tensor([image.shape[2], image.shape[1]] * 2)
     predictor = RegionSpotPredictor(model, vocabulary=names)
     text = model.text_embedder(names, model.device)
 
-    def with_head() -> None:
+    def with_head(zoom: float) -> None:
         predictor.set_image(image)
-        predictor.predict(boxes=pixels)
+        predictor.predict(boxes=pixels, zoom=zoom)
 
     def with_crops() -> None:
         (crop_classifier(image, boxes) @ text.T).argmax(1)
 
-    return seconds(with_head), seconds(with_crops)
+    return {
+        "trained head on the whole photo": seconds(lambda: with_head(0)),
+        f"trained head with zoom {zoom:g}": seconds(lambda: with_head(zoom)),
+        "crop and classify": seconds(with_crops),
+    }
 
 
 def cell(values: list[float]) -> str:
@@ -289,14 +298,11 @@ def main() -> None:
     print(f"{args.folds} folds, {args.splits} splits; {len(more)} more photos; {settings}")
     for number, dataset in enumerate(datasets):
         print_table(dataset, [m.labels for m in measured if m.dataset == number], splits[number])
-    head_time, crop_time = timings(
-        model, crop_classifier, measured[0].photo, datasets[0].names, args.timing_boxes
-    )
-    print(
-        f"\nProcessor time of {args.timing_boxes} boxes, {torch.get_num_threads()} threads: "
-        f"trained head {head_time:.3f} s, crop and classify {crop_time:.3f} s, "
-        f"{crop_time / head_time:.1f} times as much."
-    )
+    names, photo, boxes = datasets[0].names, measured[0].photo, args.timing_boxes
+    times = timings(model, crop_classifier, photo, names, boxes, settings.zoom)
+    print(f"\nProcessor time of {boxes} boxes, {torch.get_num_threads()} threads:")
+    for method, time_taken in times.items():
+        print(f"{method}: {time_taken:.3f} s")
 
 
 if __name__ == "__main__":

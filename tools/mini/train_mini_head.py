@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes
 from pycocotools.coco import COCO
 from safetensors.torch import save
 from torch import Tensor
@@ -35,6 +36,7 @@ from regionspot_d2.files import sha256_of_file, write_atomically
 from regionspot_d2.mini.classifier import DenseEfficientNetLite
 from regionspot_d2.mini.fit import RegionTargets, fit_kernel_head
 from regionspot_d2.modeling import RegionSpot
+from regionspot_d2.modeling.views import ViewFinder, Zoom, boxes_in_view
 
 CONFIG = Path(__file__).parents[2] / "configs/mini/regionspot_mini.yaml"
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -56,6 +58,9 @@ class Settings:
     # Share of the crop in the teacher's answer; the rest is the baseline's.
     crop_share: float = 0.5
     boxes_per_photo: int = 4
+    # The view in which a labeled box is seen, as MODEL.ZOOM. Random boxes are seen in the whole
+    # photo: that keeps what the head knows of whole photos.
+    zoom: float = 2.0
     seed: int = 0
 
 
@@ -204,11 +209,30 @@ def prepare(
 ) -> Prepared:
     """Runs the frozen networks over a photo."""
     image = read(photo)
-    tokens = model.vision_language([image])
     boxes = random_boxes(settings.boxes_per_photo, f"{settings.seed} {photo.path.name}")
-    [labeled] = model.region_head.describe(tokens, [photo.boxes])
-    [unlabeled] = model.region_head.describe(tokens, [boxes])
-    return Prepared(*labeled, *unlabeled, crop_classifier(image, boxes))
+    labeled = describe(model, image, photo.boxes, settings.zoom)
+    return Prepared(*labeled, *describe(model, image, boxes, 0.0), crop_classifier(image, boxes))
+
+
+def describe(model: RegionSpot, image: Tensor, boxes: Tensor, zoom: float) -> tuple[Tensor, Tensor]:
+    """What :meth:`KernelRegionHead.describe` says of boxes (R, 4), XYXY in 0..1, each in its view.
+
+    The views are those of a question with as few boxes as ``MODEL.ZOOM_MAX_VIEWS``.
+    """
+    head, encoded = model.region_head, model.encode([image])
+    if not zoom or not len(boxes):
+        return head.describe(encoded.image_tokens, [boxes])[0]
+    [(height, width)] = encoded.image_sizes
+    pixels = Boxes(boxes * boxes.new_tensor([width, height] * 2))
+    find = ViewFinder(Zoom(zoom, max_views=len(boxes)), (height, width), len(boxes))
+    views, places = find(pixels)
+    tokens = encoded.view_tokens(0, views)
+    described = [
+        head.describe(tokens[place][None], [boxes_in_view(pixels[row], views[place])])[0]
+        for row, place in enumerate(places.tolist())
+    ]
+    baseline, descriptions = zip(*described)
+    return torch.cat(baseline), torch.cat(descriptions)
 
 
 def fit(
