@@ -39,7 +39,12 @@ def argument_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="photos, videos, globs, or folders of photos",
     )
-    add("--output", required=True, metavar="FOLDER", help="for pictures and json")
+    add(
+        "--output",
+        default="output/demo",
+        metavar="FOLDER",
+        help="for pictures and json, by default output/demo",
+    )
     _add_sources(parser)
     add(
         "--vocabulary",
