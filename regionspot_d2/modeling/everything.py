@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 # How far the threshold of a mask is moved, in logits, to see how stable the mask is; SAM's own.
 _STABILITY_OFFSET = 1.0
-# Boxes found in views are coarse: two of one name that overlap so much are most often one object.
-_GROUPING_NMS = 0.3
 # A region is a part of a better one of its name if so much of it lies inside, unless it is so much
 # smaller that it may be another object, as a person in front of a person.
-_INSIDE, _MUCH_SMALLER = 0.8, 1 / 20
+_INSIDE, _MUCH_SMALLER = 0.8, 1 / 30
+# Boxes found in views are coarse: two of one name that touch are most often one object.
+_GROUPED_IOU, _GROUPED_INSIDE = 0.15, 0.5
 # Regions that were found in views are named in them too, with so much around them.
 _GROUPING_ZOOM = 1.5
 # Points decoded together, and the pixels of their masks.
@@ -116,8 +116,8 @@ def name_everything(
         replace(answer, mask_logits=None), class_names, region_scores=regions.scores, topk=1
     )
     boxes, scores = best.pred_boxes.tensor, best.scores
-    thresh = search.name_nms_thresh if by_masks else _GROUPING_NMS
-    kept = distinct_regions(best.pred_boxes, scores, best.pred_classes, thresh)
+    rule = (search.name_nms_thresh, _INSIDE) if by_masks else (_GROUPED_IOU, _GROUPED_INSIDE)
+    kept = distinct_regions(best.pred_boxes, scores, best.pred_classes, *rule)
     kept = kept[nms(boxes[kept], scores[kept], search.box_nms_thresh)]
     kept = kept[best.scores[kept] > score_thresh][:max_regions]
     answer = replace(answer, embeddings=answer.embeddings[kept], boxes=answer.boxes[kept])
@@ -129,13 +129,21 @@ def name_everything(
     )
 
 
-def distinct_regions(boxes: Boxes, scores: Tensor, classes: Tensor, iou_thresh: float) -> Tensor:
+def distinct_regions(
+    boxes: Boxes,
+    scores: Tensor,
+    classes: Tensor,
+    iou_thresh: float,
+    inside_thresh: float = _INSIDE,
+) -> Tensor:
     """Drops regions that a better one of the same name overlaps or holds as a part.
 
     Args:
         boxes: R boxes.
         scores, classes: (R,).
         iou_thresh: a larger IoU with a better region is too much.
+        inside_thresh: the same for the share of a region that lies inside a better one, which is
+            larger, but not many times.
 
     Returns:
         The places of those that are left, (K,), best first.
@@ -143,7 +151,7 @@ def distinct_regions(boxes: Boxes, scores: Tensor, classes: Tensor, iou_thresh: 
     order = scores.argsort(descending=True, stable=True)
     boxes, classes = boxes[order], classes[order]
     area = boxes.area()
-    inside = pairwise_intersection(boxes, boxes) > _INSIDE * area
+    inside = pairwise_intersection(boxes, boxes) > inside_thresh * area
     part = inside & (area > _MUCH_SMALLER * area[:, None])
     again = part | (pairwise_iou(boxes, boxes) > iou_thresh)
     again = (again & (classes[:, None] == classes)).triu(1).cpu()
