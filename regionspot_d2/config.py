@@ -13,6 +13,7 @@ def add_regionspot_config(cfg: CN) -> None:
         cfg.MODEL.DEVICE = "cpu"
     _add_frozen_models(cfg)
     _add_region_head(cfg)
+    _add_search(cfg)
     _add_data(cfg)
     _add_training(cfg)
     _add_evaluation(cfg)
@@ -90,6 +91,16 @@ def _add_region_head(cfg: CN) -> None:
     # With ROI_HEADS.NAME RegionSpotROIHeads: the ROI heads whose detections are named, such as
     # StandardROIHeads; empty names the proposals.
     cfg.MODEL.ROI_HEADS.HOST = ""
+
+
+def _add_search(cfg: CN) -> None:
+    # PanopticRegionSpot: the grid of points (as many columns as rows) that it asks the localizer
+    # for, and which masks are good enough, as in SAM's automatic mask generator. What becomes of
+    # overlaps and small segments is in MODEL.PANOPTIC_FPN.COMBINE.
+    cfg.MODEL.EVERYTHING = CN()
+    cfg.MODEL.EVERYTHING.POINTS_PER_SIDE = 32
+    cfg.MODEL.EVERYTHING.PRED_IOU_THRESH = 0.88
+    cfg.MODEL.EVERYTHING.STABILITY_THRESH = 0.95
 
 
 def _add_data(cfg: CN) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Sequence
 from itertools import islice
-from operator import index, length_hint
-from os import PathLike
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
@@ -18,9 +15,11 @@ from torch import Tensor, nn
 from .checkpoint import RegionSpotCheckpointer
 from .data.images import MAX_PIXELS, ImageLike, as_image_tensor
 from .modeling.answers import EncodedImages
+from .modeling.everything import Search, name_everything
 from .modeling.interfaces import image_size_of
+from .modeling.panoptic import panoptic_segments
 from .modeling.prompts import BoxPrompts
-from .modeling.questions import as_boxes, as_prompts
+from .modeling.questions import as_boxes, as_count, as_prompts, check_lists
 from .modeling.regionspot import RegionSpot
 from .modeling.vocabulary import check_names
 
@@ -129,7 +128,7 @@ class RegionSpotPredictor:
         Raises:
             ValueError: there is no image, region or vocabulary, or one of them makes no sense.
         """
-        topk = _count(topk, "topk", "name per region")
+        topk = as_count(topk, "topk", "name per region")
         names = self._names(vocabulary)
         prompts = as_prompts(
             self.image_size, boxes=boxes, points=points, point_labels=point_labels, masks=masks
@@ -140,6 +139,60 @@ class RegionSpotPredictor:
         found = self.model.name(answer, names, topk=topk)
         self.vocabulary = names
         return found
+
+    @torch.no_grad()
+    def everything(
+        self,
+        *,
+        vocabulary: Sequence[str] | None = None,
+        topk: int = 1,
+        score_thresh: float = 0.0,
+        max_regions: int = 100,
+        zoom: float | None = None,
+        search: Search | None = None,
+        panoptic: bool = False,
+        stuff: Sequence[str] = (),
+    ) -> Any:
+        """Finds and names every region of the image, once.
+
+        A localizer whose masks are fine is asked for the regions under a grid of points, on what
+        :meth:`set_image` encoded; its tokens and masks are used as they are. Without such a
+        localizer, regions are grouped from what the vision-language model sees.
+
+        Args:
+            vocabulary, topk, zoom: as for :meth:`predict`.
+            score_thresh: regions whose best name does not score more are left out.
+            max_regions: the best that are kept.
+            search: how regions are looked for.
+            panoptic: whether to give each pixel to one region.
+            stuff: with ``panoptic``, class names whose regions are merged, such as "sky".
+
+        Returns:
+            ``Instances`` as :meth:`predict`, the best region first; a score is that of the name
+            times that of the region. With ``panoptic`` what
+            :func:`~regionspot_d2.modeling.panoptic.panoptic_segments` returns.
+
+        Raises:
+            ValueError: as :meth:`predict`; or ``stuff`` is not part of the vocabulary.
+        """
+        topk = as_count(topk, "topk", "name per region")
+        max_regions = as_count(max_regions, "max_regions", "region")
+        names = self._names(vocabulary)
+        if unknown := [name for name in stuff if name not in names]:
+            raise ValueError(f"stuff: '{unknown[0]}' is not in the vocabulary; add it there too.")
+        found = name_everything(
+            self.model,
+            self._image(),
+            names,
+            search or Search(),
+            with_masks=panoptic or self.model.with_masks,
+            topk=1 if panoptic else topk,
+            score_thresh=score_thresh,
+            max_regions=max_regions,
+            zoom=zoom,
+        )
+        self.vocabulary = names
+        return panoptic_segments(found, {names.index(s) for s in stuff}) if panoptic else found
 
     @torch.no_grad()
     def region_embeddings(
@@ -210,10 +263,10 @@ class RegionSpotPredictor:
             ValueError: as :meth:`predict`, with the number of the image; or there are not as many
                 boxes as images.
         """
-        topk = _count(topk, "topk", "name per region")
-        batch_size = _count(batch_size, "batch_size", "image")
+        topk = as_count(topk, "topk", "name per region")
+        batch_size = as_count(batch_size, "batch_size", "image")
         names = self._names(vocabulary)
-        _check_lists(images, boxes)
+        check_lists(images, boxes)
         results: list[Instances] = []
         following = iter(images)
         while chunk := list(islice(following, batch_size)):
@@ -270,40 +323,3 @@ def _build(cfg: CfgNode) -> nn.Module:
     model = build_model(cfg)
     RegionSpotCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     return model
-
-
-def _check_lists(images: Any, boxes: Any) -> None:
-    """Checks that images and boxes are lists of as many entries, as far as that can be known.
-
-    What can be iterated is not always a list: a dict gives its keys, one image its rows.
-    """
-    for name, values, kinds, dimensions in (
-        ("images", images, Iterable, 4),
-        ("boxes", boxes, Sequence | np.ndarray | Tensor, 2),
-    ):
-        numbers = isinstance(values, Tensor)
-        if isinstance(values, np.ndarray):  # of objects or of text, it is as good as a list
-            numbers = values.dtype.kind not in "OU"
-        no_list = isinstance(values, str | bytes | PathLike | Mapping | Set)
-        if (numbers and values.ndim < dimensions) or no_list or not isinstance(values, kinds):
-            found = f" of the shape {tuple(values.shape)}" if numbers else ""
-            raise ValueError(
-                f"{name} is of the type {type(values).__name__}{found}; a list with an entry for "
-                "each image is expected."
-            )
-    count = length_hint(images, len(boxes))
-    if count != len(boxes):
-        raise ValueError(f"There are {count} images but boxes for {len(boxes)}.")
-
-
-def _count(value: Any, name: str, of: str) -> int:
-    """A number of things, at least one: any type of whole numbers, but not True."""
-    try:
-        count = index(value)
-    except TypeError:
-        count = 0
-    if count < 1 or isinstance(value, bool | np.bool_):
-        raise ValueError(
-            f"{name} is {value!r:.60}; a whole number, at least one {of}, is expected."
-        )
-    return count

@@ -13,6 +13,7 @@ from detectron2.modeling import build_model
 from regionspot_d2 import add_regionspot_config
 from regionspot_d2.engine import build_optimizer
 from regionspot_d2.files import WeightsNotFoundError
+from regionspot_d2.modeling.vocabulary import dataset_stuff_classes
 
 from .tools import ROOT, load_tool
 
@@ -20,7 +21,10 @@ CONFIGS = ROOT / "configs"
 FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
 TRAINING = [name for name in FILES if Path(name).name.startswith("train_") or "ablations" in name]
 PUBLISHED = [name for name in FILES if name.startswith("published/")]
-EVALUATION = [name for name in FILES if Path(name).name.startswith("eval_")]
+PANOPTIC = [name for name in FILES if Path(name).name.endswith("_panoptic.yaml")]
+EVALUATION = [
+    name for name in FILES if Path(name).name.startswith("eval_") and name not in PANOPTIC
+]
 
 
 def read(name: str) -> CfgNode:
@@ -113,6 +117,15 @@ def test_evaluation_configs(name):
     if not name.startswith("mini"):
         assert len(cfg.DATASETS.HEAD_TRAINED_ON) == 3
         assert set(cfg.DATASETS.HEAD_TRAINED_ON) <= set(DatasetCatalog.list())
+
+
+@pytest.mark.parametrize("name", PANOPTIC)
+def test_panoptic_configs(name):
+    cfg = read(name)
+    assert cfg.MODEL.META_ARCHITECTURE == "PanopticRegionSpot" and not cfg.MODEL.LOAD_PROPOSALS
+    [dataset] = cfg.DATASETS.TEST
+    assert dataset_stuff_classes(dataset)
+    assert cfg.OUTPUT_DIR == f"output/{Path(name).stem}"
 
 
 @pytest.mark.parametrize("stage", ["train_o365_{}.yaml", "train_o365_v3det_openimages_{}.yaml"])

@@ -21,7 +21,7 @@ from regionspot_d2.app.drawing import draw_attention, draw_regions, side_by_side
 from regionspot_d2.app.results import OtherResults
 from regionspot_d2.app.video import video_writer
 from regionspot_d2.modeling import REGION_HEAD_REGISTRY, PooledRegionHead
-from regionspot_d2.modeling.automatic_masks import automatic_boxes
+from regionspot_d2.modeling.everything import Search
 from regionspot_d2.modeling.sam import SamLocalizer
 
 from .detectors import FASTER_RCNN, zoo_cfg
@@ -297,24 +297,33 @@ def test_detectors_that_cannot_be_built(
         demo(*arguments, *(text.format(**places) for text in detectors))
 
 
-def test_sam_finds_the_regions(demo, photos, tmp_path, monkeypatch):
-    options = {"points_per_side": 2, "pred_iou_thresh": -10.0, "stability_score_thresh": 0.0}
-    monkeypatch.setattr(
-        "regionspot_d2.app.sources.automatic_boxes", partial(automatic_boxes, **options)
-    )
-    arguments = ["--input", photos / "a.png", "--output", tmp_path / "out", "--proposals", "sam"]
-    assert demo(*arguments, "--vocabulary", "cat") == 0
-    image = torch.from_numpy(pixels(photos / "a.png")).permute(2, 0, 1)
-    expected = automatic_boxes(tiny_model().localizer, image, **options).scores
-    assert len(expected) > 0
+@pytest.mark.parametrize("option, by_masks", [([], None), (["--proposals", "sam"], True)])
+def test_whatever_is_found_is_named(demo, photos, tmp_path, monkeypatch, capsys, option, by_masks):
+    # Masks of random weights pass no test of their quality.
+    loose = partial(Search, points_per_side=2, pred_iou_thresh=-10.0, stability_thresh=0.0)
+    monkeypatch.setattr("regionspot_d2.app.sources.Search", loose)
+    monkeypatch.setattr("regionspot_d2.app.run.Search", Search)
+    monkeypatch.setattr(SamLocalizer, "masks_are_fine", bool(by_masks))
+    arguments = ["--input", photos, "--output", tmp_path / "out", *option, "--topk", 2]
+    assert demo(*arguments, "--vocabulary", "cat,dog") == 0
+    messages = capsys.readouterr().err.splitlines()
+    said = [line for line in messages if line.startswith("No regions are given")]
+    assert len(said) == (not option)
+    predictor = RegionSpotPredictor(tiny_model(), vocabulary=["cat", "dog"])
+    expected = []
+    for name in ("a.png", "b.jpg"):
+        predictor.set_image(photos / name)
+        found = predictor.everything(search=loose(by_masks=bool(by_masks)), topk=2, max_regions=8)
+        expected += found.scores.tolist()
     scores = [a["score"] for a in results_of(tmp_path / "out")["annotations"]]
-    assert scores == pytest.approx(expected.tolist())
+    assert len(scores) > 0 or by_masks
+    assert scores == pytest.approx(expected)
+    assert (tmp_path / "out" / "a.png.png").exists()
 
 
 @pytest.mark.parametrize(
     "regions",
     [
-        [],
         ["--boxes", "0,0,9,9", "--proposals", "sam"],
         ["--points", "3,3", "--detector-config", FASTER_RCNN],
         ["--boxes", "0,0,9,9", "--detector-weights", "x.pkl"],

@@ -39,7 +39,12 @@ def argument_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="photos, videos, globs, or folders of photos",
     )
-    add("--output", required=True, metavar="FOLDER", help="for pictures and json")
+    add(
+        "--output",
+        default="output/demo",
+        metavar="FOLDER",
+        help="for pictures and json, by default output/demo",
+    )
     _add_sources(parser)
     add(
         "--vocabulary",
@@ -63,7 +68,9 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def _add_sources(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("regions, from one source").add_argument
+    add = parser.add_argument_group(
+        "regions, from one source; without one, whatever is found in the image"
+    ).add_argument
     add("--boxes", nargs="+", metavar="X0,Y0,X1,Y1", help="regions, in pixels of each image")
     add(
         "--points",
@@ -76,7 +83,7 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
         "--proposals",
         metavar="FILE|sam",
         help='json {"file name": {"boxes": [[x0, y0, x1, y1], ...], "scores": [...]}}, or "sam": '
-        "whatever the localizer's automatic mask generator finds",
+        "the masks that the localizer finds under a grid of points",
     )
     add(
         "--detector-config",
@@ -92,7 +99,7 @@ def parse_arguments(arguments: Iterable[str]) -> argparse.Namespace:
     # argparse takes "-5,10,20,30" for an option; a leading space avoids that, and float() skips it.
     args = parser.parse_args([re.sub(r"^(-[\d.]+,)", r" \1", text) for text in arguments])
     sources = [args.boxes or args.points, args.proposals, args.detector_config]
-    if sum(bool(source) for source in sources) != 1:
+    if sum(bool(source) for source in sources) > 1:
         parser.error(
             "regions come from one source: --boxes and --points, --proposals, or --detector-config"
         )

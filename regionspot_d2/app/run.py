@@ -15,12 +15,17 @@ from tqdm import tqdm
 from ..data.images import read_image
 from ..files import write_atomically
 from ..journal import Journal
+from ..modeling.everything import Search
 from ..predictor import RegionSpotPredictor
 from .drawing import draw_attention, draw_regions, side_by_side
 from .names import one_line, printable
 from .results import Entry, OtherResults, is_entry, to_entry
 from .sources import RegionSource
 from .video import Video, video_writer
+
+# Regions that are named where none are given: masks of a localizer, and boxes that are grouped from
+# what a vision-language model sees, of which the first are the good ones.
+_MAX_MASKS, _MAX_GROUPED = 100, 8
 
 
 class Run:
@@ -86,13 +91,23 @@ class Run:
     def name_regions(self, file_name: str, image: np.ndarray) -> tuple[Entry, np.ndarray | None]:
         """The names of an image's regions, and with --attention (R, rows, columns) maps."""
         regions = self.source(Path(file_name).name, image)
-        prompts: dict[str, Any] = {
-            "boxes": regions.boxes,
-            "points": regions.points,
-            "point_labels": regions.point_labels,
-        }
         self.predictor.set_image(image)
-        found = self.predictor.predict(**prompts, topk=self.args.topk)
+        if isinstance(regions, Search):
+            limit = _MAX_MASKS if regions.by_masks else _MAX_GROUPED
+            found = self.predictor.everything(
+                search=regions, topk=self.args.topk, max_regions=limit
+            )
+            first = found.region_index.diff(prepend=found.region_index.new_tensor([-1])) > 0
+            prompts: dict[str, Any] = {"boxes": found.pred_boxes[first]}
+            scores = None
+        else:
+            prompts = {
+                "boxes": regions.boxes,
+                "points": regions.points,
+                "point_labels": regions.point_labels,
+            }
+            found = self.predictor.predict(**prompts, topk=self.args.topk)
+            scores = regions.scores
         if len(found) == 0:
             write_line(f"{file_name}: there is no region to name.")
         # Only background points can leave an empty mask; a name for nothing would mislead.
@@ -102,9 +117,8 @@ class Run:
                 f"{file_name}: region {region} is left out: it has only background points, and "
                 "its mask is empty."
             )
-        if regions.scores is not None:
-            scores = found.scores.new_tensor(regions.scores)
-            found.scores = found.scores * scores[found.region_index]
+        if scores is not None:
+            found.scores = found.scores * found.scores.new_tensor(scores)[found.region_index]
         attention = None
         if self.args.attention:
             attention = self.predictor.attention_maps(**prompts).float().cpu().numpy()

@@ -1,4 +1,4 @@
-"""Where regions come from: the command line, a file, SAM, or a detector."""
+"""Where regions come from: the command line, a file, the image itself, or a detector."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from reprlib import repr as shown  # short, however long or deep a value is
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultPredictor
@@ -22,8 +21,8 @@ from ..data.proposal_sources import from_instances
 from ..engine.config import merge_config_file
 from ..files import WeightsNotFoundError, local_weights
 from ..logits import LOGITS, look_like_logits, sigmoid
-from ..modeling import Localizer, RegionSpot, SamLocalizer
-from ..modeling.automatic_masks import automatic_boxes
+from ..modeling import Localizer, RegionSpot
+from ..modeling.everything import Search
 from ..safe_loading import read_json
 from .inputs import tell
 from .results import is_number
@@ -48,19 +47,20 @@ class Regions:
     scores: np.ndarray | None = None
 
 
-# Gives the regions of an image, from its name and its pixels (H, W, 3), uint8, RGB.
-RegionSource: TypeAlias = Callable[[str, np.ndarray], Regions]
+# Gives the regions of an image, from its name and its pixels (H, W, 3), uint8, RGB; or how the
+# predictor shall look for them.
+RegionSource: TypeAlias = Callable[[str, np.ndarray], Regions | Search]
 
 
 def choose_source(args: argparse.Namespace, model: RegionSpot) -> RegionSource:
     """The one source that the command line names."""
     if args.detector_config:
         return from_detector(args.detector_config, args.detector_weights, str(model.device))
-    if args.proposals == "sam":
-        return from_sam(model.localizer)
-    if args.proposals:
+    if args.proposals and args.proposals != "sam":
         return from_file(args.proposals)
-    return from_arguments(args.boxes, args.points)
+    if args.boxes or args.points:
+        return from_arguments(args.boxes, args.points)
+    return from_image(model.localizer, True if args.proposals else None)
 
 
 def from_arguments(
@@ -162,22 +162,26 @@ def _fault(entry: Any) -> str | None:
     return None
 
 
-def from_sam(localizer: Localizer) -> RegionSource:
-    """Whatever the localizer's automatic mask generator finds."""
-    if not isinstance(localizer, SamLocalizer):
-        raise SystemExit(
-            f"error: --proposals sam: {type(localizer).__name__} (MODEL.LOCALIZER.NAME) is not SAM."
-        )
-    if not localizer.masks_are_fine:
+def from_image(localizer: Localizer, by_masks: bool | None) -> RegionSource:
+    """Whatever is found in each image.
+
+    Args:
+        localizer: the model's.
+        by_masks: True asks the localizer for masks; None leaves the choice to the predictor.
+    """
+    if by_masks and not localizer.masks_are_fine:
         tell(
             f"--proposals sam: {type(localizer).__name__} was tuned to boxes and finds few regions "
-            "or none; SAM (another --config-file) finds many."
+            "or none; SAM (another --config-file) finds many, and so does this model without "
+            "--proposals."
         )
-
-    def regions_of(name: str, image: np.ndarray) -> Regions:
-        return _scored(automatic_boxes(localizer, torch.from_numpy(image).permute(2, 0, 1)))
-
-    return regions_of
+    if by_masks is None:
+        tell(
+            "No regions are given: naming what is found in each image. (--boxes, --points, "
+            "--proposals and --detector-config give regions.)"
+        )
+    search = Search(by_masks=localizer.masks_are_fine if by_masks is None else by_masks)
+    return lambda name, image: search
 
 
 def from_detector(config: str, weights: str | None, device: str) -> RegionSource:

@@ -170,12 +170,13 @@ def check_datasets(key: str, names: Iterable[str]) -> None:
                 'Register your own by DATASETS.COCO_FORMAT "[[name, json, image folder], ...]".'
             )
         json_file = MetadataCatalog.get(name).get("json_file")
-        if json_file and not PathManager.isfile(path := source_file(json_file)):
-            raise ConfigError(
-                f"{key}: the annotations of '{name}' are not there: no file '{path}'. The folder "
-                f"of all datasets, DETECTRON2_DATASETS, is '{data_root()}'; datasets/README.md "
-                "says where to get them."
-            )
+        for file in filter(None, (json_file, MetadataCatalog.get(name).get("panoptic_json"))):
+            if not PathManager.isfile(path := source_file(file)):
+                raise ConfigError(
+                    f"{key}: the annotations of '{name}' are not there: no file '{path}'. The "
+                    f"folder of all datasets, DETECTRON2_DATASETS, is '{data_root()}'; "
+                    "datasets/README.md says where to get them."
+                )
         if json_file:
             try:
                 checked_annotations(name)

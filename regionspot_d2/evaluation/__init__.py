@@ -13,18 +13,23 @@ from ..data.datasets import checked_annotations
 from ..data.datasets.vocabularies import class_groups, head_training_names
 from .coco import COCOAPEvaluator, lvis_library
 from .lvis import LVISAPEvaluator, check_federated
+from .panoptic import PanopticQualityEvaluator, check_panoptic
 from .region_classification import RegionClassificationEvaluator
 from .report import summarize_odinw, write_report
 
 __all__ = [
     "COCOAPEvaluator",
     "LVISAPEvaluator",
+    "PanopticQualityEvaluator",
     "RegionClassificationEvaluator",
     "build_evaluator",
     "check_evaluation",
     "summarize_odinw",
     "write_report",
 ]
+
+# Detectron2's type of COCO panoptic datasets, and of others in the same format.
+_PANOPTIC = "coco_panoptic_seg"
 
 
 def build_evaluator(
@@ -37,12 +42,15 @@ def build_evaluator(
     ``<OUTPUT_DIR>/inference/<dataset_name>``.
 
     Raises:
-        ValueError: the type is neither "coco" nor "lvis".
+        ValueError: the type is not one of "coco", "lvis" and "coco_panoptic_seg".
     """
     evaluator_type = _evaluator_type(dataset_name)
     if output_folder is None:
         output_folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
     options = {"output_dir": output_folder, "backend": cfg.TEST.EVALUATION_BACKEND}
+    if evaluator_type == _PANOPTIC:
+        check_evaluation(cfg, dataset_name)
+        return PanopticQualityEvaluator(dataset_name, **options)
     groups = class_groups(dataset_name, head_training_names(cfg))
     evaluator: DatasetEvaluator
     if evaluator_type == "coco":
@@ -62,6 +70,14 @@ def check_evaluation(cfg: CfgNode, dataset_name: str) -> None:
     Files that were checked before are not read again.
     """
     evaluator_type = _evaluator_type(dataset_name)
+    if evaluator_type == _PANOPTIC:
+        if cfg.MODEL.META_ARCHITECTURE != "PanopticRegionSpot":
+            raise ValueError(
+                f"Dataset '{dataset_name}' is panoptic: it needs MODEL.META_ARCHITECTURE "
+                f"PanopticRegionSpot, not {cfg.MODEL.META_ARCHITECTURE}."
+            )
+        check_panoptic(dataset_name, cfg.TEST.EVALUATION_BACKEND)
+        return
     with lvis_library(cfg.TEST.EVALUATION_BACKEND) if evaluator_type == "lvis" else nullcontext():
         if MetadataCatalog.get(dataset_name).get("json_file") is None:
             return
@@ -74,10 +90,10 @@ def _evaluator_type(dataset_name: str) -> str:
     metadata = MetadataCatalog.get(dataset_name)
     # Datasets of a function usually have only class names; Detectron2 evaluates them like COCO.
     found = metadata.get("evaluator_type", "coco" if metadata.get("thing_classes") else None)
-    if found not in ("coco", "lvis"):
+    if found not in ("coco", "lvis", _PANOPTIC):
         raise ValueError(
             f"Dataset '{dataset_name}' has the evaluator_type {found!r} in its metadata; "
-            "regionspot_d2 evaluates 'coco' and 'lvis'."
+            f"regionspot_d2 evaluates 'coco', 'lvis' and '{_PANOPTIC}'."
         )
     if found == "lvis" and metadata.get("json_file") is None:
         raise ValueError(f"Dataset '{dataset_name}': LVIS AP needs a json_file in its metadata.")

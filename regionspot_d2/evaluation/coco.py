@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 BACKENDS = ("hotcoco", "reference")
 
 
-def _uses_hotcoco(backend: str) -> bool:
+def uses_hotcoco(backend: str) -> bool:
+    """Whether ``TEST.EVALUATION_BACKEND`` is "hotcoco"; ValueError if there is no such backend."""
     if backend not in BACKENDS:
         raise ValueError(f"TEST.EVALUATION_BACKEND is '{backend}'; it must be one of {BACKENDS}.")
     return backend == "hotcoco"
@@ -43,7 +44,7 @@ def _uses_hotcoco(backend: str) -> bool:
 @contextlib.contextmanager
 def lvis_library(backend: str) -> Iterator[ModuleType]:
     """Yields the module whose ``LVIS``, ``LVISResults`` and ``LVISEval`` compute LVIS AP."""
-    if _uses_hotcoco(backend):
+    if uses_hotcoco(backend):
         yield hotcoco
         return
     try:
@@ -155,8 +156,8 @@ class COCOAPEvaluator(COCOEvaluator):
         *,
         backend: str = "hotcoco",
     ) -> None:
-        self._library = hotcoco if _uses_hotcoco(backend) else pycocotools.coco
-        self._evaluation = hotcoco.COCOeval if _uses_hotcoco(backend) else COCOeval
+        self._library = hotcoco if uses_hotcoco(backend) else pycocotools.coco
+        self._evaluation = hotcoco.COCOeval if uses_hotcoco(backend) else COCOeval
         with annotation_file(dataset_name) as kept:
             checked = checked_annotations(dataset_name, keep=kept)
             self._truth = load_truth(self._library, checked.path)

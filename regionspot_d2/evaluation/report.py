@@ -22,6 +22,7 @@ from ..data.proposals import box_recall, read_proposals, select
 _KINDS = {
     "lvis": {"": "LVIS standard, 300 per image", "_fixed": "LVIS Fixed, 10,000 per class"},
     "coco": {"": "COCO, 100 per image and class"},
+    "coco_panoptic_seg": {},
 }
 _ODINW = {"ODinW-13": ODINW_13, "ODinW-35": ODINW_35}
 _GROUPS = ("", "r", "c", "f", "seen", "unseen")
@@ -56,7 +57,7 @@ def _collect(cfg: CfgNode, results: Mapping[str, Any]) -> dict[str, Any]:
     # DefaultTrainer.test returns the results of a single dataset without its name.
     if not set(results) <= set(cfg.DATASETS.TEST):
         results = {cfg.DATASETS.TEST[0]: results}
-    detection, classification = [], []
+    detection, classification, panoptic = [], [], []
     for index, dataset in enumerate(cfg.DATASETS.TEST):
         metrics = results.get(dataset)
         if not metrics:
@@ -67,6 +68,8 @@ def _collect(cfg: CfgNode, results: Mapping[str, Any]) -> dict[str, Any]:
             found = {"box": metrics.get("bbox" + suffix), "mask": metrics.get("segm" + suffix)}
             if found := {name: values for name, values in found.items() if values is not None}:
                 detection.append({**common, "ap_kind": kind, **found})
+        if "panoptic_seg" in metrics:
+            panoptic.append({**common, **metrics["panoptic_seg"]})
         if "region_classification" in metrics:
             accuracies = metrics["region_classification"]
             classification.append({**common, **accuracies, "regions": int(accuracies["regions"])})
@@ -83,6 +86,7 @@ def _collect(cfg: CfgNode, results: Mapping[str, Any]) -> dict[str, Any]:
         "protocol": _describe_protocol(cfg),
         "detection": detection,
         "region_classification": classification,
+        "panoptic": panoptic,
         "odinw": [{"name": k, **v} for k, v in summarize_odinw(results).items()],
     }
 
@@ -115,6 +119,8 @@ def _to_markdown(report: Mapping[str, Any]) -> str:
     if report["region_classification"]:
         rows = [_classification_cells(row) for row in report["region_classification"]]
         parts.append("Names of given regions, in percent\n\n" + _table(rows))
+    if report["panoptic"]:
+        parts.append("Panoptic quality\n\n" + _table(report["panoptic"]))
     if report["odinw"]:
         parts.append(_table([_odinw_cells(row) for row in report["odinw"]]))
     notes = {**report["model"], **report["protocol"]}

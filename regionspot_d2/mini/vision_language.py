@@ -112,6 +112,10 @@ class MiniVisionLanguage(VisionLanguageModel):
     def project(self, image_tokens: Tensor) -> Tensor:
         return image_tokens[..., : self.text_dim]
 
+    def appearance(self, image_tokens: Tensor) -> Tensor:
+        # Guesses of classes blur the outlines that the features see.
+        return image_tokens[..., self.text_dim :]
+
     def encode_text(self, texts: list[str]) -> Tensor:
         return self.text_vectors(texts).to(self.logit_scale.device)
 

@@ -10,6 +10,7 @@ from .interfaces import (
     RegionHead,
     VisionLanguageModel,
 )
+from .panoptic import PanopticRegionSpot
 from .prompts import BoxPrompts, MaskPrompts, PointPrompts, Prompts
 from .region_head import PooledRegionHead, RegionSpotHead
 from .regionspot import RegionSpot

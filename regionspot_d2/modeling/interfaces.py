@@ -14,7 +14,7 @@ import torch
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
-from .prompts import Prompts
+from .prompts import PointPrompts, Prompts
 
 # Built as ``get(name)(cfg)``, region heads as ``get(name)(cfg, localizer, vision_language)``.
 LOCALIZER_REGISTRY = Registry("LOCALIZER")
@@ -102,6 +102,19 @@ class Localizer(FrozenModule, ABC):
         Returns:
             Mask tokens (R, T), and mask logits (R, 1, h, w) or None.
         """
+
+    def decode_points(
+        self, embedding: Embedding, image_size: tuple[int, int], points: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Decodes points (R, 2), XY in pixels of the image, each a region of its own.
+
+        Returns:
+            What :meth:`decode` returns for them with masks, and the IoU (R,) that the localizer
+            predicts for each mask, None where it predicts none.
+        """
+        labels = torch.ones(len(points), 1, dtype=torch.int64, device=points.device)
+        prompts = PointPrompts(points[:, None], labels)
+        return *self.decode(embedding, image_size, prompts, with_masks=True), None
 
     @abstractmethod
     def full_size_masks(
@@ -199,6 +212,10 @@ class VisionLanguageModel(FrozenModule, ABC):
         if self.num_prefix_tokens:
             return self.project(tokens[:, :1])[:, 0]
         return self.project(tokens).mean(1)
+
+    def appearance(self, image_tokens: Tensor) -> Tensor:
+        """What of image tokens (..., W) groups cells that belong together; by default all of it."""
+        return image_tokens
 
     @abstractmethod
     def encode_text(self, texts: list[str]) -> Tensor:

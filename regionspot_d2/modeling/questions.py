@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
+from operator import index, length_hint
+from os import PathLike
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.structures import BitMasks, Boxes
 from torch import Tensor
@@ -186,6 +189,46 @@ def _each(values: Any, what: str) -> list[Any]:
     except TypeError as error:
         message = f"The {what} are {values!r:.60}; a list with an entry per region is expected."
         raise ValueError(message) from error
+
+
+def check_lists(images: Any, boxes: Any) -> None:
+    """Checks that images and boxes are lists of as many entries, as far as that can be known.
+
+    What can be iterated is not always a list: a dict gives its keys, one image its rows.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name, values, kinds, dimensions in (
+        ("images", images, Iterable, 4),
+        ("boxes", boxes, Sequence | np.ndarray | Tensor, 2),
+    ):
+        numbers = isinstance(values, Tensor)
+        if isinstance(values, np.ndarray):  # of objects or of text, it is as good as a list
+            numbers = values.dtype.kind not in "OU"
+        no_list = isinstance(values, str | bytes | PathLike | Mapping | Set)
+        if (numbers and values.ndim < dimensions) or no_list or not isinstance(values, kinds):
+            found = f" of the shape {tuple(values.shape)}" if numbers else ""
+            raise ValueError(
+                f"{name} is of the type {type(values).__name__}{found}; a list with an entry for "
+                "each image is expected."
+            )
+    count = length_hint(images, len(boxes))
+    if count != len(boxes):
+        raise ValueError(f"There are {count} images but boxes for {len(boxes)}.")
+
+
+def as_count(value: Any, name: str, of: str) -> int:
+    """A number of things: any type of whole numbers, but not True; ValueError below one."""
+    try:
+        count = index(value)
+    except TypeError:
+        count = 0
+    if count < 1 or isinstance(value, bool | np.bool_):
+        raise ValueError(
+            f"{name} is {value!r:.60}; a whole number, at least one {of}, is expected."
+        )
+    return count
 
 
 def _numbers(values: Any, what: str) -> Tensor:

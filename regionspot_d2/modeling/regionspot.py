@@ -229,6 +229,7 @@ class RegionSpot(nn.Module):
         with_masks: bool,
         mask_tokens: Sequence[Tensor] | None = None,
         zoom: float | None = None,
+        max_views: int | None = None,
     ) -> list[Answer]:
         """Embeds regions in text space.
 
@@ -238,8 +239,8 @@ class RegionSpot(nn.Module):
             with_masks: False skips whatever only masks need.
             mask_tokens: (R, T) of each image if known; the localizer then rests.
             zoom: the side of the view in which a region is seen, in longer sides of the region; 0
-                is the whole image. By default ``MODEL.ZOOM``, in training only with
-                ``INPUT.ZOOM_TRAIN``.
+                is the whole image. By default ``MODEL.ZOOM``, unless in training.
+            max_views: of an image, with ``zoom``. By default ``MODEL.ZOOM_MAX_VIEWS``.
 
         Returns:
             An answer per image, with its regions in the order asked.
@@ -249,7 +250,7 @@ class RegionSpot(nn.Module):
         """
         if zoom is None:
             zoom = self.zoom if self.zoom_in_training or not self.training else 0.0
-        closely = Zoom(check_zoom(zoom), self.zoom_max_views) if zoom else None
+        closely = Zoom(check_zoom(zoom), max_views or self.zoom_max_views) if zoom else None
         return answer_regions(
             encoded,
             self.region_head,

@@ -162,6 +162,14 @@ class SamLocalizer(Localizer):
             return self._decode_masks(embedding, image_size, prompts, with_masks)
         raise TypeError(f"SAM knows boxes, points and masks, not {type(prompts).__name__}.")
 
+    @torch.no_grad()
+    def decode_points(
+        self, embedding: Tensor, image_size: tuple[int, int], points: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        places = self._to_input_frame(points[:, None], image_size)
+        labels = torch.ones(len(points), 1, dtype=torch.int64, device=points.device)
+        return self._decode_rated(embedding, True, points=(places, labels))
+
     def _decode_points(
         self,
         embedding: Tensor,
@@ -227,6 +235,11 @@ class SamLocalizer(Localizer):
         return tokens, torch.cat([m for _, m in found if m is not None]) if with_masks else None
 
     def _decode(
+        self, embedding: Tensor, with_masks: bool, **prompts: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        return self._decode_rated(embedding, with_masks, **prompts)[:2]
+
+    def _decode_rated(
         self,
         embedding: Tensor,
         with_masks: bool,
@@ -234,15 +247,16 @@ class SamLocalizer(Localizer):
         points: tuple[Tensor, Tensor] | None = None,
         boxes: Tensor | None = None,
         masks: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Tokens, mask logits and the predicted IoU of the masks (None if nothing was decoded)."""
         sparse, dense = self.prompt_encoder(points=points, boxes=boxes, masks=masks)
         if masks is None:
             # All prompts share one "no mask" embedding; an expanded view says so to the decoder.
             dense = self.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1).expand_as(embedding)
         prompt_tokens = sparse.mean(1)
         if self.tokens == "prompt" and not with_masks:
-            return prompt_tokens, None
-        mask_tokens, mask_logits, _ = self.token_decoder(
+            return prompt_tokens, None, None
+        mask_tokens, mask_logits, ious = self.token_decoder(
             embedding,
             self.prompt_encoder.get_dense_pe(),
             sparse,
@@ -251,10 +265,10 @@ class SamLocalizer(Localizer):
             chunk_size=self.chunk_size,
         )
         if self.tokens == "prompt":
-            return prompt_tokens, mask_logits
+            return prompt_tokens, mask_logits, ious
         if self.tokens == "both":
-            return torch.cat([prompt_tokens, mask_tokens], dim=1), mask_logits
-        return mask_tokens, mask_logits
+            return torch.cat([prompt_tokens, mask_tokens], dim=1), mask_logits, ious
+        return mask_tokens, mask_logits, ious
 
     def _to_input_frame(self, points: Tensor, image_size: tuple[int, int]) -> Tensor:
         """(R, P, 2) XY, pixels of the image -> pixels of the localizer's square."""

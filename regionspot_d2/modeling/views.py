@@ -102,6 +102,21 @@ class ViewFinder:
         return found
 
 
+def pyramid_views(image_size: tuple[int, int], max_views: int) -> list[View]:
+    """All views of a pyramid of at most so many, the whole image first, as ViewFinder has them."""
+    height, width = image_size
+    views = [(0, 0, width, height)]
+    for sides, counts in _pyramid(image_size, max_views):
+        columns, rows = (int(count) for count in counts)
+        steps = (torch.tensor([width, height]).double() - sides) / (counts - 1).clamp(min=1)
+        for place in torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(1):
+            start = place * steps
+            corners = (*start.floor().tolist(), *(start + sides).ceil().tolist())
+            x0, y0, x1, y1 = map(int, corners)
+            views.append((x0, y0, x1, y1))
+    return views
+
+
 def _pyramid(image_size: tuple[int, int], max_views: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The levels of a pyramid of at most so many views, the whole image (level 0) left out.
 

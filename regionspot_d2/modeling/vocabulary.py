@@ -38,7 +38,7 @@ _MAX_VOCABULARIES = 32
 _MAX_DISK_BYTES = 1_000_000_000
 _TEMPLATE = re.compile(r"[^{}]*\{\}[^{}]*", re.DOTALL)
 # What the published code takes off a name, such as COCO's "wall-other-merged".
-_ENDINGS = re.compile("(-other|-merged|-stuff)+$")
+_ENDINGS = re.compile("(?<=.)(-other|-merged|-stuff)+$")
 
 
 def dataset_class_names(name: str | None) -> list[str]:
@@ -52,9 +52,29 @@ def dataset_class_names(name: str | None) -> list[str]:
     return names
 
 
+def dataset_stuff_classes(name: str | None) -> set[int]:
+    """The places of stuff in a panoptic dataset's ``thing_classes``, which hold all its names.
+
+    Raises:
+        ValueError: its metadata has no list of both, as Detectron2's "standard" datasets have.
+    """
+    metadata = MetadataCatalog.get(name) if name else None
+    names = metadata and metadata.get("thing_classes")
+    if metadata is None or not names or names != metadata.get("stuff_classes"):
+        raise ValueError(
+            f"The dataset {name!r} does not tell things from stuff: its thing_classes and "
+            "stuff_classes must both list all names, as those of coco_2017_val_panoptic do."
+        )
+    return set(metadata.stuff_dataset_id_to_contiguous_id.values())
+
+
 def clean_name(name: str) -> str:
-    """Writes a class name as words: ``"aerosol_can"`` becomes ``"aerosol can"``."""
-    return " ".join(name.replace("_", " ").split())
+    """Writes a class name as words: ``"aerosol_can"`` becomes ``"aerosol can"``.
+
+    COCO's names of stuff lose what only tells them from others: ``"sky-other-merged"`` becomes
+    ``"sky"``.
+    """
+    return " ".join(_ENDINGS.sub("", name).replace("_", " ").split())
 
 
 def raw_name(name: str) -> str:

@@ -19,6 +19,7 @@ from .annotations import (
 )
 from .lvis import minival, register_all_lvis
 from .odinw import ODINW_13, ODINW_35, register_all_odinw
+from .panoptic import register_all_ade20k_panoptic
 from .validation import AnnotationsError
 
 __all__ = [
@@ -82,6 +83,7 @@ def _register(root: str, name: str, images: str, file: str, load: Any = load_coc
 register_all_lvis(data_root())
 register_all_odinw(data_root())
 register_all_objects365(data_root())
+register_all_ade20k_panoptic(data_root())
 for _name, _files in _VAST_VOCABULARY.items():
     _register(data_root(), _name, *_files)
 
