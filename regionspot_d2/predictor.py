@@ -44,9 +44,6 @@ class RegionSpotPredictor:
         Args:
             model: a model; or a config, from which it is built and its weights are loaded.
             vocabulary: class names for questions that bring none.
-
-        Raises:
-            ValueError: the model is neither, or its config is not of a RegionSpot.
         """
         # Of image files; see INPUT.MAX_PIXELS.
         self.max_pixels: int = MAX_PIXELS
@@ -155,9 +152,8 @@ class RegionSpotPredictor:
     ) -> Any:
         """Finds and names every region of the image, once.
 
-        A localizer whose masks are fine is asked for the regions under a grid of points, on what
-        :meth:`set_image` encoded; its tokens and masks are used as they are. Without such a
-        localizer, regions are grouped from what the vision-language model sees.
+        A localizer whose masks are fine finds them under a grid of points, on what
+        :meth:`set_image` encoded. Otherwise they are grouped from the image tokens.
 
         Args:
             vocabulary, topk, zoom: as for :meth:`predict`.
@@ -173,7 +169,7 @@ class RegionSpotPredictor:
             :func:`~regionspot_d2.modeling.panoptic.panoptic_segments` returns.
 
         Raises:
-            ValueError: as :meth:`predict`; or ``stuff`` is not part of the vocabulary.
+            ValueError: as :meth:`predict`, and for ``stuff`` outside the vocabulary.
         """
         topk = as_count(topk, "topk", "name per region")
         max_regions = as_count(max_regions, "max_regions", "region")
@@ -304,9 +300,9 @@ class RegionSpotPredictor:
         return pixels.to(self.model.device)
 
     def _image(self) -> EncodedImages:
-        if self._encoded is None:
-            raise ValueError("There is no image yet: call set_image first.")
-        return self._encoded
+        if self._encoded is not None:
+            return self._encoded
+        raise ValueError("There is no image yet: call set_image first.")
 
 
 def _build(cfg: CfgNode) -> nn.Module:

@@ -71,9 +71,17 @@ RULES = (
         "modeling.region_head modeling.views modeling.vocabulary",
     ),
     # Regions that nobody asked for.
-    Rule("modeling.grouping", "modeling.naming modeling.views", TORCH),
-    Rule("modeling.everything", f"{CONTRACTS} modeling.naming modeling.grouping", TORCH),
-    Rule("modeling.panoptic", "modeling.everything modeling.regionspot modeling.vocabulary", TORCH),
+    Rule("modeling.grouping", "modeling.answers modeling.naming modeling.views", TORCH),
+    Rule(
+        "modeling.everything",
+        f"{CONTRACTS} modeling.answers modeling.naming modeling.grouping",
+        TORCH,
+    ),
+    Rule(
+        "modeling.panoptic",
+        "modeling.everything modeling.inputs modeling.regionspot modeling.vocabulary",
+        TORCH,
+    ),
     Rule(
         "modeling.detectors",
         f"arrays {CONTRACTS} modeling.inputs modeling.naming modeling.regionspot "

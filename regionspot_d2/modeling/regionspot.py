@@ -275,9 +275,7 @@ class RegionSpot(nn.Module):
         """
         if len(prompts) > self.max_regions:
             limit = f"{self.max_regions} (MODEL.REGION_HEAD.MAX_REGIONS)"
-            raise ValueError(
-                f"Attention of {len(prompts)} regions is too much: ask at most {limit}."
-            )
+            raise ValueError(f"There are {len(prompts)} regions; ask for at most {limit}.")
         [regions] = localize(encoded, self.region_head, [prompts.to(self.device)], with_masks=False)
         maps = self.region_head.attention(regions.tokens, encoded.image_tokens)
         prefix = self.vision_language.num_prefix_tokens
