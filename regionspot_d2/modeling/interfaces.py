@@ -200,6 +200,16 @@ class VisionLanguageModel(FrozenModule, ABC):
             return self.project(tokens[:, :1])[:, 0]
         return self.project(tokens).mean(1)
 
+    def known_names(self, texts: list[str]) -> list[str]:
+        """For each text the one that :meth:`encode_text` takes it for; by default itself.
+
+        A text side that knows only some names may let one of them stand in for others.
+
+        Raises:
+            ValueError: the model cannot encode one of the texts.
+        """
+        return list(texts)
+
     @abstractmethod
     def encode_text(self, texts: list[str]) -> Tensor:
         """Encodes any number of texts: (len(texts), D), float32, not normalized.
