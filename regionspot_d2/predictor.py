@@ -63,9 +63,19 @@ class RegionSpotPredictor:
         """Sets the class names of the calls that follow.
 
         Raises:
-            ValueError: there are none, or one is empty, given twice, or unknown to the text side.
+            ValueError: there are none, or one is empty, given twice, or unknown to the text side;
+                or a known name would stand in for two.
         """
         self.vocabulary = self._names(names)
+
+    @property
+    def stood_in(self) -> dict[str, str]:
+        """The names of :attr:`vocabulary` that the text side does not know as they are.
+
+        Each comes with the known name whose embedding it gets: ``{"two red mugs": "mug"}``. Empty
+        for a text encoder such as CLIP's, which takes any words.
+        """
+        return self.model.text_embedder.stood_in(self.vocabulary)
 
     def set_image(self, image: ImageLike, *, channels: str = "RGB") -> None:
         """Encodes an image for the calls that follow.
@@ -220,6 +230,7 @@ class RegionSpotPredictor:
         if vocabulary is not None:
             check_names(vocabulary)
             self.model.text_embedder(vocabulary, self.model.device)
+            self.model.text_embedder.check_apart(vocabulary)
             return list(vocabulary)
         if not self.vocabulary:
             raise ValueError("There is no vocabulary: pass vocabulary=[...], or set_vocabulary.")

@@ -96,11 +96,10 @@ class MiniVisionLanguage(VisionLanguageModel):
         text_vectors = TextVectors.from_package()
         class_vectors = imagenet_vectors(text_vectors)
         words = imagenet_text_vectors(classifier.ideal_logits(_USUAL_LOGIT), class_vectors)
-        names = [[row["class"], *row.get("synonyms", [])] for row in _imagenet_table()]
         return {
             "classifier": classifier,
             "class_vectors": class_vectors,
-            "text_vectors": text_vectors.extended(names, words + text_vectors.mean),
+            "text_vectors": text_vectors.extended(imagenet_names(), words + text_vectors.mean),
             "side": _SIDE,
         }
 
@@ -146,6 +145,15 @@ def _to_text_space(logits: Tensor, class_vectors: Tensor) -> Tensor:
 def _imagenet_table() -> list[dict[str, Any]]:
     with PathManager.open(str(_IMAGENET_NAMES)) as file:
         return json.load(file)
+
+
+def imagenet_names() -> list[list[str]]:
+    """Each class of ImageNet, in the classifier's order: its name, then WordNet's other names.
+
+    Class names are those of open_clip. WordNet's one-word names with a more common meaning ("ear"
+    for a corn cob, "head" for a promontory) are left out.
+    """
+    return [[row["class"], *row.get("synonyms", [])] for row in _imagenet_table()]
 
 
 def imagenet_vectors(text_vectors: TextVectors) -> Tensor:

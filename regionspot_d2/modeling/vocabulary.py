@@ -97,6 +97,7 @@ class TextEmbedder:
         self._folder = cache_folder
         self._max_disk_bytes = max_disk_bytes
         self._recent: OrderedDict[tuple[torch.device, tuple[str, ...]], Tensor] = OrderedDict()
+        self._stood_in: OrderedDict[tuple[str, ...], dict[str, str]] = OrderedDict()
 
     @classmethod
     def from_config(cls, cfg: CfgNode, vision_language: VisionLanguageModel) -> TextEmbedder:
@@ -124,6 +125,41 @@ class TextEmbedder:
         while len(self._recent) > _MAX_VOCABULARIES:
             self._recent.popitem(last=False)
         return words
+
+    def stood_in(self, names: Sequence[str]) -> dict[str, str]:
+        """The names that the model does not know, each with the known one that stands in for it.
+
+        Raises:
+            ValueError: the model cannot encode a name.
+        """
+        key = tuple(names)
+        found = self._stood_in.pop(key, None)
+        if found is None:
+            words = list(map(self._words, names))
+            pairs = zip(names, words, self._model.known_names(words))
+            found = {name: known for name, word, known in pairs if known != word}
+        self._stood_in[key] = found
+        while len(self._stood_in) > _MAX_VOCABULARIES:
+            self._stood_in.popitem(last=False)
+        return dict(found)
+
+    def check_apart(self, names: Sequence[str]) -> None:
+        """Checks that no name has the embedding of another because a known one stands in for it.
+
+        Raises:
+            ValueError: two names would share every score, or the model cannot encode a name.
+        """
+        stood_in = self.stood_in(names)
+        embeddings = self(names) if stood_in else None
+        for place, name in enumerate(names):
+            if embeddings is None or name not in stood_in:
+                continue
+            same = (embeddings == embeddings[place]).all(1).nonzero().flatten().tolist()
+            for other in (names[index] for index in same if index != place):
+                raise ValueError(
+                    f"The vocabulary has '{other}' and '{name}', which both go by "
+                    f"'{stood_in[name]}' and would share every score. Remove one."
+                )
 
     def _load(self, names: tuple[str, ...]) -> Tensor:
         if self._folder is None:

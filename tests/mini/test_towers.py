@@ -169,10 +169,10 @@ def test_no_names_no_rows(names):
 
 def test_an_unknown_name_comes_with_close_ones_and_a_way_out(names):
     with pytest.raises(ValueError) as error:
-        names(["mouse", "mousse", "old rodent", "zebra"])
+        names(["mouse", "mousse", "rodent trap", "zebra"])
     message = str(error.value)
     assert "'mousse': close: mouse" in message
-    assert "'old rodent': close: rodent" in message
+    assert "'rodent trap': close: rodent" in message
     assert "'zebra': none close" in message
     assert "'mouse':" not in message
     assert "configs/regionspot_L.yaml" in message
