@@ -22,6 +22,7 @@ from regionspot_d2.app.results import OtherResults
 from regionspot_d2.app.video import video_writer
 from regionspot_d2.modeling import REGION_HEAD_REGISTRY, PooledRegionHead
 from regionspot_d2.modeling.automatic_masks import automatic_boxes
+from regionspot_d2.modeling.clip import ClipModel
 from regionspot_d2.modeling.sam import SamLocalizer
 
 from .detectors import FASTER_RCNN, zoo_cfg
@@ -648,3 +649,14 @@ def test_a_run_does_not_continue_with_other_settings(demo, photos, tmp_path, opt
     with pytest.raises(SystemExit, match=f"--resume: .*results.jsonl .*another .*{options[0]}"):
         demo(*common, "--resume", *options)
     assert results_of(tmp_path / "out") == before
+
+
+def test_it_says_which_known_names_stand_in(demo, photos, tmp_path, capsys, monkeypatch):
+    arguments = ["--input", photos / "a.png", "--boxes", "0,0,9,9", "--output", tmp_path / "out"]
+    assert demo(*arguments, "--vocabulary", "cat,two dogs") == 0
+    assert "stand in" not in capsys.readouterr().err
+    # As a text side that knows only some names.
+    monkeypatch.setattr(ClipModel, "known_names", lambda self, texts: [t[-3:] for t in texts])
+    assert demo(*arguments, "--vocabulary", "cat,red dog") == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert "--vocabulary: known names stand in: 'dog' for 'red dog'." in lines

@@ -93,6 +93,7 @@ class DenseEfficientNetLite(nn.Module):
         Args:
             largest: the mean logit of the image's own class, without bias.
         """
-        weight, bias = self.network._fc.weight, self.network._fc.bias  # type: ignore[union-attr]
+        network: Any = self.network
+        weight: Tensor = network._fc.weight
         features = F.normalize(weight, dim=1) * (largest / weight.norm(dim=1).mean())
-        return features @ weight.T + bias
+        return features @ weight.T + network._fc.bias

@@ -26,6 +26,9 @@ _TEMPERATURE = 2.0
 _CLASSES_PER_CELL = 50
 # The classifier's largest logit in a cell of a photo, on average; see imagenet_text_vectors.
 _USUAL_LOGIT = 5.0
+# Length of ImageNet's names in text space, relative to its classes. At 1 they take two in three of
+# the package photos' boxes from LVIS's names; at 0.6 they take 3 %, and accuracy stays.
+_WORD_LENGTH = 0.6
 # These bring all parts of an image token to a standard deviation of about 1.
 _CONSE_SCALE = 150.0
 _FEATURE_SCALES = (0.4, 0.2, 0.1)
@@ -176,12 +179,13 @@ def imagenet_vectors(text_vectors: TextVectors) -> Tensor:
 
 
 def imagenet_text_vectors(ideal_logits: Tensor, class_vectors: Tensor) -> Tensor:
-    """The vectors of ImageNet's class names as words of a vocabulary.
+    """The places of ImageNet's class names, as words of a vocabulary, in text space.
 
     :func:`imagenet_vectors` puts every breed at "dog". As a word, each breed lies where an image
     of it would: at the mixture of kinds that the classifier's answers to such an image make. That
     is close to "dog" and nowhere the same for two breeds. Scenes, which are no kind of anything
-    known, lie among what the classifier takes them for.
+    known, lie among what the classifier takes them for. All are shorter than the vectors of names
+    with a text embedding: where "dog" and a breed fit equally well, "dog" wins.
 
     Args:
         ideal_logits: (K, K), the classifier's answers to one image of each class.
@@ -191,5 +195,5 @@ def imagenet_text_vectors(ideal_logits: Tensor, class_vectors: Tensor) -> Tensor
         (K, D), the mean vector of all names subtracted.
     """
     lengths = class_vectors.norm(dim=1)
-    usual = lengths[lengths > 0].mean()
-    return F.normalize(_to_text_space(ideal_logits, class_vectors), dim=1) * usual
+    length = _WORD_LENGTH * lengths[lengths > 0].mean()
+    return F.normalize(_to_text_space(ideal_logits, class_vectors), dim=1) * length

