@@ -46,7 +46,8 @@ class KnownWords:
     ``measures`` are heads that name nothing ("a pair of glasses"); ``refused`` join or deny names;
     ``privatives`` make something else of the thing after them; ``neutral`` words and ``colors``
     suit any sense of the word they describe; ``misleading`` phrases are not what their last word
-    says; ``ambiguous`` words are class names of ImageNet with a more common sense.
+    says; ``ambiguous`` words are class names with a more common sense; ``certain`` ones have no
+    other sense, though a list of names qualifies them.
     """
 
     def __init__(self, names: Collection[str], ambiguous: Collection[str] = ()) -> None:
@@ -57,7 +58,7 @@ class KnownWords:
                 behind words that suit every sense ("two black bats"), and behind no others.
         """
         self._names = names
-        self._ambiguous = {*ambiguous, *_words("ambiguous")}
+        self._ambiguous = {*ambiguous, *_words("ambiguous")} - _words("certain")
         self._joined: dict[str, str] = {}
         for name in names:
             self._joined.setdefault(name.replace(" ", ""), name)
@@ -84,9 +85,15 @@ class KnownWords:
             if words[end] not in ends:
                 continue
             # A known name may hold such a word: "an old chest of drawers".
-            found = self._of_tails(words, end) or self._of_tails(words[:end], end)
-            if not found and words[end - 1] in _words("measures") and words[end] == "of":
-                return self._of_phrase(words[end + 1 :])
+            if found := self._of_tails(words, end):
+                return found
+            head = words[:end]
+            if words[end] == "of" and head[-1] in _words("measures"):
+                refused = not _words("refused").isdisjoint(head)
+                return None if refused else self._of_phrase(words[end + 1 :])
+            if words[end] == "of" and head[-1] == "glasses":  # not those on a nose
+                head = [*head[:-1], "glass"]
+            found = self._of_tails(head, end)
             # "A red playing card" has no head before its verb.
             if found or words[end] in _words("prepositions"):
                 return found
@@ -110,8 +117,9 @@ class KnownWords:
             if name in self._names:
                 yield name
         for [form] in _numbers(["".join(words)]):
-            if len(form) > 3 and form in self._joined:
-                yield self._joined[form]
+            name = self._joined.get(form) or synonyms.get(form)
+            if name in self._names and len(form) > 3:
+                yield name
 
     def _may_describe(self, modifiers: list[str], name: str) -> bool:
         if not (_words("refused") | _words("privatives")).isdisjoint(modifiers):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +13,8 @@ from regionspot_d2.data.datasets.vocabularies import VOCABULARIES, class_synonym
 from regionspot_d2.mini.text_vectors import TextVectors
 from regionspot_d2.mini.vision_language import imagenet_names, imagenet_text_vectors
 from regionspot_d2.mini.words import plain
+
+WORDS = Path(__file__).parents[2] / "regionspot_d2" / "mini" / "words.json"
 
 
 def classes_of_the_vocabularies() -> list[list[str]]:
@@ -96,6 +101,11 @@ def names(before: TextVectors) -> TextVectors:
         ("fridge", "refrigerator"),
         ("lorries", "truck"),
         ("plane", "airplane"),
+        ("motor bike", "motorcycle"),
+        ("electric bikes", "bicycle"),
+        ("cargo pants", "pants"),
+        ("police officers", "person"),
+        ("black labrador", "labrador retriever"),
         # The head of a phrase.
         ("cup of coffee", "cup"),
         ("man with a red hat", "man"),
@@ -106,6 +116,8 @@ def names(before: TextVectors) -> TextVectors:
         ("dog-shaped balloon", "balloon"),
         ("pair of glasses", "glasses"),
         ("a slice of pizza", "pizza"),
+        ("roll of toilet paper", "toilet paper"),
+        ("two glasses of wine", "glass"),
         ("a bunch of bananas", "banana"),
         ("an old chest of drawers", "chest of drawers"),
         ("wooden bow and arrow", "bow and arrow"),
@@ -165,11 +177,14 @@ def test_nothing_stands_in_for_a_known_name(names, phrase):
         "dog & cat",
         "no dog",
         "not a cat",
+        "no pair of glasses",
         # Something else than the head says.
         "toy car",
         "fake potted plant",
         "prairie dog",
         "prairie dogs",
+        "corn dogs",
+        "toilet paper roll",
         "a horse shoe",
         "parking ticket",
         # Another sense than the known one.
@@ -197,6 +212,13 @@ def test_a_phrase_is_refused_rather_than_misread(names, phrase):
     with pytest.raises(ValueError, match="The mini model knows") as error:
         names.known_names([phrase])
     assert f"'{phrase}': " in str(error.value)
+
+
+def test_every_everyday_synonym_leads_to_a_known_name(names):
+    lists = json.loads(WORDS.read_text())
+    synonyms = lists["synonyms"]
+    assert names.known_names(list(synonyms)) == list(synonyms.values())
+    assert names.known_names(list(synonyms.values())) == list(synonyms.values())
 
 
 def test_a_refused_name_comes_with_the_closest_known_ones(names):
