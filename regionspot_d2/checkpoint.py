@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from safetensors.torch import load_file
 
 from .files import explained_weights, local_weights, write_atomically
 from .modeling.interfaces import RegionHead
+from .modeling.regionspot import RegionSpot
 from .safe_loading import load_pickle
 
 _HEAD = "region_head."
@@ -165,3 +168,19 @@ def _move_head(state: dict[str, Any], wanted: list[str], renamed: Mapping[str, s
 def _some(keys: Iterable[str]) -> str:
     first, *rest = ", ".join(sorted(keys)[:3]), *sorted(keys)[3:]
     return f"{first} and {len(rest)} more" if rest else first or "nothing"
+
+
+def build_regionspot(cfg: CfgNode) -> RegionSpot:
+    """Builds the RegionSpot of a config with its weights; ValueError if it is of something else."""
+    if not isinstance(cfg.get("MODEL"), CfgNode) or "LOCALIZER" not in cfg.MODEL:
+        raise ValueError(
+            "The config has no MODEL.LOCALIZER. Read it with regionspot_d2.engine.load_config, or "
+            "call regionspot_d2.add_regionspot_config before merging it."
+        )
+    name = cfg.MODEL.META_ARCHITECTURE
+    kind = META_ARCH_REGISTRY.get(name) if name in META_ARCH_REGISTRY else None
+    if not (isinstance(kind, type) and issubclass(kind, RegionSpot)):
+        raise ValueError(f"MODEL.META_ARCHITECTURE is {name!r:.60}; 'RegionSpot' is expected.")
+    model = build_model(cfg)
+    RegionSpotCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    return model

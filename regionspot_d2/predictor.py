@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.structures import Instances
-from torch import Tensor, nn
+from torch import Tensor
 
-from .checkpoint import RegionSpotCheckpointer
+from .checkpoint import build_regionspot
 from .data.images import MAX_PIXELS, ImageLike, as_image_tensor
 from .modeling.answers import EncodedImages
 from .modeling.everything import Search, name_everything
@@ -48,7 +47,7 @@ class RegionSpotPredictor:
         # Of image files; see INPUT.MAX_PIXELS.
         self.max_pixels: int = MAX_PIXELS
         if isinstance(model, CfgNode):
-            cfg, model = model, _build(model)
+            cfg, model = model, build_regionspot(model)
             self.max_pixels = cfg.INPUT.MAX_PIXELS
         if not isinstance(model, RegionSpot):
             raise ValueError(
@@ -65,9 +64,19 @@ class RegionSpotPredictor:
         """Sets the class names of the calls that follow.
 
         Raises:
-            ValueError: there are none, or one is empty, given twice, or unknown to the text side.
+            ValueError: there are none, or one is empty, given twice, or unknown to the text side;
+                or a known name would stand in for two.
         """
         self.vocabulary = self._names(names)
+
+    @property
+    def stood_in(self) -> dict[str, str]:
+        """The names of :attr:`vocabulary` that the text side does not know as they are.
+
+        Each comes with the known name whose embedding it gets: ``{"two red mugs": "mug"}``. Empty
+        for a text encoder such as CLIP's, which takes any words.
+        """
+        return self.model.text_embedder.stood_in(self.vocabulary)
 
     def set_image(self, image: ImageLike, *, channels: str = "RGB") -> None:
         """Encodes an image for the calls that follow.
@@ -290,6 +299,7 @@ class RegionSpotPredictor:
         if vocabulary is not None:
             check_names(vocabulary)
             self.model.text_embedder(vocabulary, self.model.device)
+            self.model.text_embedder.check_apart(vocabulary)
             return list(vocabulary)
         if not self.vocabulary:
             raise ValueError("There is no vocabulary: pass vocabulary=[...], or set_vocabulary.")
@@ -303,19 +313,3 @@ class RegionSpotPredictor:
         if self._encoded is not None:
             return self._encoded
         raise ValueError("There is no image yet: call set_image first.")
-
-
-def _build(cfg: CfgNode) -> nn.Module:
-    """Builds the RegionSpot of a config with its weights; ValueError if it is of something else."""
-    if not isinstance(cfg.get("MODEL"), CfgNode) or "LOCALIZER" not in cfg.MODEL:
-        raise ValueError(
-            "The config has no MODEL.LOCALIZER. Read it with regionspot_d2.engine.load_config, or "
-            "call regionspot_d2.add_regionspot_config before merging it."
-        )
-    name = cfg.MODEL.META_ARCHITECTURE
-    kind = META_ARCH_REGISTRY.get(name) if name in META_ARCH_REGISTRY else None
-    if not (isinstance(kind, type) and issubclass(kind, RegionSpot)):
-        raise ValueError(f"MODEL.META_ARCHITECTURE is {name!r:.60}; 'RegionSpot' is expected.")
-    model = build_model(cfg)
-    RegionSpotCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-    return model

@@ -52,7 +52,7 @@ RULES = (
     Rule("files config safe_loading stopping", ""),
     Rule("arrays logits", "", "torch numpy"),
     Rule("model_zoo journal", "files"),
-    Rule("checkpoint", "files safe_loading modeling.interfaces"),
+    Rule("checkpoint", "files safe_loading modeling.interfaces modeling.regionspot"),
     # What a part is, and the arithmetic between the parts: torch and Detectron2's structures only.
     Rule("modeling.prompts modeling.lazy_masks", "", TORCH),
     Rule("modeling.interfaces", CONTRACTS, TORCH),

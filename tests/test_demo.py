@@ -21,6 +21,7 @@ from regionspot_d2.app.drawing import draw_attention, draw_regions, side_by_side
 from regionspot_d2.app.results import OtherResults
 from regionspot_d2.app.video import video_writer
 from regionspot_d2.modeling import REGION_HEAD_REGISTRY, PooledRegionHead
+from regionspot_d2.modeling.clip import ClipModel
 from regionspot_d2.modeling.everything import Search
 from regionspot_d2.modeling.sam import SamLocalizer
 
@@ -657,3 +658,14 @@ def test_a_run_does_not_continue_with_other_settings(demo, photos, tmp_path, opt
     with pytest.raises(SystemExit, match=f"--resume: .*results.jsonl .*another .*{options[0]}"):
         demo(*common, "--resume", *options)
     assert results_of(tmp_path / "out") == before
+
+
+def test_it_says_which_known_names_stand_in(demo, photos, tmp_path, capsys, monkeypatch):
+    arguments = ["--input", photos / "a.png", "--boxes", "0,0,9,9", "--output", tmp_path / "out"]
+    assert demo(*arguments, "--vocabulary", "cat,two dogs") == 0
+    assert "stand in" not in capsys.readouterr().err
+    # As a text side that knows only some names.
+    monkeypatch.setattr(ClipModel, "known_names", lambda self, texts: [t[-3:] for t in texts])
+    assert demo(*arguments, "--vocabulary", "cat,red dog") == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert "--vocabulary: known names stand in: 'dog' for 'red dog'." in lines

@@ -161,3 +161,27 @@ def np_file_of(names: list[str], folder) -> bytes:
     TextEmbedder(CountingModel(), folder)(names)
     [file] = folder.iterdir()
     return file.read_bytes()
+
+
+class ModelOfKnownNames(CountingModel):
+    """Knows "cat" and "dog", and takes their plurals for them."""
+
+    def known_names(self, texts: list[str]) -> list[str]:
+        return [text.removesuffix("s") for text in texts]
+
+    def encode_text(self, texts: list[str]) -> torch.Tensor:
+        return super().encode_text(self.known_names(texts))
+
+
+def test_names_that_known_ones_stand_in_for_are_listed():
+    embedder = TextEmbedder(ModelOfKnownNames())
+    assert embedder.stood_in(["cats", "tiny_dog"]) == {"cats": "cat"}
+    assert torch.equal(embedder(["cats"]), embedder(["cat"]))
+    embedder.check_apart(["cats", "tiny_dog"])
+
+
+@pytest.mark.parametrize("names", [["cat", "lion", "cats"], ["cats", "lion", "cat"]])
+def test_a_known_name_may_not_stand_in_twice(names):
+    embedder = TextEmbedder(ModelOfKnownNames())
+    with pytest.raises(ValueError, match="'cats?' and 'cats?', which both go by 'cat'"):
+        embedder.check_apart(names)

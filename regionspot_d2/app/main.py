@@ -8,6 +8,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -50,6 +51,15 @@ def _check_attention(head: RegionHead, paths: Sequence[Path]) -> None:
         raise SystemExit(f"error: --attention: {path} is a video; only photos show attention.")
 
 
+def _tell_what_stood_in(names: dict[str, str]) -> None:
+    """Says in one line which known names stand in for those that the model does not know."""
+    pairs = [f"'{known}' for '{name}'" for name, known in islice(names.items(), 8)]
+    if len(names) > len(pairs):
+        pairs.append(f"and {len(names) - len(pairs)} more")
+    if pairs:
+        tell(one_line(f"--vocabulary: known names stand in: {', '.join(pairs)}."))
+
+
 def output_folder(args: argparse.Namespace, paths: Sequence[Path]) -> OutputFolder:
     """Makes the folder, or exits if an output would replace a file that the command names."""
     given = [args.config_file, args.proposals, args.compare, args.vocabulary]
@@ -85,6 +95,7 @@ def prepare(args: argparse.Namespace, paths: Sequence[Path], output: Path) -> Ru
         raise SystemExit(
             f"error: the package {error.name} is missing: pip install regionspot_d2[demo]"
         ) from error
+    _tell_what_stood_in(predictor.stood_in)
     if args.attention:
         _check_attention(predictor.model.region_head, paths)
     source = choose_source(args, predictor.model)

@@ -82,3 +82,18 @@ class DenseEfficientNetLite(nn.Module):
         classifier = network._fc
         logits = F.conv2d(top, classifier.weight[:, :, None, None], classifier.bias)
         return [F.interpolate(x, scale_factor=2), sixteenth, F.avg_pool2d(eighth, 2)], logits
+
+    @torch.no_grad()
+    def ideal_logits(self, largest: float) -> Tensor:
+        """The logits of an image of each class, as far as the last layer tells: (1000, 1000).
+
+        The features that speak for a class more than any others of their length are its row of
+        the last layer's weights.
+
+        Args:
+            largest: the mean logit of the image's own class, without bias.
+        """
+        network: Any = self.network
+        weight: Tensor = network._fc.weight
+        features = F.normalize(weight, dim=1) * (largest / weight.norm(dim=1).mean())
+        return features @ weight.T + network._fc.bias

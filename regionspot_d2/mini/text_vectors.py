@@ -1,7 +1,8 @@
-"""CLIP's text embeddings of the names of four vocabularies, computed beforehand."""
+"""Text embeddings of the names that the mini model knows."""
 
 from __future__ import annotations
 
+import copy
 import difflib
 import io
 import re
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..data.datasets.vocabularies import VOCABULARIES, class_synonyms
 from ..files import fingerprint
 from .packages import DETIC
+from .words import KnownWords, plain
 
 # Detic's files (Apache-2.0): CLIP ViT-B/32's vectors of "a {name}".
 _VECTORS = {
@@ -36,16 +38,17 @@ def package_vectors(vocabulary: str) -> Tensor:
 
 
 class TextVectors:
-    """Looks names up among the classes of LVIS, COCO, Objects365 and OpenImages.
+    """Looks names up among the classes of LVIS, COCO, Objects365, OpenImages and ImageNet.
 
     Case, underscores, hyphens, slashes and parentheses do not matter. Class names come first
     ("mouse"); then class names without the part in parentheses ("drum" for
     "drum_(musical_instrument)"); then synonyms, with and without it. Where several classes share a
-    name, in one vocabulary or in several, the answer is the mean of their vectors.
+    name, in one vocabulary or in several, the answer is the mean of their vectors. For a name that
+    is none of these, :class:`~regionspot_d2.mini.words.KnownWords` finds one that stands in.
 
     Attributes:
         dim: width of a vector.
-        mean: (dim,), the mean of the vectors of all classes.
+        mean: (dim,), the mean of the vectors of all classes but those of :meth:`extended`.
         fingerprint: changes with the names and the vectors.
     """
 
@@ -58,22 +61,14 @@ class TextVectors:
         vectors = F.normalize(vectors.float(), dim=1)
         self.dim = vectors.shape[1]
         self.mean = vectors.mean(0)
-        self._vectors = vectors
+        self._vectors = vectors[:0]
         self._rows: dict[str, list[int]] = {}
-        for synonyms in (False, True):
-            for plain in (_plain, _without_brackets):
-                level: dict[str, list[int]] = {}
-                for row, names in enumerate(classes):
-                    for name in dict.fromkeys(map(plain, names[1:] if synonyms else names[:1])):
-                        level.setdefault(name, []).append(row)
-                # A name belongs to the first level that knows it.
-                self._rows = level | self._rows
-        rows = repr(sorted(self._rows.items()))
-        self.fingerprint = fingerprint([("vectors", vectors)], rows)[:16]
+        self._ambiguous: set[str] = set()
+        self._add(classes, vectors)
 
     @classmethod
     def from_package(cls) -> TextVectors:
-        """All four vocabularies.
+        """The four vocabularies.
 
         Raises:
             WeightsNotFoundError: the package of their vectors is unavailable.
@@ -81,41 +76,78 @@ class TextVectors:
         classes = [names for name in VOCABULARIES for names in class_synonyms(name)]
         return cls(classes, torch.cat([package_vectors(name) for name in VOCABULARIES]))
 
+    def extended(self, classes: Sequence[Sequence[str]], vectors: Tensor) -> TextVectors:
+        """A copy that knows more classes; whatever had a vector before keeps it.
+
+        Args:
+            classes, vectors: as for the constructor.
+        """
+        more = copy.copy(self)
+        more._add(classes, F.normalize(vectors.float(), dim=1))
+        return more
+
+    def _add(self, classes: Sequence[Sequence[str]], vectors: Tensor) -> None:
+        rows, ambiguous = dict(self._rows), set(self._ambiguous)
+        for synonyms in (False, True):
+            for spelled in (plain, _without_brackets):
+                level: dict[str, list[int]] = {}
+                for row, names in enumerate(classes, start=len(self._vectors)):
+                    for name in dict.fromkeys(map(spelled, names[1:] if synonyms else names[:1])):
+                        level.setdefault(name, []).append(row)
+                if spelled is _without_brackets:
+                    ambiguous |= level.keys() - rows.keys()
+                # A name belongs to the first level that knows it.
+                rows = level | rows
+        self._vectors = torch.cat([self._vectors, vectors])
+        self._rows, self._ambiguous = rows, ambiguous
+        self._words = KnownWords(rows, ambiguous)
+        # The rules by which names stand in are part of what a name means.
+        meanings = repr([sorted(rows.items()), sorted(ambiguous), self._words.fingerprint])
+        self.fingerprint = fingerprint([("vectors", self._vectors)], meanings)[:16]
+
+    def known_names(self, names: Sequence[str]) -> list[str]:
+        """For each name the one whose vector it gets: itself if it is known, else its stand-in.
+
+        Raises:
+            ValueError: nothing stands in for a name; the message has similar known ones.
+        """
+        found = [n if plain(n) in self._rows else self._words.stand_in(n) for n in names]
+        unknown = [name for name, known in zip(names, found) if known is None]
+        if unknown:
+            raise ValueError(self._advice(unknown))
+        return [name for name in found if name is not None]
+
     def __call__(self, names: Sequence[str]) -> Tensor:
         """Embeds names: (len(names), dim), float32, rows of unit length.
 
         Raises:
-            ValueError: a name is unknown; the message has similar known ones.
+            ValueError: as :meth:`known_names`.
         """
-        unknown = [name for name in names if _plain(name) not in self._rows]
-        if unknown:
-            raise ValueError(self._advice(unknown))
-        found = [self._vectors[self._rows[_plain(name)]].mean(0) for name in names]
+        rows = [self._rows[plain(name)] for name in self.known_names(names)]
+        found = [self._vectors[row].mean(0) for row in rows]
         return F.normalize(torch.stack(found), dim=1) if found else self._vectors[:0]
 
     def _advice(self, unknown: Sequence[str]) -> str:
         lines = []
         for name in unknown[:5]:
-            plain = _plain(name)
-            # "my old cat" is not close to "cat" by its letters.
-            words = [word for word in plain.split() if word in self._rows]
-            close = dict.fromkeys(words + difflib.get_close_matches(plain, self._rows, n=4))
+            # "cricket bat" is not close to "bat" by its letters, nor "red bag" to "paper bag".
+            words = plain(name).split()
+            close = [word for word in words if word in self._rows]
+            close += difflib.get_close_matches(plain(name), self._rows, n=4)
+            close += [known for known in self._rows if words and known.split()[-1:] == words[-1:]]
+            close = list(dict.fromkeys(close))[:6]
             lines.append(
                 f"'{name:.60}': " + (f"close: {', '.join(close)}" if close else "none close")
             )
         if len(unknown) > len(lines):
             lines.append(f"and {len(unknown) - len(lines)} more")
         return (
-            "The mini model knows the class names and synonyms of LVIS, COCO, Objects365 and "
-            "OpenImages, but not "
+            "The mini model knows the class names and synonyms of LVIS, COCO, Objects365, "
+            "OpenImages and ImageNet, but not "
             + "; ".join(lines)
             + ". Configs with a CLIP text encoder, e.g. configs/regionspot_L.yaml, take any name."
         )
 
 
-def _plain(name: str) -> str:
-    return " ".join(re.findall(r"[^\W_]+", name.casefold()))
-
-
 def _without_brackets(name: str) -> str:
-    return _plain(re.sub(r"\([^)]*\)", " ", name))
+    return plain(re.sub(r"\([^)]*\)", " ", name))

@@ -217,6 +217,16 @@ class VisionLanguageModel(FrozenModule, ABC):
         """What of image tokens (..., W) groups cells that belong together; by default all of it."""
         return image_tokens
 
+    def known_names(self, texts: list[str]) -> list[str]:
+        """For each text the one that :meth:`encode_text` takes it for; by default itself.
+
+        A text side that knows only some names may let one of them stand in for others.
+
+        Raises:
+            ValueError: the model cannot encode one of the texts.
+        """
+        return list(texts)
+
     @abstractmethod
     def encode_text(self, texts: list[str]) -> Tensor:
         """Encodes any number of texts: (len(texts), D), float32, not normalized.

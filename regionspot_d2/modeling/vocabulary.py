@@ -120,6 +120,7 @@ class TextEmbedder:
         self._max_disk_bytes = max_disk_bytes
         self._recent: OrderedDict[tuple[torch.device, tuple[str, ...]], Tensor] = OrderedDict()
         self._lock = Lock()
+        self._stood_in: OrderedDict[tuple[str, ...], dict[str, str]] = OrderedDict()
 
     @classmethod
     def from_config(cls, cfg: CfgNode, vision_language: VisionLanguageModel) -> TextEmbedder:
@@ -144,18 +145,55 @@ class TextEmbedder:
         if words is None:  # not locked: threads with other vocabularies need not wait
             check_names(names, repeats=True)
             words = self._load(tuple(map(self._words, names))).to(device)
-        with self._lock:
-            self._recent[key] = words
-            self._recent.move_to_end(key)  # the last to go
-            if len(self._recent) > _MAX_VOCABULARIES:
-                self._recent.popitem(last=False)
+        self._remember(self._recent, key, words)
         return words
+
+    def _remember(self, recent: OrderedDict[Any, Any], key: Any, value: Any) -> None:
+        with self._lock:
+            recent[key] = value
+            recent.move_to_end(key)  # the last to go
+            if len(recent) > _MAX_VOCABULARIES:
+                recent.popitem(last=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=Lock())
+
+    def stood_in(self, names: Sequence[str]) -> dict[str, str]:
+        """The names that the model does not know, each with the known one that stands in for it.
+
+        Raises:
+            ValueError: the model cannot encode a name.
+        """
+        key = tuple(names)
+        with self._lock:
+            found = self._stood_in.get(key)
+        if found is None:
+            words = list(map(self._words, names))
+            pairs = zip(names, words, self._model.known_names(words))
+            found = {name: known for name, word, known in pairs if known != word}
+        self._remember(self._stood_in, key, found)
+        return dict(found)
+
+    def check_apart(self, names: Sequence[str]) -> None:
+        """Checks that no name has the embedding of another because a known one stands in for it.
+
+        Raises:
+            ValueError: two names would share every score, or the model cannot encode a name.
+        """
+        stood_in = self.stood_in(names)
+        embeddings = self(names) if stood_in else None
+        for place, name in enumerate(names):
+            if embeddings is None or name not in stood_in:
+                continue
+            same = (embeddings == embeddings[place]).all(1).nonzero().flatten().tolist()
+            for other in (names[index] for index in same if index != place):
+                raise ValueError(
+                    f"The vocabulary has '{other}' and '{name}', which both go by "
+                    f"'{stood_in[name]}' and would share every score. Remove one."
+                )
 
     def _load(self, names: tuple[str, ...]) -> Tensor:
         if self._folder is None:

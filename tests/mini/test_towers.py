@@ -169,10 +169,10 @@ def test_no_names_no_rows(names):
 
 def test_an_unknown_name_comes_with_close_ones_and_a_way_out(names):
     with pytest.raises(ValueError) as error:
-        names(["mouse", "mousse", "old rodent", "zebra"])
+        names(["mouse", "mousse", "rodent trap", "zebra"])
     message = str(error.value)
     assert "'mousse': close: mouse" in message
-    assert "'old rodent': close: rodent" in message
+    assert "'rodent trap': close: rodent" in message
     assert "'zebra': none close" in message
     assert "'mouse':" not in message
     assert "configs/regionspot_L.yaml" in message
@@ -327,6 +327,22 @@ def test_vocabularies_are_whole_and_all_their_names_have_vectors(mini):
         torch.testing.assert_close(vectors.norm(dim=1), torch.ones(sizes[name]))
 
 
+def test_the_predictor_says_which_known_names_stood_in(predictor, chelsea):
+    predictor = RegionSpotPredictor(predictor.model)
+    assert predictor.stood_in == {}
+    predictor.set_image(chelsea)
+    predictor.predict(boxes=[[0, 0, 451, 300]], vocabulary=["two red mugs", "a cat", "dog"])
+    assert predictor.stood_in == {"two red mugs": "mug", "a cat": "cat"}
+    for one, other in [("cat", "cats"), ("two mugs", "red mug"), ("couches", "couch")]:
+        with pytest.raises(ValueError, match=f"'{one}' and '{other}'|'{other}' and '{one}'"):
+            predictor.predict(boxes=[[0, 0, 9, 9]], vocabulary=["dog", one, other])
+    # The vocabulary that was refused is not set.
+    assert predictor.stood_in == {"two red mugs": "mug", "a cat": "cat"}
+    for name in VOCABULARIES:
+        predictor.set_vocabulary(known_vocabulary(name))
+        assert predictor.stood_in == {}
+
+
 def test_synonyms_and_spellings_lead_to_the_same_vector(mini):
     for one, other in [
         ("aerosol_can", "spray can"),
@@ -360,6 +376,19 @@ def test_imagenet_classes_lie_at_their_names(mini):
     nearest = (vectors[[285, 340, 954]] @ words.T).argmax(1).tolist()
     assert [coco[index] for index in nearest] == ["cat", "zebra", "banana"]
     assert not vectors[972].any()
+
+
+def test_breeds_of_dogs_are_told_from_cats_and_do_not_hide_dogs(mini, chelsea):
+    names = ["golden retriever", "Labrador retriever", "dog", "tabby cat", "cliff"]
+    words = mini.encode_text(names)
+    assert words.unique(dim=0).shape == (5, 512)
+    [found] = PooledRegionHead(vision_language=mini)(
+        [], mini([chelsea]), [torch.tensor([[0.0, 0, 1, 1]])]
+    )
+    assert (found @ words.T).argmax() == names.index("tabby cat")
+    # An image of a retriever, as the classifier knows it, is more of a dog than of one breed.
+    kinds = imagenet_vectors(mini.text_vectors)
+    assert (words @ kinds[207]).argmax() == names.index("dog")
 
 
 def test_dense_answers_average_to_the_package_s_own(small):
