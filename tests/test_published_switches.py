@@ -41,7 +41,9 @@ def small_head() -> RegionSpotHead:
 
 
 @pytest.mark.parametrize(
-    "reduction, formula", [("images", published_loss), ("regions", our_loss)], ids=str
+    "reduction, formula",
+    [("images", published_loss), ("regions", our_loss)],
+    ids=["images", "regions"],
 )
 @pytest.mark.parametrize("seed", range(6))
 def test_the_loss_is_that_of_its_formula(reduction, formula, seed):

@@ -320,6 +320,10 @@ def test_tokens_are_extracted_once_and_give_the_same_loss(cfg, caplog, monkeypat
     cached.INPUT.CACHED_IMAGE_SIZE = 32
     with pytest.raises(ConfigError, match="CACHED_IMAGE_SIZE is 32, .* 64 x 64"):
         train(cached)
+    cached.INPUT.CACHED_IMAGE_SIZE, cached.INPUT.ZOOM_TRAIN, cached.MODEL.ZOOM = 64, True, 2.0
+    with pytest.raises(ConfigError, match="leaves no details for INPUT.ZOOM_TRAIN"):
+        RegionSpotTrainer(cached)
+    cached.INPUT.ZOOM_TRAIN = False
     cached.INPUT.CACHED_IMAGE_SIZE = 64
     # Large datasets are not extracted implicitly.
     monkeypatch.setattr("regionspot_d2.engine.trainer.MAX_IMAGES_EXTRACTED", 3)

@@ -258,6 +258,11 @@ def _prepare_token_caches(cfg: CfgNode, model: RegionSpot) -> None:
             f"INPUT.CACHED_IMAGE_SIZE is {side}, but {cfg.MODEL.VISION_LANGUAGE.ARCH} takes images "
             f"of {height} x {width}: set it to {max(height, width)}, or to 0 for no resizing."
         )
+    if side and cfg.INPUT.ZOOM_TRAIN and cfg.MODEL.ZOOM:
+        raise ConfigError(
+            f"INPUT.CACHED_IMAGE_SIZE is {side}, which leaves no details for INPUT.ZOOM_TRAIN: set "
+            "it to 0."
+        )
     for name in (n for n in cfg.DATASETS.TRAIN if not has_tokens(cfg.INPUT.TOKEN_CACHE, n)):
         if (images := len(DatasetCatalog.get(name))) > MAX_IMAGES_EXTRACTED:
             raise ConfigError(
