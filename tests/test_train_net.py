@@ -322,7 +322,7 @@ def test_tokens_are_extracted_once_and_give_the_same_loss(cfg, caplog, monkeypat
         train(cached)
     cached.INPUT.CACHED_IMAGE_SIZE, cached.INPUT.ZOOM_TRAIN, cached.MODEL.ZOOM = 64, True, 2.0
     with pytest.raises(ConfigError, match="leaves no details for INPUT.ZOOM_TRAIN"):
-        RegionSpotTrainer(cached)
+        train(cached)
     cached.INPUT.ZOOM_TRAIN = False
     cached.INPUT.CACHED_IMAGE_SIZE = 64
     # Large datasets are not extracted implicitly.
