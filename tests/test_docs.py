@@ -82,7 +82,7 @@ def test_links_scripts_and_configs_exist(document):
         assert (ROOT / config).is_file(), f"{document.name} names {config}"
 
 
-class Parsed(Exception):
+class Parsed(BaseException):
     """Ends a script once it has parsed its command line."""
 
 

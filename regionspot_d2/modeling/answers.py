@@ -293,8 +293,9 @@ def localize(
     """Runs the localizer's decoder on the regions of each image, if head or masks need it."""
     found = []
     for i, (prompt, size) in enumerate(zip(prompts, encoded.image_sizes)):
-        # The box of a point is that of its mask.
-        needs_masks = with_masks or prompt.boxes_need_masks or head.mask_size is not None
+        # The box of a point is that of its mask, unless the localizer's masks are often too small.
+        by_masks = prompt.boxes_need_masks and encoded.localizer.masks_are_fine
+        needs_masks = with_masks or by_masks or head.mask_size is not None
         masks = logits = head_masks = None
         if needs_masks or head.needs_localizer:
             tokens, logits = encoded.localizer.localize(
@@ -303,7 +304,7 @@ def localize(
         else:
             width = encoded.localizer.token_dim
             tokens = encoded.vision_language.logit_scale.new_zeros(len(prompt), width)
-        if prompt.boxes_need_masks and logits is not None:
+        if by_masks and logits is not None:
             scale = min(1.0, _POINT_BOX_SIDE / max(size))
             height, width = (max(1, round(length * scale)) for length in size)
             masks = encoded.localizer.full_size_masks(logits, size, (height, width))

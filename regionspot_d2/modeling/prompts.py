@@ -10,13 +10,17 @@ import torch
 from detectron2.structures import BitMasks, Boxes
 from torch import Tensor
 
+# Without a mask, the least side of the box of points, as a share of the image's longer side.
+_CLICK_SHARE = 0.25
+
 
 class Prompts(ABC):
     """R regions of one image, in pixels of that image.
 
     Attributes:
         parts: the same regions in groups of one kind, in order.
-        boxes_need_masks: whether :meth:`boxes` reads the masks that a localizer found.
+        boxes_need_masks: whether :meth:`boxes` reads the masks that a localizer found, if they are
+            better than none.
     """
 
     boxes_need_masks: bool = False
@@ -91,11 +95,19 @@ class PointPrompts(Prompts):
         """The boxes of the masks, widened to hold the points on their regions.
 
         A poor mask leaves such points out. Where a mask is empty, the points are all that is known;
-        where there are only background points besides, the box is all zero.
+        where there are only background points besides, the box is all zero. Without masks, it is
+        the box of the points, widened to a share of the image.
         """
-        if masks is None:
-            raise ValueError("The box of a point is the box of its mask; pass the masks with it.")
         height, width = image_size
+        if masks is None:
+            on_region = (self.labels == 1)[..., None]
+            first = self.points.masked_fill(~on_region, torch.inf).amin(1)
+            last = self.points.masked_fill(~on_region, -torch.inf).amax(1)
+            least = (_CLICK_SHARE * max(image_size) - (last - first)).clamp(min=0) / 2
+            around = torch.cat([first - least, last + least], dim=1)
+            boxes = Boxes(around.where(around.isfinite(), around.new_zeros(())))
+            boxes.clip(image_size)
+            return boxes
         found = BitMasks(masks).get_bounding_boxes().to(masks.device)
         found.scale(width / masks.shape[2], height / masks.shape[1])
         has_mask = masks.flatten(1).any(1)[:, None]
