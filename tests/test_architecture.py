@@ -51,7 +51,8 @@ RULES = (
     # The root: every other module may stand on these.
     Rule("files config safe_loading stopping", ""),
     Rule("arrays logits", "", "torch numpy"),
-    Rule("model_zoo journal", "files"),
+    Rule("model_zoo", "config"),
+    Rule("journal", "files"),
     Rule("checkpoint", "files safe_loading modeling.interfaces modeling.regionspot"),
     # What a part is, and the arithmetic between the parts: torch and Detectron2's structures only.
     Rule("modeling.prompts modeling.lazy_masks", "", TORCH),

@@ -15,8 +15,8 @@ from detectron2.config import CfgNode
 
 from ..data.datasets.vocabularies import VOCABULARIES
 from ..files import sha256_of_file
+from ..model_zoo import MODELS, get_config_file
 
-_CONFIG_FILE = Path(__file__).parents[2] / "configs" / "mini" / "regionspot_mini.yaml"
 # Options that change the results of an image, besides the config, the vocabulary and the file
 # of --proposals.
 _DECISIVE = (
@@ -24,13 +24,15 @@ _DECISIVE = (
 )
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Names regions of photos and videos.")
+def argument_parser(program: str | None = None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(program, description="Names regions of photos and videos.")
     add = parser.add_argument
     add(
         "--config-file",
-        default=str(_CONFIG_FILE),
-        help="model to use; by default the small one that needs no download from a model hub",
+        default="mini",
+        metavar="FILE|NAME",
+        help=f"model to use: a config, or {'|'.join(MODELS)}; by default mini, the small one that "
+        "needs no download from a model hub",
     )
     add(
         "--input",
@@ -94,8 +96,8 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
     add("--detector-weights", metavar="FILE|URL", help="by default the zoo's, for a name in it")
 
 
-def parse_arguments(arguments: Iterable[str]) -> argparse.Namespace:
-    parser = argument_parser()
+def parse_arguments(arguments: Iterable[str], program: str | None = None) -> argparse.Namespace:
+    parser = argument_parser(program)
     # argparse takes "-5,10,20,30" for an option; a leading space avoids that, and float() skips it.
     args = parser.parse_args([re.sub(r"^(-[\d.]+,)", r" \1", text) for text in arguments])
     sources = [args.boxes or args.points, args.proposals, args.detector_config]
@@ -113,6 +115,8 @@ def parse_arguments(arguments: Iterable[str]) -> argparse.Namespace:
     for option in ("config_file", "output", "proposals", "detector_weights"):
         value = vars(args)[option]
         vars(args)[option] = value and os.path.expanduser(value)
+    if args.config_file in MODELS:
+        args.config_file = get_config_file(args.config_file)
     return args
 
 

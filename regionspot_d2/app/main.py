@@ -204,8 +204,12 @@ def run_demo(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, program: str | None = None) -> int:
     """Runs the demo.
+
+    Args:
+        arguments: the command line, by default that of this process.
+        program: how the command is called, for its messages.
 
     Returns:
         The exit status: 1 if an image failed, 130 after Ctrl-C or SIGTERM.
@@ -217,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # not so in a notebook
             # A terminal that has no letter for a name shows its number.
             stream.reconfigure(errors="backslashreplace")
-    args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    args = parse_arguments(sys.argv[1:] if arguments is None else arguments, program)
     setup_logger(name="regionspot_d2")
     try:
         with stoppable():
