@@ -22,9 +22,9 @@ def _name(arguments: Sequence[str]) -> int:
 
 
 def _models(arguments: Sequence[str]) -> int:
-    argparse.ArgumentParser("regionspot models", description="Lists the models by name.").parse_args(
-        arguments
-    )
+    argparse.ArgumentParser(
+        "regionspot models", description="Lists the models by name."
+    ).parse_args(arguments)
     from regionspot_d2.model_zoo import MODELS
 
     for name, (_, what) in MODELS.items():

@@ -22,8 +22,8 @@ from .source import (
 MODULES = package_modules()
 
 # Without mini/ and app/, which stand on their own. A larger number needs a reason that is as large.
-MAX_MODULES = 61
-MAX_LINES = 11300
+MAX_MODULES = 63
+MAX_LINES = 11550
 MAX_MODULE_LINES = 320
 MAX_FUNCTION_LINES = 60
 
@@ -101,11 +101,12 @@ RULES = (
     Rule("evaluation", "files safe_loading data evaluation"),
     # What runs them all.
     Rule("engine", "files safe_loading stopping config checkpoint modeling data evaluation engine"),
-    Rule("predictor", "files checkpoint data.images modeling"),
+    Rule("pretrained", "files config safe_loading model_zoo modeling.interfaces engine.config"),
+    Rule("predictor", "files checkpoint data.images modeling pretrained"),
     Rule(
         "app",
-        "files logits safe_loading stopping config checkpoint model_zoo journal predictor modeling "
-        "data engine app",
+        "files logits safe_loading stopping config checkpoint model_zoo journal predictor "
+        "pretrained modeling data engine app",
     ),
     # The embedded default: nobody but the package itself, which registers it, imports it.
     Rule("mini", f"files data.datasets {CONTRACTS} modeling.region_head modeling.sam mini"),

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-import torch
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
@@ -21,6 +20,7 @@ from ..files import write_atomically
 from ..journal import Journal, JournalError, JournalFullError
 from ..modeling import RegionHead
 from ..predictor import RegionSpotPredictor
+from ..pretrained import check_device
 from ..stopping import INTERRUPTED, stoppable
 from .arguments import parse_arguments, settings
 from .inputs import find_inputs, read_vocabulary, tell
@@ -29,15 +29,6 @@ from .results import OtherResults, table, to_coco
 from .run import Run, write_line
 from .sources import choose_source
 from .video import Video, VideoReadError
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    # PyTorch raises AssertionError where it was built without CUDA.
-    except (AssertionError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise SystemExit(f"error: MODEL.DEVICE {device}: {reason}") from error
 
 
 def _check_attention(head: RegionHead, paths: Sequence[Path]) -> None:
@@ -84,7 +75,7 @@ def prepare(args: argparse.Namespace, paths: Sequence[Path], output: Path) -> Ru
     other = OtherResults(args.compare) if args.compare else None
     try:
         cfg = load_config(args.config_file, args.opts, training=False)
-        _check_device(cfg.MODEL.DEVICE)
+        check_device(cfg.MODEL.DEVICE)
         vocabulary = read_vocabulary(args.vocabulary)
         predictor = RegionSpotPredictor(cfg, vocabulary=vocabulary)
     except (KeyError, OSError, RuntimeError, ValueError) as error:
