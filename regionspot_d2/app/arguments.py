@@ -16,6 +16,7 @@ from detectron2.config import CfgNode
 from ..data.datasets.vocabularies import VOCABULARIES
 from ..files import sha256_of_file
 from ..model_zoo import MODELS, get_config_file
+from .formats import FORMATS
 
 # Options that change the results of an image, besides the config, the vocabulary and the file
 # of --proposals.
@@ -41,19 +42,14 @@ def argument_parser(program: str | None = None) -> argparse.ArgumentParser:
         metavar="PATH",
         help="photos, videos, globs, or folders of photos",
     )
-    add(
-        "--output",
-        default="output/demo",
-        metavar="FOLDER",
-        help="for pictures and json, by default output/demo",
-    )
+    _add_outputs(parser)
     _add_sources(parser)
     add(
         "--vocabulary",
         default="lvis",
         metavar="NAMES",
-        help=f"{'|'.join(VOCABULARIES)}, or names separated by commas, or a text file with one "
-        "name per line",
+        help=f"{'|'.join(VOCABULARIES)}, names, and @FILE with one name per line, separated by "
+        "commas",
     )
     add("--confidence-threshold", type=_share, default=0.0, help="drop names with a lower score")
     add("--topk", type=int, default=1, help="names per region")
@@ -67,6 +63,25 @@ def argument_parser(program: str | None = None) -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="continue a run that was stopped in --output")
     add("--opts", nargs=argparse.REMAINDER, default=[], help="config changes: KEY VALUE ...")
     return parser
+
+
+def _add_outputs(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("results, besides results.json in COCO format").add_argument
+    add(
+        "--output",
+        default="output/demo",
+        metavar="FOLDER",
+        help="for pictures and results, by default output/demo",
+    )
+    add("--no-pictures", action="store_true", help="draw nothing: no picture, no video")
+    add(
+        "--format",
+        nargs="+",
+        choices=list(FORMATS),
+        default=[],
+        help="also write the boxes as YOLO (data.yaml, labels/), Pascal VOC (annotations/) or "
+        "results.csv",
+    )
 
 
 def _add_sources(parser: argparse.ArgumentParser) -> None:
@@ -110,6 +125,9 @@ def parse_arguments(arguments: Iterable[str], program: str | None = None) -> arg
     for option, value in [("every", args.every), ("topk", args.topk)]:
         if value < 1:
             parser.error(f"--{option} {value}: 1 or more is expected")
+    for option in ("attention", "compare"):
+        if args.no_pictures and vars(args)[option]:
+            parser.error(f"--{option} is a picture, and --no-pictures draws none")
     if not args.output:
         parser.error("--output is empty; a folder is expected")
     for option in ("config_file", "output", "proposals", "detector_weights"):
