@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 
 _COMMANDS = {
@@ -44,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=list(_COMMANDS), metavar="COMMAND")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
+    # Of libraries that others import; nothing that a reader could do about them.
+    for message in ("`torch.jit.script` is deprecated", "pkg_resources is deprecated"):
+        warnings.filterwarnings("ignore", message)
     run = {"name": _name, "models": _models}[args.command]
     try:
         return run(args.arguments)
