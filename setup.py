@@ -47,7 +47,7 @@ REQUIREMENTS = [
 ]
 
 EXTRAS = {
-    "demo": ["matplotlib", "scikit-image"],
+    "demo": ["matplotlib", "scikit-image", "supervision"],
     "dev": [
         "black",
         "hypothesis",
@@ -95,10 +95,16 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.10",
-    packages=find_packages(include=["regionspot_d2*"]),
+    packages=[*find_packages(include=["regionspot_d2*"]), "regionspot_d2.configs"],
+    # The configs are in the wheel without being twice in the repository; model_zoo finds both.
+    package_dir={"regionspot_d2.configs": "configs"},
     package_data={
-        "regionspot_d2": ["py.typed", *(f"**/*.{e}" for e in ("json", "md", "safetensors", "txt"))]
+        "regionspot_d2": ["py.typed", *(f"**/*.{e}" for e in ("json", "md", "safetensors", "txt"))],
+        "regionspot_d2.configs": ["**/*.yaml"],
     },
+    # Beside the package, which takes seconds to import.
+    py_modules=["regionspot_cli"],
+    entry_points={"console_scripts": ["regionspot = regionspot_cli:main"]},
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
 )

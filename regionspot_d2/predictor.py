@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +16,11 @@ from .checkpoint import build_regionspot
 from .data.images import MAX_PIXELS, ImageLike, as_image_tensor
 from .modeling.answers import EncodedImages
 from .modeling.everything import Search, name_everything
-from .modeling.interfaces import image_size_of
 from .modeling.panoptic import panoptic_segments
-from .modeling.prompts import BoxPrompts
-from .modeling.questions import as_boxes, as_count, as_prompts, check_lists
+from .modeling.questions import as_count, as_prompts, box_batches
 from .modeling.regionspot import RegionSpot
 from .modeling.vocabulary import check_names
+from .pretrained import read_pretrained, write_pretrained
 
 
 class RegionSpotPredictor:
@@ -28,7 +28,7 @@ class RegionSpotPredictor:
 
     Example::
 
-        predictor = RegionSpotPredictor(cfg)
+        predictor = RegionSpotPredictor.from_pretrained("mini")
         predictor.set_image("street.jpg")
         found = predictor.predict(boxes=[[10, 20, 200, 300]], vocabulary=["dog", "bicycle"])
         print(predictor.vocabulary[found.pred_classes[0]], float(found.scores[0]))
@@ -46,19 +46,40 @@ class RegionSpotPredictor:
         """
         # Of image files; see INPUT.MAX_PIXELS.
         self.max_pixels: int = MAX_PIXELS
+        self._cfg: CfgNode | None = None
         if isinstance(model, CfgNode):
-            cfg, model = model, build_regionspot(model)
-            self.max_pixels = cfg.INPUT.MAX_PIXELS
+            self._cfg, model = model.clone(), build_regionspot(model)
+            self.max_pixels = self._cfg.INPUT.MAX_PIXELS
         if not isinstance(model, RegionSpot):
             raise ValueError(
                 f"model is of the type {type(model).__name__}; a config, as "
                 "regionspot_d2.engine.load_config reads it, or a RegionSpot is expected."
             )
         self.model: RegionSpot = model.eval()
-        self.vocabulary: list[str] = []
-        if vocabulary is not None:
-            self.set_vocabulary(vocabulary)
+        self.vocabulary: list[str] = [] if vocabulary is None else self._names(vocabulary)
         self._encoded: EncodedImages | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        device: str | torch.device | None = None,
+        vocabulary: Sequence[str] | None = None,
+        zoom: float | None = None,
+    ) -> RegionSpotPredictor:
+        """Builds a predictor from a name such as "mini", a config, or a folder.
+
+        Args:
+            source, device, zoom: as for :func:`~regionspot_d2.pretrained.read_pretrained`.
+            vocabulary: class names for questions that bring none; by default the folder's.
+        """
+        cfg, names = read_pretrained(source, device=device, zoom=zoom)
+        return cls(cfg, vocabulary=names if vocabulary is None else vocabulary)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes model and vocabulary; see :func:`~regionspot_d2.pretrained.write_pretrained`."""
+        write_pretrained(folder, self._cfg, self.model.region_head, self.vocabulary)
 
     def set_vocabulary(self, names: Sequence[str]) -> None:
         """Sets the class names of the calls that follow.
@@ -84,8 +105,7 @@ class RegionSpotPredictor:
         Args:
             image, channels: see :func:`~regionspot_d2.data.images.as_image_tensor`.
         """
-        pixels = self._pixels(image, channels)
-        encoded = self.model.encode([pixels])
+        encoded = self.model.encode([self._pixels(image, channels)])
         # Now rather than in the first question: that is what "set once" promises.
         if not self.model.zoom:
             _ = encoded.image_tokens
@@ -251,14 +271,13 @@ class RegionSpotPredictor:
         batch_size: int = 8,
         zoom: float | None = None,
     ) -> list[Instances]:
-        """Names boxes of many images, of which only ``batch_size`` are held at once.
+        """Names boxes of many images, of any sizes, of which only ``batch_size`` are held at once.
 
         The image of :meth:`set_image` stays set.
 
         Args:
-            images: as for :meth:`set_image`, of any sizes.
             boxes: per image (R, 4) XYXY, pixels of it; R may be 0.
-            channels, vocabulary, topk, zoom: as for :meth:`set_image` and :meth:`predict`.
+            images, channels, vocabulary, topk, zoom: as for :meth:`set_image`, :meth:`predict`.
             batch_size: images that the encoders see together; it does not change results.
 
         Returns:
@@ -271,26 +290,13 @@ class RegionSpotPredictor:
         topk = as_count(topk, "topk", "name per region")
         batch_size = as_count(batch_size, "batch_size", "image")
         names = self._names(vocabulary)
-        check_lists(images, boxes)
         results: list[Instances] = []
-        following = iter(images)
-        while chunk := list(islice(following, batch_size)):
-            pixels, prompts = [], []
-            for number, image in enumerate(chunk, start=len(results)):
-                if number >= len(boxes):
-                    raise ValueError(f"There are more images than the {len(boxes)} with boxes.")
-                try:
-                    pixels.append(self._pixels(image, channels))
-                    prompts.append(BoxPrompts(as_boxes(boxes[number], image_size_of(pixels[-1]))))
-                except ValueError as error:
-                    raise ValueError(f"Image {number}: {error}") from error
-            encoded = self.model.encode(pixels)
+        read = partial(self._pixels, channels=channels)
+        for pixels, prompts in box_batches(images, boxes, read, batch_size):
             answers = self.model.answer(
-                encoded, prompts, with_masks=self.model.with_masks, zoom=zoom
+                self.model.encode(pixels), prompts, with_masks=self.model.with_masks, zoom=zoom
             )
             results += [self.model.name(answer, names, topk=topk) for answer in answers]
-        if len(results) < len(boxes):
-            raise ValueError(f"There are {len(results)} images but boxes for {len(boxes)}.")
         self.vocabulary = names
         return results
 
@@ -306,8 +312,7 @@ class RegionSpotPredictor:
         return self.vocabulary
 
     def _pixels(self, image: ImageLike, channels: str) -> Tensor:
-        pixels = as_image_tensor(image, channels, max_pixels=self.max_pixels)
-        return pixels.to(self.model.device)
+        return as_image_tensor(image, channels, max_pixels=self.max_pixels).to(self.model.device)
 
     def _image(self) -> EncodedImages:
         if self._encoded is not None:

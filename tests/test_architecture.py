@@ -22,8 +22,8 @@ from .source import (
 MODULES = package_modules()
 
 # Without mini/ and app/, which stand on their own. A larger number needs a reason that is as large.
-MAX_MODULES = 61
-MAX_LINES = 11300
+MAX_MODULES = 63
+MAX_LINES = 11550
 MAX_MODULE_LINES = 320
 MAX_FUNCTION_LINES = 60
 
@@ -51,7 +51,8 @@ RULES = (
     # The root: every other module may stand on these.
     Rule("files config safe_loading stopping", ""),
     Rule("arrays logits", "", "torch numpy"),
-    Rule("model_zoo journal", "files"),
+    Rule("model_zoo", "config"),
+    Rule("journal", "files"),
     Rule("checkpoint", "files safe_loading modeling.interfaces modeling.regionspot"),
     # What a part is, and the arithmetic between the parts: torch and Detectron2's structures only.
     Rule("modeling.prompts modeling.lazy_masks", "", TORCH),
@@ -100,11 +101,12 @@ RULES = (
     Rule("evaluation", "files safe_loading data evaluation"),
     # What runs them all.
     Rule("engine", "files safe_loading stopping config checkpoint modeling data evaluation engine"),
-    Rule("predictor", "files checkpoint data.images modeling"),
+    Rule("pretrained", "files config safe_loading model_zoo modeling.interfaces engine.config"),
+    Rule("predictor", "files checkpoint data.images modeling pretrained"),
     Rule(
         "app",
-        "files logits safe_loading stopping config checkpoint model_zoo journal predictor modeling "
-        "data engine app",
+        "files logits safe_loading stopping config checkpoint model_zoo journal predictor "
+        "pretrained modeling data engine app",
     ),
     # The embedded default: nobody but the package itself, which registers it, imports it.
     Rule("mini", f"files data.datasets {CONTRACTS} modeling.region_head modeling.sam mini"),

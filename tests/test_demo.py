@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import runpy
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -111,10 +113,93 @@ def test_pictures_table_and_coco_results(demo, photos, tmp_path, capsys):
     assert annotations[0]["bbox"] == [2, 3, 18, 22]
     assert annotations[2]["bbox"] == [0, 0, 60, 30]  # cut at the edge
     assert annotations[0]["score"] >= annotations[1]["score"]
-    for name, size in [("a.png.png", (60, 40)), ("b.jpg.png", (30, 50))]:
+    for name, size in [("a.png.png", (60, 40)), ("b.jpg.jpg", (30, 50))]:
         assert Image.open(output / name).size == size
     table = capsys.readouterr().out
     assert "2, 3, 20, 25" in table and "2 pictures" in table
+
+
+def test_photos_that_were_jpeg_get_jpeg_pictures(demo, photos, tmp_path):
+    output = tmp_path / "out"
+    arguments = ["--input", photos, "--output", output, "--boxes", "2,3,20,25"]
+    assert demo(*arguments, "--vocabulary", "cat,dog") == 0
+    formats = {path.name: Image.open(path).format for path in output.glob("*.*g")}
+    assert formats == {"a.png.png": "PNG", "b.jpg.jpg": "JPEG"}
+
+
+def test_nothing_is_drawn_where_only_results_are_wanted(
+    demo, photos, video, tmp_path, monkeypatch, images_encoded, capsys
+):
+    monkeypatch.setattr("regionspot_d2.app.run.draw_regions", lambda *_: pytest.fail("drawn"))
+    output = tmp_path / "out"
+    arguments = ["--input", photos / "a.png", video, "--output", output, "--boxes", "2,3,20,25"]
+    arguments += ["--vocabulary", "cat,dog", "--no-pictures"]
+    assert demo(*arguments) == 130  # images_encoded stops it
+    assert demo(*arguments, "--resume") == 0 and len(images_encoded) == 5
+    assert {path.name for path in output.iterdir()} == {"results.json", "results.jsonl"}
+    assert len(results_of(output)["images"]) == 4
+    assert "picture" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        demo(*arguments, "--attention")
+    assert "--attention is a picture" in capsys.readouterr().err
+
+
+def test_formats_hold_the_same_boxes(demo, photos, video, tmp_path, capsys):
+    supervision = pytest.importorskip("supervision")
+    (photos / "other").mkdir()
+    Image.new("RGB", (33, 44)).save(photos / "other" / "a.jpg")
+    Image.new("RGB", (20, 20)).save(photos / "empty.png")
+    file = tmp_path / "boxes.json"
+    boxes = {name: {"boxes": [[2, 3, 20, 25], [0, 0, 9, 9]]} for name in ("a.png", "a.jpg")}
+    boxes |= {"b.jpg": boxes["a.png"], "empty.png": {"boxes": []}}
+    boxes |= {f"clip.avi#{i}": {"boxes": [[0, 0, 9, 9]]} for i in range(3)}
+    file.write_text(json.dumps(boxes))
+    output = tmp_path / "out"
+    arguments = ["--input", photos, photos / "other", video, "--output", output, "--topk", 2]
+    arguments += ["--proposals", file, "--vocabulary", "cat,dog & <bird>"]
+    assert demo(*arguments, "--format", "yolo", "voc", "csv") == 0
+    assert "its boxes are in a-2.txt" in capsys.readouterr().err
+    expected = results_of(output)
+    best = {}
+    for annotation in expected["annotations"]:
+        region = (annotation["image_id"], annotation["region"])
+        best.setdefault(region, annotation["category_id"] - 1)
+
+    paths = {"images_directory_path": str(photos)}
+    yolo = supervision.DetectionDataset.from_yolo(
+        **paths, annotations_directory_path=output / "labels", data_yaml_path=output / "data.yaml"
+    )
+    voc = supervision.DetectionDataset.from_pascal_voc(
+        **paths, annotations_directory_path=str(output / "annotations")
+    )
+    assert yolo.classes == ["cat", "dog & <bird>"] and set(voc.classes) <= set(yolo.classes)
+    for dataset in (yolo, voc):
+        found = {Path(path).name: each for path, each in dataset.annotations.items()}
+        assert set(found) == {"a.png", "b.jpg", "empty.png"}
+        names = [dataset.classes[i] for i in found["a.png"].class_id]
+        assert names == [yolo.classes[best[1, region]] for region in (0, 1)]
+        np.testing.assert_allclose(found["a.png"].xyxy, [[2, 3, 20, 25], [0, 0, 9, 9]], atol=1)
+        assert len(found["empty.png"]) == 0
+    assert (output / "labels" / "clip.avi#2.txt").is_file()
+
+    with (output / "results.csv").open(newline="") as table:
+        rows = list(csv.DictReader(table))
+    assert len(rows) == len(expected["annotations"]) == 2 * (3 * 2 + 3)
+    for row, annotation in zip(rows, expected["annotations"]):
+        assert row["class_name"] == yolo.classes[annotation["category_id"] - 1]
+        assert float(row["confidence"]) == pytest.approx(annotation["score"])
+        x0, y0, width, height = annotation["bbox"]
+        assert float(row["x_max"]) == pytest.approx(x0 + width)
+        assert int(row["region"]) == annotation["region"]
+
+
+def test_formats_without_supervision(demo, photos, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    arguments = ["--input", photos, "--output", tmp_path / "out", "--boxes", "2,3,20,25"]
+    with pytest.raises(SystemExit, match=r"--format csv: the package supervision is missing: pip"):
+        demo(*arguments, "--format", "csv")
+    assert not (tmp_path / "out").exists()
+    assert demo(*arguments, "--vocabulary", "cat,dog") == 0
 
 
 def test_proposals_with_scores_and_a_threshold(demo, photos, tmp_path):
@@ -386,19 +471,21 @@ def test_attention_needs_a_trained_head(demo, photos, video, tmp_path):
 
 
 def test_other_results_are_on_the_left(demo, photos, tmp_path):
+    Image.open(photos / "b.jpg").save(photos / "b.bmp")
+    (photos / "b.jpg").unlink()  # its picture would be jpeg, which changes pixels
     common = ["--input", photos, "--vocabulary"]
     assert demo(*common, "cat,dog", "--boxes", "2,3,20,25", "--output", tmp_path / "other") == 0
     assert demo(*common, "bird,bus", "--boxes", "9,9,29,39", "--output", tmp_path / "plain") == 0
     file = tmp_path / "other" / "results.json"
     content = json.loads(file.read_text())
     content["images"][0]["file_name"] = "elsewhere/a.png"
-    content["images"].pop()  # b.jpg is not in it
+    content["images"].pop()  # b.bmp is not in it
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] == 1]
     file.write_text(json.dumps(content))
 
     both = [*common, "bird,bus", "--boxes", "9,9,29,39", "--output", tmp_path / "both"]
     assert demo(*both, "--compare", file) == 0
-    for name, left in [("a.png", tmp_path / "other" / "a.png.png"), ("b.jpg", photos / "b.jpg")]:
+    for name, left in [("a.png", tmp_path / "other" / "a.png.png"), ("b.bmp", photos / "b.bmp")]:
         picture = pixels(tmp_path / "both" / f"{name}.png")
         left_half, right_half = np.split(picture, 2, axis=1)
         assert contains(left_half, pixels(left)[..., :3])
@@ -589,7 +676,7 @@ def test_a_stopped_run_continues(demo, photos, video, tmp_path, images_encoded, 
     assert run("anew") == 0 and len(images_encoded) == 11
     assert results_of(tmp_path / "out") == results_of(tmp_path / "anew")
     assert resumed.replace("/out", "/anew") == capsys.readouterr().out
-    for name in ("a.png.png", "clip.avi.mp4", "b.jpg.png"):
+    for name in ("a.png.png", "clip.avi.mp4", "b.jpg.jpg"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "anew" / name).read_bytes()
 
     assert run("out", "--resume") == 0 and len(images_encoded) == 11

@@ -61,7 +61,7 @@ def test_a_folder_of_damaged_files(demo, tmp_path, capsys):
     assert sum(int(n) for n in re.findall(r"(\d+) [a-z]", counts[4])) == int(counts[3])
     assert "Traceback" not in out + err and "\x1b[31m" not in out + err
     assert "1 of 63 entries of the folder are left out (1 .txt)" in err
-    pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
+    pictures = [path for path in (tmp_path / "out").iterdir() if path.suffix in (".png", ".jpg")]
     assert len(pictures) == int(counts[1]) and not list((tmp_path / "out").glob("*.partial"))
 
 
@@ -203,9 +203,28 @@ def test_vocabularies_that_may_be_misunderstood(tmp_path, monkeypatch, capsys):
     assert read_vocabulary("~/cat") == ["tiger", "lion"]
 
 
+def test_vocabularies_are_combined(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "words.txt").write_text("Forklift\nwine_glass\n")
+    coco = read_vocabulary("coco")
+    assert read_vocabulary("COCO") == read_vocabulary(" Coco".strip()) == coco
+    assert not capsys.readouterr().err
+    # A name that is there in another spelling is not repeated.
+    assert read_vocabulary("Coco, forklift,Wine-Glass") == [*coco, "forklift"]
+    assert "81 class names, with those of Coco" in capsys.readouterr().err
+    assert read_vocabulary("@words.txt") == ["Forklift", "wine_glass"]
+    combined = read_vocabulary("pallet,@words.txt,coco")
+    assert combined[:3] == ["pallet", "Forklift", "wine_glass"] and len(combined) == 82
+    # Words by hand stay as they are: the predictor refuses one that is given twice.
+    assert read_vocabulary("cat,cat") == ["cat", "cat"]
+
+
 @pytest.mark.parametrize(
     "names, content, message",
     [
+        ("@words", None, "@words: there is no such file"),
+        ("cat,@words.txt", None, "there is no such file 'words.txt'"),
+        ("coco,@.", None, "a folder; a file is expected"),
         ("words.txt", None, "words.txt: there is no such file"),
         ("./words", None, "./words: there is no such file"),
         ("~/words", None, "~/words: there is no such file"),

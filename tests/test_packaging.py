@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import os
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from types import ModuleType
 import pytest
 import yaml
 from detectron2.config import get_cfg
+from PIL import Image
 
 import regionspot_d2
 from regionspot_d2 import add_regionspot_config
@@ -45,11 +47,12 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{module}.py").write_text("raise ImportError('a build must not need this')\n")
     source = folder / "source"
     source.mkdir()
-    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md", "regionspot_cli.py"):
         shutil.copy(ROOT / name, source)
     shutil.copytree(PACKAGE, source / PACKAGE.name)
+    shutil.copytree(ROOT / "configs", source / "configs")
     subprocess.run(
-        [sys.executable, "setup.py", "--quiet", "egg_info", "build", "--build-lib", folder / "lib"],
+        [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", folder / "dist"],
         cwd=source,
         env={"PYTHONPATH": str(folder)},
         check=True,
@@ -57,6 +60,22 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text=True,
     )
     return folder
+
+
+@pytest.fixture(scope="module")
+def installed(build: Path) -> Path:
+    """The folder into which pip installs the wheel that it makes of the source distribution."""
+    [sdist] = (build / "dist").glob("*.tar.gz")
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+        + ["--no-deps", "--no-build-isolation", "--no-index", "--target", build / "site", sdist],
+        cwd=build,
+        env={"PYTHONPATH": str(build), "PATH": os.environ["PATH"], "HOME": str(build)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return build / "site"
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +113,61 @@ def test_the_version_has_a_section_in_the_changelog_and_the_citation() -> None:
     assert newest.group(2) == str(citation["date-released"])
 
 
-def test_the_build_has_every_file_of_the_package_and_nothing_else(build: Path) -> None:
-    def files(root: Path) -> set[str]:
-        found = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
-        return {name for name in found if "__pycache__" not in name}
+def test_what_is_installed_has_every_file_of_the_package_and_nothing_else(installed: Path) -> None:
+    def files(root: Path, pattern: str = "*") -> set[str]:
+        found = {path.relative_to(root) for path in root.rglob(pattern) if path.is_file()}
+        return {path.as_posix() for path in found if "__pycache__" not in path.parts}
 
-    built = files(build / "lib")
-    assert built == {f"regionspot_d2/{name}" for name in files(PACKAGE)}
+    expected = {f"regionspot_d2/{name}" for name in files(PACKAGE)} | {"regionspot_cli.py"}
+    expected |= {f"regionspot_d2/configs/{name}" for name in files(ROOT / "configs", "*.yaml")}
+    found = {name for name in files(installed) if not re.match(r"bin/|.*\.dist-info/", name)}
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "output"),
+    [
+        (["--help"], 0, "name +name regions of photos"),
+        (["nmae"], 2, "invalid choice: 'nmae'"),
+        (["models", "--help"], 0, "usage: regionspot models"),
+    ],
+)
+def test_help_and_mistakes_need_no_torch(build, installed, arguments, status, output) -> None:
+    """Modules of ``build`` stand for torch and detectron2, and for the package, and fail."""
+    done = subprocess.run(
+        [sys.executable, installed / "bin" / "regionspot", *arguments],
+        env={"PYTHONPATH": f"{build}:{installed}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == status and re.search(output, done.stdout + done.stderr)
+
+
+def test_what_is_installed_names_a_photo_from_an_empty_folder(
+    installed: Path, tmp_path: Path
+) -> None:
+    Image.effect_noise((320, 320), 50).convert("RGB").save(tmp_path / "photo.jpg")
+    program = (
+        "import sys, regionspot_cli\n"
+        "status = regionspot_cli.main(['models']) or regionspot_cli.main()\n"
+        "import regionspot_d2\n"
+        f"assert regionspot_d2.__file__.startswith({str(installed)!r})\n"
+        "sys.exit(status)"
+    )
+    words = "name --input photo.jpg --vocabulary coco --boxes 10,20,200,300".split()
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+    )
+    if "which the mini model needs, is unavailable" in done.stderr:
+        pytest.skip("the packages of the mini model are missing")
+    assert done.returncode == 0, done.stderr
+    assert "regionspot_L_336 " in done.stdout and "1 picture and results.json" in done.stdout
+    assert (tmp_path / "output" / "demo" / "photo.jpg.jpg").is_file()
+    assert "Warning" not in done.stderr
 
 
 def test_extras(metadata) -> None:

@@ -15,8 +15,9 @@ from detectron2.config import CfgNode
 
 from ..data.datasets.vocabularies import VOCABULARIES
 from ..files import sha256_of_file
+from ..model_zoo import MODELS, get_config_file
+from .formats import FORMATS
 
-_CONFIG_FILE = Path(__file__).parents[2] / "configs" / "mini" / "regionspot_mini.yaml"
 # Options that change the results of an image, besides the config, the vocabulary and the file
 # of --proposals.
 _DECISIVE = (
@@ -24,13 +25,15 @@ _DECISIVE = (
 )
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Names regions of photos and videos.")
+def argument_parser(program: str | None = None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(program, description="Names regions of photos and videos.")
     add = parser.add_argument
     add(
         "--config-file",
-        default=str(_CONFIG_FILE),
-        help="model to use; by default the small one that needs no download from a model hub",
+        default="mini",
+        metavar="FILE|NAME",
+        help=f"model to use: a config, or {'|'.join(MODELS)}; by default mini, the small one that "
+        "needs no download from a model hub",
     )
     add(
         "--input",
@@ -39,19 +42,14 @@ def argument_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="photos, videos, globs, or folders of photos",
     )
-    add(
-        "--output",
-        default="output/demo",
-        metavar="FOLDER",
-        help="for pictures and json, by default output/demo",
-    )
+    _add_outputs(parser)
     _add_sources(parser)
     add(
         "--vocabulary",
         default="lvis",
         metavar="NAMES",
-        help=f"{'|'.join(VOCABULARIES)}, or names separated by commas, or a text file with one "
-        "name per line",
+        help=f"{'|'.join(VOCABULARIES)}, names, and @FILE with one name per line, separated by "
+        "commas",
     )
     add("--confidence-threshold", type=_share, default=0.0, help="drop names with a lower score")
     add("--topk", type=int, default=1, help="names per region")
@@ -65,6 +63,25 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="continue a run that was stopped in --output")
     add("--opts", nargs=argparse.REMAINDER, default=[], help="config changes: KEY VALUE ...")
     return parser
+
+
+def _add_outputs(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("results, besides results.json in COCO format").add_argument
+    add(
+        "--output",
+        default="output/demo",
+        metavar="FOLDER",
+        help="for pictures and results, by default output/demo",
+    )
+    add("--no-pictures", action="store_true", help="draw nothing: no picture, no video")
+    add(
+        "--format",
+        nargs="+",
+        choices=list(FORMATS),
+        default=[],
+        help="also write the boxes as YOLO (data.yaml, labels/), Pascal VOC (annotations/) or "
+        "results.csv",
+    )
 
 
 def _add_sources(parser: argparse.ArgumentParser) -> None:
@@ -94,8 +111,8 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
     add("--detector-weights", metavar="FILE|URL", help="by default the zoo's, for a name in it")
 
 
-def parse_arguments(arguments: Iterable[str]) -> argparse.Namespace:
-    parser = argument_parser()
+def parse_arguments(arguments: Iterable[str], program: str | None = None) -> argparse.Namespace:
+    parser = argument_parser(program)
     # argparse takes "-5,10,20,30" for an option; a leading space avoids that, and float() skips it.
     args = parser.parse_args([re.sub(r"^(-[\d.]+,)", r" \1", text) for text in arguments])
     sources = [args.boxes or args.points, args.proposals, args.detector_config]
@@ -108,11 +125,16 @@ def parse_arguments(arguments: Iterable[str]) -> argparse.Namespace:
     for option, value in [("every", args.every), ("topk", args.topk)]:
         if value < 1:
             parser.error(f"--{option} {value}: 1 or more is expected")
+    for option in ("attention", "compare"):
+        if args.no_pictures and vars(args)[option]:
+            parser.error(f"--{option} is a picture, and --no-pictures draws none")
     if not args.output:
         parser.error("--output is empty; a folder is expected")
     for option in ("config_file", "output", "proposals", "detector_weights"):
         value = vars(args)[option]
         vars(args)[option] = value and os.path.expanduser(value)
+    if args.config_file in MODELS:
+        args.config_file = get_config_file(args.config_file)
     return args
 
 

@@ -63,38 +63,67 @@ def _images_in(folder: Path, pattern: str) -> list[Path]:
 
 
 def read_vocabulary(names: str) -> list[str]:
-    """The class names that --vocabulary gives: a known set, a file, or names with commas.
+    """The class names that --vocabulary gives, as its help says.
 
-    Says in one line what it understood where that may surprise. Raises a ValueError.
+    Without a comma or "@", what is the name of a file means that file. Says in one line what it
+    understood where that may surprise. Raises a ValueError.
     """
     path = os.path.expanduser(names)
     is_path = names.startswith(("/", "./", "../", "~"))
-    if names in VOCABULARIES:
+    if names.lower() in VOCABULARIES:
         if os.path.exists(names):
             tell(f"--vocabulary {names}: the known class names, not the file here ('./{names}').")
-        return known_vocabulary(names)
+        return known_vocabulary(names.lower())
     if os.path.isfile(path) and (is_path or "," not in names):
         words = _read_names(path, names)
-        if not is_path and not names.lower().endswith(_LIST_SUFFIXES):
+        if not is_path and not _is_list(names):
             tell(
                 f"--vocabulary {names}: read as the file of that name, with {len(words)} class "
                 f"names; for the word, give it with others, separated by commas."
             )
-    elif is_path or ("," not in names and names.lower().endswith(_LIST_SUFFIXES)):
-        fault = "a folder; a file is expected" if os.path.isdir(path) else "there is no such file"
-        raise ValueError(f"--vocabulary {names}: {fault}, with one class name per line.")
+    elif is_path or (names[:1] != "@" and "," not in names and _is_list(names)):
+        words = _read_names(path, names)
     else:
-        words = [name.strip() for name in names.split(",")]
-        if files := [word for word in {names, *words} if word and os.path.exists(word)]:
-            tell(
-                f"--vocabulary {names}: understood as words, not as what is called "
-                f"'{files[0]}' in this folder (that would be './{files[0]}')."
-            )
+        words = _combined(names)
     _tell_about(words)
     return words
 
 
+def _is_list(name: str) -> bool:
+    return name.lower().endswith(_LIST_SUFFIXES)
+
+
+def _combined(names: str) -> list[str]:
+    """Words, known sets and @files, separated by commas; sets do not repeat a name."""
+    parts = [part.strip() for part in names.split(",")]
+    lists = {part for part in parts if part.startswith("@") or part.lower() in VOCABULARIES}
+    plain = {names, *parts} - lists
+    if files := [word for word in sorted(plain) if word and os.path.exists(word)]:
+        tell(
+            f"--vocabulary {names}: understood as words, not as what is called '{files[0]}' in "
+            f"this folder (that would be './{files[0]}', or '@{files[0]}' among others)."
+        )
+    if not lists:
+        return parts
+    words: dict[str, str] = {}
+    for part in parts:
+        found = [part]
+        if part.startswith("@"):
+            found = _read_names(os.path.expanduser(part[1:]), names)
+        elif part in lists:
+            found = known_vocabulary(part.lower())
+        for word in found:
+            words.setdefault(_plain(word), word)
+    sets = ", ".join(sorted(lists))
+    tell(f"--vocabulary {names}: {len(words)} class names, with those of {sets}.")
+    return list(words.values())
+
+
 def _read_names(path: str, names: str) -> list[str]:
+    if not os.path.isfile(path):
+        fault = "a folder; a file is expected" if os.path.isdir(path) else "there is no such file"
+        where = "" if names.removeprefix("@") == path else f" '{path}'"
+        raise ValueError(f"--vocabulary {names}: {fault}{where}, with one class name per line.")
     try:
         # Some editors begin a file with a byte-order mark, which is not part of a name.
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -116,13 +145,17 @@ def _read_names(path: str, names: str) -> list[str]:
     return [line for line in lines if line]
 
 
+def _plain(word: str) -> str:
+    """What all spellings of a name share."""
+    return clean_name(unicodedata.normalize("NFKC", word).casefold().replace("-", " "))
+
+
 def _tell_about(words: list[str]) -> None:
     if len(words) == 1:
         tell(f"--vocabulary has a single name, '{words[0]}': the score of every region is 1.0.")
     seen: dict[str, str] = {}
     for word in words:
-        plain = clean_name(unicodedata.normalize("NFKC", word).casefold().replace("-", " "))
-        first = seen.setdefault(plain, word)
+        first = seen.setdefault(_plain(word), word)
         # The same letters twice are refused by the predictor.
         if clean_name(first).lower() != clean_name(word).lower():
             tell(f"--vocabulary: '{first}' and '{word}' are spellings of one name and share it.")

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-import torch
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
@@ -21,23 +20,16 @@ from ..files import write_atomically
 from ..journal import Journal, JournalError, JournalFullError
 from ..modeling import RegionHead
 from ..predictor import RegionSpotPredictor
+from ..pretrained import check_device
 from ..stopping import INTERRUPTED, stoppable
 from .arguments import parse_arguments, settings
+from .formats import FORMATS, check_formats, write_formats
 from .inputs import find_inputs, read_vocabulary, tell
 from .names import OutputFolder, one_line, printable
 from .results import OtherResults, table, to_coco
 from .run import Run, write_line
 from .sources import choose_source
 from .video import Video, VideoReadError
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    # PyTorch raises AssertionError where it was built without CUDA.
-    except (AssertionError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise SystemExit(f"error: MODEL.DEVICE {device}: {reason}") from error
 
 
 def _check_attention(head: RegionHead, paths: Sequence[Path]) -> None:
@@ -64,13 +56,14 @@ def output_folder(args: argparse.Namespace, paths: Sequence[Path]) -> OutputFold
     """Makes the folder, or exits if an output would replace a file that the command names."""
     given = [args.config_file, args.proposals, args.compare, args.vocabulary]
     given += [args.detector_config, args.detector_weights]
+    given += [word.strip().removeprefix("@") for word in args.vocabulary.split(",")]
     output = Path(args.output)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SystemExit(f"error: --output: a folder is expected: {error}") from error
     folder = OutputFolder(output, [*paths, *filter(None, given)])
-    for name in ("results.json", "results.jsonl"):
+    for name in ("results.json", "results.jsonl", *(FORMATS[each] for each in args.format)):
         if folder.is_input(output / name):
             raise SystemExit(
                 f"error: --output {output}: its {name} is an input of this command and would be "
@@ -84,7 +77,7 @@ def prepare(args: argparse.Namespace, paths: Sequence[Path], output: Path) -> Ru
     other = OtherResults(args.compare) if args.compare else None
     try:
         cfg = load_config(args.config_file, args.opts, training=False)
-        _check_device(cfg.MODEL.DEVICE)
+        check_device(cfg.MODEL.DEVICE)
         vocabulary = read_vocabulary(args.vocabulary)
         predictor = RegionSpotPredictor(cfg, vocabulary=vocabulary)
     except (KeyError, OSError, RuntimeError, ValueError) as error:
@@ -120,9 +113,8 @@ def name_all(
         Ctrl-C, SIGTERM, or a disk that takes no more results.
     """
     outcomes: Counter[str] = Counter()
-    endings = [".png", ".attention.png"] if run.args.attention else [".png"]
     # Before any of them is read, so that a run that goes on finds the same names.
-    jobs = [(path, folder.claim(path.name, *_endings(path, endings))) for path in paths]
+    jobs = [(path, folder.claim(path.name, *_endings(path, run.args))) for path in paths]
     try:
         for path, pictures in tqdm(jobs, desc="Naming regions", unit="image"):
             before = len(run.entries)
@@ -144,8 +136,15 @@ def name_all(
     return outcomes, None
 
 
-def _endings(path: Path, of_photos: list[str]) -> list[str]:
-    return [".mp4"] if Video.names(path) else of_photos
+def _endings(path: Path, args: argparse.Namespace) -> list[str]:
+    """Those of the pictures of an input."""
+    if args.no_pictures:
+        return []
+    if Video.names(path):
+        return [".mp4"]
+    # A photo of a phone takes seconds to write, and much space, as png.
+    picture = ".jpg" if path.suffix.lower() in (".jpg", ".jpeg") else ".png"
+    return [picture, ".attention.png"] if args.attention else [picture]
 
 
 def _kind(error: Exception) -> str:
@@ -159,9 +158,9 @@ def _kind(error: Exception) -> str:
     return next((text for kind, text in kinds.items() if isinstance(error, kind)), "other errors")
 
 
-def report(run: Run, outcomes: Counter[str], total: int) -> int:
-    """Writes results.json and prints the table and the outcomes; returns how many failed."""
-    output = Path(run.args.output)
+def report(run: Run, outcomes: Counter[str], total: int, folder: OutputFolder) -> int:
+    """Writes all results and prints the table and the outcomes; returns how many failed."""
+    output = folder.path
     results = to_coco(run.entries, run.predictor.vocabulary)
     print(table(run.entries, run.names))
     named, empty = outcomes.pop("named", 0), outcomes.pop("without regions", 0)
@@ -177,7 +176,13 @@ def report(run: Run, outcomes: Counter[str], total: int) -> int:
             f"error: {output / 'results.json'} cannot be written: {error}. Results so far are in "
             "results.jsonl; the same command with --resume goes on."
         ) from error
-    print(f"\n{named + empty} pictures and results.json are in {printable(output)}.\n{counts}")
+    write_formats(run.args.format, run.entries, run.predictor.vocabulary, folder)
+    written = (
+        ""
+        if run.args.no_pictures
+        else f"{named + empty} {'picture' if named + empty == 1 else 'pictures'} and "
+    )
+    print(f"\nIn {printable(output)}: {written}results.json.\n{counts}")
     if failed:
         tell(f"{failed} of {total} images failed; see above.")
     return failed
@@ -185,13 +190,14 @@ def report(run: Run, outcomes: Counter[str], total: int) -> int:
 
 def run_demo(args: argparse.Namespace) -> int:
     """Names what the command line names; returns the exit status."""
+    check_formats(args.format)
     paths = find_inputs(args.input)
     folder = output_folder(args, paths)
     run = prepare(args, paths, Path(args.output))
     outcomes, stop = name_all(run, paths, folder)
     done = outcomes.total()
     try:
-        failed = report(run, outcomes, len(paths))
+        failed = report(run, outcomes, len(paths), folder)
     except KeyboardInterrupt:
         tell("Stopped; the results are in results.jsonl. The same command with --resume goes on.")
         return INTERRUPTED
@@ -204,8 +210,12 @@ def run_demo(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, program: str | None = None) -> int:
     """Runs the demo.
+
+    Args:
+        arguments: the command line, by default that of this process.
+        program: how the command is called, for its messages.
 
     Returns:
         The exit status: 1 if an image failed, 130 after Ctrl-C or SIGTERM.
@@ -217,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # not so in a notebook
             # A terminal that has no letter for a name shows its number.
             stream.reconfigure(errors="backslashreplace")
-    args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    args = parse_arguments(sys.argv[1:] if arguments is None else arguments, program)
     setup_logger(name="regionspot_d2")
     try:
         with stoppable():

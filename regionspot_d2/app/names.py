@@ -34,16 +34,26 @@ def file_name(name: str) -> str:
 
 
 class OutputFolder:
-    """Gives each output a path of its own in a folder, never that of an input."""
+    """Gives each output a path of its own in a folder, never that of an input.
+
+    Attributes:
+        path: the folder.
+    """
 
     def __init__(self, folder: Path, inputs: Iterable[str | os.PathLike[str]]) -> None:
-        self._folder = folder
+        self.path = folder
         self._claimed: set[str] = set()
         self._inputs: set[object] = set()
         for path in inputs:
             # The name that was given and the file that it links to; neither may be replaced.
             self._inputs |= {_entry(path), _entry(os.path.realpath(path)), _identity(path)}
         self._inputs.discard(None)
+
+    def inside(self, name: str) -> OutputFolder:
+        """A folder in it, with the same inputs."""
+        inner = OutputFolder(self.path / name, [])
+        inner._inputs = self._inputs
+        return inner
 
     def is_input(self, path: Path) -> bool:
         """Whether a path is that of an input, by a link or in another spelling too."""
@@ -54,7 +64,7 @@ class OutputFolder:
         base, number = file_name(name), 1
         while True:
             numbered = f"{base}-{number}" if number > 1 else base
-            paths = [self._folder / f"{numbered}{ending}" for ending in endings]
+            paths = [self.path / f"{numbered}{ending}" for ending in endings]
             keys = {_folded(path.name) for path in paths}
             if not keys & self._claimed and not any(map(self.is_input, paths)):
                 self._claimed |= keys

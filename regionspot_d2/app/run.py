@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ class Run:
     def photo(self, path: Path, pictures: Sequence[Path]) -> None:
         """Names the regions of a photo and draws them, and with --attention where the head looks.
 
-        Results are kept even if the picture cannot be drawn or written.
+        Results are kept even if the picture cannot be drawn or written. Without ``pictures``, the
+        paths of which --no-pictures takes, nothing is drawn; so it is for videos.
         """
         entry = self.known(str(path))
         if entry is None or not all(map(Path.exists, pictures)):
@@ -58,7 +60,8 @@ class Run:
             entry, attention = self.name_regions(str(path), image)
             self.journal.add(path, entry)
             self.entries.append(entry)
-            _save(self.draw(entry, image), pictures[0])
+            if pictures:
+                _save(self.draw(entry, image), pictures[0])
             if attention is not None:
                 panels = draw_attention(image, attention, entry["annotations"], self.names)
                 _save(panels, pictures[1])
@@ -70,7 +73,7 @@ class Run:
         video = Video(path, self.args.every)
         label = printable(path.name)
         frames = tqdm(video, desc=label, unit="frame", total=video.expected_frames, leave=False)
-        with video_writer(pictures[0], video.fps) as write:
+        with video_writer(pictures[0], video.fps) if pictures else nullcontext() as write:
             for number, image in frames:
                 name = f"{path}#{number}"
                 # An unfinished video is written again, from what the journal has of its frames.
@@ -79,7 +82,8 @@ class Run:
                     entry, _ = self.name_regions(name, image)
                     self.journal.add(name, entry)
                 self.entries.append(entry)
-                write(self.draw(entry, image))
+                if write is not None:
+                    write(self.draw(entry, image))
         # Only now, so that what could be read is kept.
         video.check_whole()
 
@@ -141,7 +145,10 @@ class Run:
 def _save(picture: np.ndarray, path: Path) -> None:
     # Whole or not at all: --resume takes a picture that exists for finished.
     with write_atomically(path) as file:
-        Image.fromarray(picture).save(file, format="PNG")
+        if path.suffix == ".jpg":
+            Image.fromarray(picture).save(file, format="JPEG", quality=90)
+        else:
+            Image.fromarray(picture).save(file, format="PNG")
 
 
 def write_line(message: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from itertools import islice
 from operator import index, length_hint
 from os import PathLike
 from typing import Any
@@ -13,6 +14,7 @@ from detectron2.structures import BitMasks, Boxes
 from torch import Tensor
 
 from ..arrays import as_numbers
+from .interfaces import image_size_of
 from .prompts import BoxPrompts, MaskPrompts, MixedPrompts, PointPrompts, Prompts
 
 # On an image of a pixel or two, boxes between 0 and 1 may be pixels.
@@ -233,3 +235,35 @@ def as_count(value: Any, name: str, of: str) -> int:
 
 def _numbers(values: Any, what: str) -> Tensor:
     return as_numbers(values, what).cpu()
+
+
+def box_batches(
+    images: Iterable[Any], boxes: Sequence[Any], read: Callable[[Any], Tensor], batch_size: int
+) -> Iterator[tuple[list[Tensor], list[BoxPrompts]]]:
+    """Batches of images, of which only one is held at once, with the boxes of each.
+
+    Args:
+        images: as many as boxes; they may come from a generator.
+        boxes: per image (R, 4) XYXY, pixels of it.
+        read: gives the pixels of an image, (3, H, W).
+
+    Raises:
+        ValueError: an image or its boxes make no sense, with the number of the image; or there are
+            not as many boxes as images.
+    """
+    check_lists(images, boxes)
+    following, count = iter(images), 0
+    while chunk := list(islice(following, batch_size)):
+        pixels, prompts = [], []
+        for image in chunk:
+            if count >= len(boxes):
+                raise ValueError(f"There are more images than the {len(boxes)} with boxes.")
+            try:
+                pixels.append(read(image))
+                prompts.append(BoxPrompts(as_boxes(boxes[count], image_size_of(pixels[-1]))))
+            except ValueError as error:
+                raise ValueError(f"Image {count}: {error}") from error
+            count += 1
+        yield pixels, prompts
+    if count < len(boxes):
+        raise ValueError(f"There are {count} images but boxes for {len(boxes)}.")

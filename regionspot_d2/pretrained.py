@@ -1,0 +1,202 @@
+"""Models in a folder: a config, the trained head and class names, for this machine or another."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from safetensors.torch import save
+
+from .config import add_regionspot_config
+from .engine.config import explained, load_config
+from .files import WeightsNotFoundError, write_atomically
+from .model_zoo import MODELS, get_config_file
+from .modeling.interfaces import RegionHead
+from .safe_loading import read_json, read_yaml
+
+_CONFIG, _HEAD, _VOCABULARY = "config.yaml", "head.safetensors", "vocabulary.json"
+# What a model is made of. Other sections are about training, evaluation and this machine.
+_SECTIONS = ("MODEL", "INPUT", "TEST")
+_OF_THIS_MACHINE = (("MODEL", "DEVICE"), ("INPUT", "TOKEN_CACHE"))
+_FROZEN = ("LOCALIZER", "VISION_LANGUAGE")
+
+
+def read_pretrained(
+    source: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    zoom: float | None = None,
+) -> tuple[CfgNode, list[str] | None]:
+    """Reads what a predictor is built from. Nothing in a folder can run code.
+
+    Args:
+        source: a name of :mod:`~regionspot_d2.model_zoo`, which goes before a folder of that name;
+            a config file; or a folder that :func:`write_pretrained` wrote.
+        device: where the model runs; None for the config's, by default the GPU if there is one.
+        zoom: see :meth:`RegionSpot.answer`; None for the config's.
+
+    Returns:
+        The config, frozen, and the class names, if the folder has some.
+
+    Raises:
+        ValueError: there is no such model, the folder is not as it is written, or the device cannot
+            be used.
+        OSError: a file is missing.
+    """
+    opts, names, path = [], None, os.path.expanduser(os.fspath(source))
+    if path not in MODELS and os.path.isdir(path):
+        folder, path = Path(path).absolute(), os.path.join(path, _CONFIG)
+        opts += _weights_in(folder)
+        names = _names_in(folder / _VOCABULARY)
+    elif path in MODELS or not os.path.exists(path):
+        path = _named(path)
+    if device is not None:
+        opts += ["MODEL.DEVICE", str(device)]
+    if zoom is not None:
+        opts += ["MODEL.ZOOM", str(zoom)]
+    cfg = load_config(path, opts, training=False, testing=False)
+    check_device(cfg.MODEL.DEVICE)
+    return cfg, names
+
+
+def _named(name: str) -> str:
+    try:
+        return get_config_file(name)
+    except ValueError as error:
+        raise ValueError(f"{error} A config file or a folder of that name is not there.") from None
+
+
+def check_device(device: str) -> None:
+    """Raises a ValueError if PyTorch cannot use a device."""
+    try:
+        torch.empty(0, device=device)
+    # PyTorch raises AssertionError where it was built without CUDA.
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"MODEL.DEVICE {device}: {str(error).splitlines()[0]}") from error
+
+
+def _weights_in(folder: Path) -> list[str]:
+    """Options by which a config in a folder finds its weights."""
+    if not (folder / _CONFIG).is_file():
+        raise FileNotFoundError(
+            f"'{folder}' has no {_CONFIG}: a folder of RegionSpotPredictor.save_pretrained is "
+            "expected."
+        )
+    with explained(CfgNode(), str(folder / _CONFIG)):
+        content = read_yaml(str(folder / _CONFIG))
+    for section in content:
+        if section not in (*_SECTIONS, "VERSION"):
+            raise ValueError(
+                f"'{folder / _CONFIG}' has the key {section:.80}; in a folder only "
+                f"{', '.join(_SECTIONS)} are expected."
+            )
+    model = content.get("MODEL")
+    model = model if isinstance(model, dict) else {}
+    opts, head = [], model.get("WEIGHTS", "")
+    if head not in ("", _HEAD):
+        raise ValueError(
+            f"'{folder / _CONFIG}': MODEL.WEIGHTS is {head!r:.80}; {_HEAD}, which lies beside it, "
+            "or '' is expected."
+        )
+    if head:
+        if not (folder / _HEAD).is_file():
+            raise WeightsNotFoundError(f"'{folder}' has no {_HEAD}, the trained head.")
+        opts += ["MODEL.WEIGHTS", str(folder / _HEAD)]
+    return opts + _frozen_weights_in(folder, model)
+
+
+def _frozen_weights_in(folder: Path, model: dict[str, Any]) -> list[str]:
+    """The same for files of the machine that the folder comes from."""
+    opts = []
+    for key in _FROZEN:
+        part = model.get(key)
+        value = part.get("WEIGHTS", "") if isinstance(part, dict) else ""
+        if not isinstance(value, str) or not os.path.isabs(value):
+            continue  # a URL, a name, nothing; or the config's own reader says what is wrong
+        beside = folder / os.path.basename(value)
+        if beside.is_file():
+            opts += [f"MODEL.{key}.WEIGHTS", str(beside)]
+        elif not os.path.isfile(value):
+            raise WeightsNotFoundError(
+                f"'{folder / _CONFIG}': MODEL.{key}.WEIGHTS is '{value}', which is not on this "
+                f"machine; put '{beside.name}' into the folder, or change the config."
+            )
+    return opts
+
+
+def _names_in(file: Path) -> list[str] | None:
+    if not file.is_file():
+        return None
+    names = read_json(str(file))
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"'{file}': a list of class names is expected.")
+    return names
+
+
+def write_pretrained(
+    folder: str | os.PathLike[str], cfg: CfgNode | None, head: RegionHead, vocabulary: Sequence[str]
+) -> None:
+    """Writes a model for :func:`read_pretrained`; files of the same names are replaced.
+
+    ``config.yaml`` has what differs from the defaults, ``head.safetensors`` the region head, if it
+    has parameters, ``vocabulary.json`` the class names, if there are any. The frozen models stay
+    where the config says: URLs and packages as they are; files of this machine by their paths, and
+    on another machine they are looked for in the folder.
+
+    Raises:
+        ValueError: there is no config.
+        OSError: it cannot be written.
+    """
+    if cfg is None:
+        raise ValueError(
+            "This predictor was made of a model, so there is no config to write: make it of a "
+            "config, or by from_pretrained, and load the head into predictor.model.region_head."
+        )
+    folder = Path(folder).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    # A copy each: safetensors refuses tensors that share memory.
+    state = {key: each.cpu().clone().contiguous() for key, each in head.state_dict().items()}
+    if state:
+        with write_atomically(folder / _HEAD) as file:
+            file.write(save(state, {"format": "pt"}))
+    else:
+        (folder / _HEAD).unlink(missing_ok=True)
+    if vocabulary:
+        with write_atomically(folder / _VOCABULARY, "w") as file:
+            json.dump(list(vocabulary), file, ensure_ascii=False, indent=1)
+    else:
+        (folder / _VOCABULARY).unlink(missing_ok=True)
+    defaults = get_cfg()
+    add_regionspot_config(defaults)
+    found = _differences(cfg, defaults)
+    content = {key: found[key] for key in _SECTIONS if key in found}
+    for section, key in _OF_THIS_MACHINE:
+        content.get(section, {}).pop(key, None)
+    model = content.setdefault("MODEL", {})
+    model["WEIGHTS"] = _HEAD if state else ""
+    for part in _FROZEN:
+        weights = cfg.MODEL[part].WEIGHTS
+        if os.path.isfile(os.path.expanduser(weights)):
+            model[part]["WEIGHTS"] = os.path.abspath(os.path.expanduser(weights))
+    # Last: a folder with a config is complete.
+    with write_atomically(folder / _CONFIG, "w") as file:
+        yaml.safe_dump({**content, "VERSION": cfg.VERSION}, file)
+
+
+def _differences(cfg: CfgNode, defaults: CfgNode) -> dict[str, Any]:
+    """What a config has in another way than the defaults, as nested dicts."""
+    found: dict[str, Any] = {}
+    for key, value in cfg.items():
+        known = defaults.get(key)
+        if isinstance(value, CfgNode) and isinstance(known, CfgNode):
+            if inner := _differences(value, known):
+                found[key] = inner
+        elif key not in defaults or value != known:
+            found[key] = value
+    return found
