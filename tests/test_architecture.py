@@ -22,7 +22,7 @@ from .source import (
 MODULES = package_modules()
 
 # Without mini/ and app/, which stand on their own. A larger number needs a reason that is as large.
-MAX_MODULES = 63
+MAX_MODULES = 64
 MAX_LINES = 11700
 MAX_MODULE_LINES = 320
 MAX_FUNCTION_LINES = 60
@@ -92,7 +92,7 @@ RULES = (
     Rule(
         "modeling",
         f"files {CONTRACTS} modeling.sam modeling.sam_attention modeling.mask_tokens "
-        "modeling.square modeling.image_towers",
+        "modeling.square modeling.image_towers modeling.open_clip_entries",
     ),
     # Data and evaluation know nothing of models. Extraction runs the localizer that it is given.
     Rule("data.token_extraction", f"files stopping data {CONTRACTS}"),

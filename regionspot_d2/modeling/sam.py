@@ -31,15 +31,20 @@ class SamLocalizer(SquareLocalizer):
         pixel_std: list[float],
         tokens: str = "mask",
         chunk_size: int = 16,
+        arch: str = "",
     ) -> None:
         """
         Args:
             image_encoder: (B, 3, S, S) -> (B, C, h, w), S of ``prompt_encoder.input_image_size``.
             prompt_encoder, mask_decoder: ``segment_anything.modeling``'s, or their twins.
-            pixel_mean, pixel_std, tokens, chunk_size: as :class:`SquareLocalizer` takes them.
+            pixel_mean, pixel_std, tokens, chunk_size, arch: as for :class:`SquareLocalizer`.
         """
         super().__init__(
-            pixel_mean=pixel_mean, pixel_std=pixel_std, tokens=tokens, chunk_size=chunk_size
+            pixel_mean=pixel_mean,
+            pixel_std=pixel_std,
+            tokens=tokens,
+            chunk_size=chunk_size,
+            arch=arch,
         )
         self.image_encoder = image_encoder
         self.prompt_encoder = prompt_encoder
@@ -74,6 +79,7 @@ class SamLocalizer(SquareLocalizer):
             "pixel_std": sam.pixel_std.flatten().tolist(),
             "tokens": cfg.MODEL.LOCALIZER.TOKENS,
             "chunk_size": cfg.MODEL.LOCALIZER.CHUNK_SIZE,
+            "arch": arch,
         }
 
     @torch.no_grad()

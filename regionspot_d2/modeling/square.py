@@ -42,6 +42,7 @@ class SquareLocalizer(Localizer):
         tokens: str = "mask",
         chunk_size: int = 16,
         squashed: bool = False,
+        arch: str = "",
     ) -> None:
         """
         Args:
@@ -50,6 +51,7 @@ class SquareLocalizer(Localizer):
                 (SAM's prompt encoder knows only the place), "both" for the two side by side.
             chunk_size: prompts decoded at a time; bounds the memory, not the result.
             squashed: True makes images square, as SAM 2 does; False pads them, as SAM does.
+            arch: which model of the class this is, for ``identity``.
 
         Raises:
             ValueError: ``tokens`` is none of the three.
@@ -62,6 +64,8 @@ class SquareLocalizer(Localizer):
         self.tokens = tokens
         self.chunk_size = chunk_size
         self.squashed = squashed
+        kind = "" if tokens == "mask" else f"with tokens '{tokens}'"
+        self.identity = " ".join(filter(None, [type(self).__name__, arch, kind]))
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
 

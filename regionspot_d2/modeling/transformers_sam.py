@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -115,7 +116,7 @@ class _Overheard:
 
     tokens: Tensor
 
-    def __init__(self, decoder: nn.Module) -> None:
+    def __init__(self, decoder: Any) -> None:
         self._decoder = decoder
 
     def __getattr__(self, name: str) -> Any:
@@ -137,17 +138,19 @@ class TransformersSam(SquareLocalizer):
 
     ``MODEL.LOCALIZER.ARCH`` is the name of a model on the Hugging Face hub, such as
     "facebook/sam2.1-hiera-large", or a folder that ``save_pretrained`` wrote. The weights are
-    those that come with it; ``MODEL.LOCALIZER.WEIGHTS`` is ignored. A region's token is that of
-    the decoder's first mask, after the two-way transformer.
+    those that come with it, so ``MODEL.LOCALIZER.WEIGHTS`` has to be "". A region's token is that
+    of the decoder's first mask, after the two-way transformer.
     """
 
     @configurable
-    def __init__(self, *, model: nn.Module, tokens: str = "mask", chunk_size: int = 16) -> None:
+    def __init__(
+        self, *, model: nn.Module, tokens: str = "mask", chunk_size: int = 16, arch: str = ""
+    ) -> None:
         """
         Args:
             model: of one of transformers' classes ``SamModel``, ``SamHQModel``, ``Sam2Model``,
                 ``EdgeTamModel`` and ``Sam3TrackerModel``.
-            tokens, chunk_size: as :class:`SquareLocalizer` takes them.
+            tokens, chunk_size, arch: as for :class:`SquareLocalizer`.
 
         Raises:
             ValueError: ``model`` is of another class.
@@ -163,11 +166,12 @@ class TransformersSam(SquareLocalizer):
             tokens=tokens,
             chunk_size=chunk_size,
             squashed=view.squashed,
+            arch=arch,
         )
         self.model: Any = model
         self._view = view(model)
         self.side = self._view.side
-        grid = model.prompt_encoder.image_embedding_size
+        grid = self.model.prompt_encoder.image_embedding_size
         self.mask_prompt_size = (4 * grid[0], 4 * grid[1])
         self.freeze()
 
@@ -178,10 +182,17 @@ class TransformersSam(SquareLocalizer):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         settings = cfg.MODEL.LOCALIZER
+        if settings.WEIGHTS:
+            raise ValueError(
+                f"MODEL.LOCALIZER.WEIGHTS is '{settings.WEIGHTS}', but the weights of "
+                "TransformersSam are those of MODEL.LOCALIZER.ARCH: set it to ''."
+            )
         return {
             "model": _load(settings.ARCH),
             "tokens": settings.TOKENS,
             "chunk_size": settings.CHUNK_SIZE,
+            # A model of the hub is the same in a folder of that name.
+            "arch": os.path.basename(settings.ARCH.rstrip("/")),
         }
 
     @torch.no_grad()
@@ -219,10 +230,10 @@ class TransformersSam(SquareLocalizer):
             rows = slice(start, start + self.chunk_size)
             own = None if dense is None else dense[rows]
             found.append(self._decode_chunk(embedding, sparse[rows], own, with_masks))
-        tokens, masks, ious = zip(*found)
+        parts: list[Any] = list(zip(*found))
         if not with_masks:
-            return torch.cat(tokens), None, None
-        return torch.cat(tokens), torch.cat(masks), torch.cat(ious)
+            return torch.cat(parts[0]), None, None
+        return torch.cat(parts[0]), torch.cat(parts[1]), torch.cat(parts[2])
 
     def _decode_chunk(
         self, encoded: _Encoded, sparse: Tensor, dense: Tensor | None, with_masks: bool
