@@ -13,13 +13,15 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from safetensors.torch import load_file
+from torch import nn
 
 from .files import explained_weights, local_weights, write_atomically
-from .modeling.interfaces import RegionHead
+from .modeling.interfaces import Localizer, RegionHead, VisionLanguageModel
 from .modeling.regionspot import RegionSpot
 from .safe_loading import load_pickle
 
 _HEAD = "region_head."
+_PAIR = "pair"
 # What DistributedDataParallel and torch.compile put before the names of a model that they wrap.
 _WRAPPERS = re.compile(r"^module\.|\b_orig_mod\.")
 # In the files of RegionSpot's authors, beside the frozen models.
@@ -33,6 +35,8 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
       process leaves the last good one, which ``last_checkpoint`` names.
     * It reads ``.safetensors`` too, and files of only a region head, with or without the prefix
       ``region_head.``, wherever in the model the head is. No file can run code.
+    * It holds, as ``pair``, which localizer and which vision-language model its head was trained
+      with. Loading it into another pair is an error; a file without the record says nothing.
     * Lacking part of the region head is an error, not a warning: a part with random weights names
       regions at random. Only a detector's own file may lack the whole head.
     """
@@ -51,7 +55,8 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
         self.logger.info(f"Saving checkpoint to {path}")
         try:
             with write_atomically(path) as file:
-                torch.save({"model": self.model.state_dict(), **kwargs}, file)
+                state = {"model": self.model.state_dict(), _PAIR: pair_of(self.model)}
+                torch.save({**state, **kwargs}, file)
         except (OSError, RuntimeError) as error:  # torch.save raises either for a full disk
             reason = error.__context__ if isinstance(error.__context__, OSError) else error
             raise OSError(
@@ -122,6 +127,8 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
                 f"'{self._path}' does not hold the region head of this model: {_some(missing)} not "
                 f"in it. It holds {_some(state)}. MODEL.REGION_HEAD must match the file."
             )
+        if len(missing) < len(wanted):
+            self._check_pair(checkpoint.get(_PAIR))
         for key in wanted:
             if key in state and state[key].shape != expected[key].shape:
                 raise ValueError(
@@ -132,8 +139,33 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
                 )
         return super()._load_model(checkpoint)
 
+    def _check_pair(self, pair: Any) -> None:
+        """Raises ValueError if a head of one pair of models is loaded into another."""
+        if not isinstance(pair, dict):  # of an older version, or of only a head
+            return
+        for part, identity in pair_of(self.model).items():
+            if part in pair and pair[part] != identity:
+                raise ValueError(
+                    f"The region head in '{self._path}' was trained with the "
+                    f"{part.replace('_', '-')} '{pair[part]}', and this model has '{identity}'. "
+                    f"Heads do not carry over: set MODEL.{part.upper()} to what it was trained "
+                    "with, or train a head for this pair."
+                )
+
     def _head_keys(self) -> list[str]:
         return [key for key in self.model.state_dict() if _HEAD in key]
+
+
+def pair_of(model: nn.Module) -> dict[str, str]:
+    """The identities of the frozen models whose outputs the region head of a model reads."""
+    for module in model.modules():
+        if isinstance(module, RegionSpot):
+            parts: dict[str, Localizer | VisionLanguageModel]
+            parts = {"vision_language": module.vision_language}
+            if module.region_head.needs_localizer:
+                parts["localizer"] = module.localizer
+            return {key: part.identity or type(part).__name__ for key, part in parts.items()}
+    return {}
 
 
 def _read(path: str) -> dict[str, Any]:

@@ -23,7 +23,8 @@ def _add_frozen_models(cfg: CN) -> None:
     # The frozen model that turns regions into mask tokens: a name in LOCALIZER_REGISTRY.
     cfg.MODEL.LOCALIZER = CN()
     cfg.MODEL.LOCALIZER.NAME = "SamLocalizer"
-    # Size of the localizer; for SAM: vit_b, vit_l or vit_h.
+    # Size of the localizer; for SAM: vit_b, vit_l or vit_h. For TransformersSam a name on the
+    # Hugging Face hub, or a folder; the weights come with it.
     cfg.MODEL.LOCALIZER.ARCH = "vit_b"
     # A file or a URL; empty means random weights, for tests only.
     cfg.MODEL.LOCALIZER.WEIGHTS = (
@@ -44,6 +45,9 @@ def _add_frozen_models(cfg: CN) -> None:
         "https://openaipublic.azureedge.net/clip/models/"
         "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt"
     )
+    # Side in pixels of the images that OpenClip's ViTs take, whose position embeddings are then
+    # interpolated; 0 is the size that the model was trained with.
+    cfg.MODEL.VISION_LANGUAGE.IMAGE_SIZE = 0
     # Published: True encodes class names as they are spelled (aerosol_can), without the endings
     # -other, -merged and -stuff; False writes blanks for underscores.
     cfg.MODEL.VISION_LANGUAGE.RAW_NAMES = False

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -530,3 +531,77 @@ def test_what_open_clip_knows_of_weights(tiny_models, arch, source, quick_gelu, 
     found = clip_module.published_settings(arch, source)
     assert found["mean"][0] == mean
     assert found.get("quick_gelu", False) == quick_gelu
+
+
+@pytest.mark.parametrize(
+    ("arch", "source", "interpolation"),
+    [
+        ("ViT-L-14", OPENAI_URL, None),
+        # A file of a name that nobody knows may be OpenAI's.
+        ("ViT-L-14", "mine.pt", None),
+        ("ViT-L-14", "https://huggingface.co/timm/vit_large_patch14_clip_224.openai/x", None),
+        ("ViT-L-14", "https://huggingface.co/laion/CLIP-ViT-L-14-laion2B-s32B-b82K/x", "bicubic"),
+        ("ViT-B-16-SigLIP2", "mine.safetensors", "bicubic"),
+        ("MobileCLIP2-S2", "", "bilinear"),
+        ("tiny", "", None),
+    ],
+)
+def test_only_openai_weights_are_resized_as_published(tiny_models, arch, source, interpolation):
+    assert clip_module.published_settings(arch, source)["interpolation"] == interpolation
+
+
+@pytest.mark.parametrize("way", ["bilinear", "bicubic"])
+def test_other_weights_are_resized_as_they_were_trained(way):
+    plain = open_clip_of(tiny_open_clip())
+    model = OpenClip(
+        model=tiny_open_clip(), tokenizer=plain.tokenizer, image_size=64, interpolation=way
+    )
+    (image,) = random_images((256, 200))
+    from PIL import Image
+
+    resample = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}[way]
+    pil = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((64, 64), resample)
+    levels = torch.from_numpy(np.array(pil)).permute(2, 0, 1)
+
+    def values(model: ClipModel) -> Tensor:
+        return 255 * (model.preprocess_images([image])[0] * model.pixel_std + model.pixel_mean)
+
+    assert (values(model) - levels).abs().max() < 1.5
+    assert (values(plain) - levels).abs().max() > 20
+    assert plain.resizes_plainly and not model.resizes_plainly
+
+
+# ---- larger images
+
+
+def test_a_larger_image_interpolates_the_positions(tiny_models, tmp_path, openai_file, caplog):
+    path = tmp_path / "clip.pt"
+    torch.save({"state_dict": tiny_open_clip().state_dict()}, path)
+    images = random_images((96, 96))
+    tokens = []
+    with caplog.at_level("INFO"):
+        for source in (path, openai_file):
+            model = from_config(config(WEIGHTS=str(source), IMAGE_SIZE=96))
+            assert (model.image_size, model.grid_size) == ((96, 96), (6, 6))
+            tokens.append(model(images))
+    assert tokens[0].shape == (1, 37, 64)
+    close(tokens[0], tokens[1], 5e-2)  # OpenAI's file is in half precision
+    assert "tiny takes images of 96 instead of 64 pixels: 2.2 times the image tokens" in caplog.text
+    # The positions of corners and center stay those of corners and center.
+    small = from_config(config(WEIGHTS=str(path))).model.visual.positional_embedding
+    large = model.model.visual.positional_embedding
+    assert large.shape == (37, 64)
+    assert F.cosine_similarity(small[1], large[1], dim=0) > 0.8
+
+
+@pytest.mark.parametrize(
+    ("name", "arch", "size", "message"),
+    [
+        ("OpenClip", "tiny", 100, "IMAGE_SIZE is 100; a multiple of 16"),
+        ("OpenClip", "RN50", 288, "IMAGE_SIZE is 288; 'RN50' is not a ViT"),
+        ("OpenAIClip", "tiny", 96, "IMAGE_SIZE is 96, which only OpenClip"),
+    ],
+)
+def test_an_image_size_that_cannot_be(tiny_models, name, arch, size, message):
+    with pytest.raises(ValueError, match=message):
+        from_config(config(name, ARCH=arch, IMAGE_SIZE=size))

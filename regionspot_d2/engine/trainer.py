@@ -258,6 +258,11 @@ def _prepare_token_caches(cfg: CfgNode, model: RegionSpot) -> None:
             f"INPUT.CACHED_IMAGE_SIZE is {side}, but {cfg.MODEL.VISION_LANGUAGE.ARCH} takes images "
             f"of {height} x {width}: set it to {max(height, width)}, or to 0 for no resizing."
         )
+    if side and not model.vision_language.resizes_plainly:
+        raise ConfigError(
+            f"INPUT.CACHED_IMAGE_SIZE is {side}, but {cfg.MODEL.VISION_LANGUAGE.ARCH} resizes images "
+            "with antialiasing, as it was trained: set it to 0."
+        )
     if side and cfg.INPUT.ZOOM_TRAIN and cfg.MODEL.ZOOM:
         raise ConfigError(
             f"INPUT.CACHED_IMAGE_SIZE is {side}, which leaves no details for INPUT.ZOOM_TRAIN: set "

@@ -15,3 +15,4 @@ from .prompts import BoxPrompts, MaskPrompts, PointPrompts, Prompts
 from .region_head import PooledRegionHead, RegionSpotHead
 from .regionspot import RegionSpot
 from .sam import SamLocalizer
+from .transformers_sam import TransformersSam

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
-import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
@@ -18,12 +16,19 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from open_clip.factory import load_state_dict
-from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+from open_clip.model import resize_pos_embed
 from torch import Tensor, nn
 
 from ..files import explained_weights, fingerprint, local_weights
 from .image_towers import ImageTower, open_clip_tower, openai_tower
 from .interfaces import VISION_LANGUAGE_REGISTRY, VisionLanguageModel
+from .open_clip_entries import (
+    ARCH_KEY,
+    architecture,
+    larger_side,
+    openai_state_dict,
+    published_settings,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +36,6 @@ logger = logging.getLogger(__name__)
 CLIP_TEMPLATES = ("{}.", *(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES))
 
 _WEIGHTS_KEY = "MODEL.VISION_LANGUAGE.WEIGHTS"
-_ARCH_KEY = "MODEL.VISION_LANGUAGE.ARCH"
 TEXTS_AT_A_TIME = 256
 _TOKENIZER = Lock()
 
@@ -59,6 +63,8 @@ class ClipModel(VisionLanguageModel):
         pixel_mean: Sequence[float] = open_clip.OPENAI_DATASET_MEAN,
         pixel_std: Sequence[float] = open_clip.OPENAI_DATASET_STD,
         templates: Sequence[str] = CLIP_TEMPLATES,
+        interpolation: str | None = None,
+        arch: str = "",
     ) -> None:
         """
         Args:
@@ -67,8 +73,14 @@ class ClipModel(VisionLanguageModel):
                 ids (texts, context_length); longer texts are cut.
             image_size: (H, W) of the images that the image tower takes.
             pixel_mean, pixel_std: of RGB values in 0..1.
+            interpolation: "bilinear" or "bicubic", with antialiasing; None is bilinear without,
+                as the published heads were trained.
+            arch: name of the architecture, for ``identity``.
         """
         super().__init__()
+        self.identity = f"CLIP {arch.removesuffix('-quickgelu')}".strip()
+        self.interpolation = interpolation
+        self.resizes_plainly = interpolation is None
         self.model = model.float()
         self.tokenizer = tokenizer
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -96,11 +108,13 @@ class ClipModel(VisionLanguageModel):
         return f"{type(self).__name__}-{fingerprint(weights, *parts)[:16]}"
 
     def preprocess_images(self, images: list[Tensor]) -> Tensor:
-        """Squashes images to float (B, 3, *image_size), without antialiasing, and normalizes them.
+        """Squashes images to float (B, 3, *image_size) and normalizes them.
 
-        The published heads were trained on images made in this way, not in CLIP's own. Raises
-        ValueError if an image is empty or not (3, H, W).
+        Without an ``interpolation`` there is no antialiasing: the published heads were trained on
+        images made in this way, not in CLIP's own. Raises ValueError if an image is empty or not
+        (3, H, W).
         """
+        mode, smooth = self.interpolation or "bilinear", self.interpolation is not None
         pixels = self.pixel_mean.new_empty(len(images), 3, *self.image_size)
         for index, image in enumerate(images):
             if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
@@ -108,9 +122,10 @@ class ClipModel(VisionLanguageModel):
                     f"Image {index} has the shape {tuple(image.shape)}; RGB (3, H, W) is expected."
                 )
             image = image.to(pixels.device).float()[None]
-            pixels[index] = F.interpolate(
-                image, size=self.image_size, mode="bilinear", align_corners=False
-            )[0]
+            resized = F.interpolate(
+                image, size=self.image_size, mode=mode, align_corners=False, antialias=smooth
+            )
+            pixels[index] = resized[0].clamp(0, 255) if smooth else resized[0]
         return (pixels / 255 - self.pixel_mean) / self.pixel_std
 
     def forward(self, images: list[Tensor]) -> Tensor:
@@ -174,19 +189,23 @@ class OpenClip(ClipModel):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        name, config = _architecture(cfg.MODEL.VISION_LANGUAGE.ARCH)
+        name, config = architecture(cfg.MODEL.VISION_LANGUAGE.ARCH)
         try:
             tokenizer = open_clip.get_tokenizer(name)
         except ImportError as error:
             raise ImportError(
-                f"{_ARCH_KEY} is '{name}', whose tokenizer needs: pip install {error.name}"
+                f"{ARCH_KEY} is '{name}', whose tokenizer needs: pip install {error.name}"
             ) from error
         source = cfg.MODEL.VISION_LANGUAGE.WEIGHTS
         weights = local_weights(source, _WEIGHTS_KEY)
         published = published_settings(name, source)
+        side = larger_side(name, config, cfg.MODEL.VISION_LANGUAGE.IMAGE_SIZE)
         with _explained(weights, name):
-            if state := _openai_state_dict(weights):
-                model = open_clip.CLIP(**{**config, "quick_gelu": True})
+            if state := openai_state_dict(weights):
+                vision = {**config["vision_cfg"], **({"image_size": side} if side else {})}
+                model = open_clip.CLIP(**{**config, "vision_cfg": vision, "quick_gelu": True})
+                if side:
+                    resize_pos_embed(state, model)
                 model.load_state_dict(state)
             else:
                 model = open_clip.create_model(
@@ -194,10 +213,17 @@ class OpenClip(ClipModel):
                     pretrained=None if weights is None else str(weights),
                     pretrained_text=False,
                     force_quick_gelu=published.get("quick_gelu", False),
+                    force_image_size=side,
                 )
-        size, mean, std = model.visual.image_size, published["mean"], published["std"]
-        images = {"image_size": size, "pixel_mean": mean, "pixel_std": std}
-        return {"model": model, "tokenizer": tokenizer, **images}
+        return {
+            "model": model,
+            "tokenizer": tokenizer,
+            "image_size": model.visual.image_size,
+            "pixel_mean": published["mean"],
+            "pixel_std": published["std"],
+            "interpolation": published["interpolation"],
+            "arch": name,
+        }
 
 
 @VISION_LANGUAGE_REGISTRY.register()
@@ -216,12 +242,17 @@ class OpenAIClip(ClipModel):
                 "MODEL.VISION_LANGUAGE.NAME OpenAIClip needs the clip package "
                 f"(pip install clip-anytorch): {error}. OpenClip gives the same without it."
             ) from error
-        name, config = _architecture(cfg.MODEL.VISION_LANGUAGE.ARCH)
+        name, config = architecture(cfg.MODEL.VISION_LANGUAGE.ARCH)
         vision, text = config["vision_cfg"], config["text_cfg"]
+        if cfg.MODEL.VISION_LANGUAGE.IMAGE_SIZE:
+            raise ValueError(
+                "MODEL.VISION_LANGUAGE.IMAGE_SIZE is "
+                f"{cfg.MODEL.VISION_LANGUAGE.IMAGE_SIZE}, which only OpenClip can use."
+            )
         beyond = set(vision) - {"image_size", "layers", "width", "patch_size"}
         if beyond or config.get("custom_text"):
             raise ValueError(
-                f"{_ARCH_KEY} is '{name}', which the clip package cannot build: it has "
+                f"{ARCH_KEY} is '{name}', which the clip package cannot build: it has "
                 f"{', '.join(clip.available_models())}. For others use OpenClip."
             )
         layers = vision["layers"]
@@ -240,57 +271,13 @@ class OpenAIClip(ClipModel):
         weights = local_weights(cfg.MODEL.VISION_LANGUAGE.WEIGHTS, _WEIGHTS_KEY)
         if weights is not None:
             with _explained(weights, name):
-                state = _openai_state_dict(weights) or load_state_dict(str(weights))
+                state = openai_state_dict(weights) or load_state_dict(str(weights))
                 model.load_state_dict(state)
         tokenizer = partial(clip.tokenize, truncate=True)
-        return {"model": model, "tokenizer": tokenizer, "image_size": vision["image_size"]}
-
-
-def _architecture(arch: str) -> tuple[str, dict[str, Any]]:
-    """open_clip's name and config of an architecture, from its own name or OpenAI's."""
-    name = arch.replace("/", "-").replace("@", "-").removesuffix("px")
-    config = open_clip.get_model_config(name)
-    if config is None:
-        close = ", ".join(difflib.get_close_matches(name, open_clip.list_models(), n=5))
-        hint = f"Did you mean {close}?" if close else "See open_clip.list_models()."
-        raise ValueError(f"{_ARCH_KEY} is '{arch}', which open_clip does not have. {hint}")
-    return name, config
-
-
-def _openai_state_dict(path: Path | None) -> dict[str, Tensor] | None:
-    """The weights in a TorchScript archive, as OpenAI publishes them; None for any other file."""
-    if path is None or not zipfile.is_zipfile(path):
-        return None
-    with zipfile.ZipFile(path) as archive:
-        if not any(name.endswith("/constants.pkl") for name in archive.namelist()):
-            return None
-    state = torch.jit.load(path, map_location="cpu").state_dict()
-    for number in ("input_resolution", "context_length", "vocab_size"):
-        state.pop(number, None)
-    return state
+        size = vision["image_size"]
+        return {"model": model, "tokenizer": tokenizer, "image_size": size, "arch": name}
 
 
 def _explained(weights: Path | None, name: str) -> AbstractContextManager[None]:
     what = f"weights of {name} ({_WEIGHTS_KEY} and ARCH must match)"
     return nullcontext() if weights is None else explained_weights(weights, what)
-
-
-def published_settings(name: str, source: str) -> dict[str, Any]:
-    """Finds open_clip's entry, with mean, std and quick_gelu, for weights of an architecture.
-
-    Args:
-        name: open_clip's name of the architecture.
-        source: the file or URL of the weights, or "". Where it is not a URL that open_clip knows,
-            only mean and std are given: those that all entries agree on, or OpenAI's.
-    """
-    entries = [get_pretrained_cfg(name, tag) for tag in list_pretrained_tags_by_model(name)]
-    for entry in entries:
-        hub = "/".join(entry.get("hf_hub", "").split("/")[:2])
-        if source and (source == entry.get("url") or (hub and f"/{hub}/" in source)):
-            return entry
-    statistics = {(entry["mean"], entry["std"]) for entry in entries}
-    if len(statistics) > 1:
-        logger.warning("The published pixel means of %s differ; OpenAI's are used.", name)
-    openai = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
-    mean, std = statistics.pop() if len(statistics) == 1 else openai
-    return {"mean": mean, "std": std}

@@ -73,10 +73,13 @@ class Localizer(FrozenModule, ABC):
     Attributes:
         token_dim: width T of a mask token.
         masks_are_fine: whether its masks tell more than the box they came from.
+        identity: names its tokens in checkpoints, for heads do not carry over to others; "" stands
+            for the name of the class.
     """
 
     token_dim: int = _required()
     masks_are_fine: bool = True
+    identity: str = ""
 
     @abstractmethod
     def encode_images(self, images: list[Tensor]) -> list[Embedding]:
@@ -180,6 +183,9 @@ class VisionLanguageModel(FrozenModule, ABC):
         templates: prompt templates that suit the text side, with one ``{}`` for the class name.
         logit_scale: a scalar tensor; cosines are multiplied by its exponential.
         fingerprint: changes with the text side; a key for embeddings that are kept on disk.
+        resizes_plainly: whether images are squashed bilinearly without antialiasing, which
+            ``INPUT.CACHED_IMAGE_SIZE`` can then do ahead of it.
+        identity: as that of a :class:`Localizer`.
     """
 
     image_dim: int = _required()
@@ -190,6 +196,8 @@ class VisionLanguageModel(FrozenModule, ABC):
     templates: tuple[str, ...] = _required()
     logit_scale: Tensor = _required()
     fingerprint: str = _required()
+    identity: str = ""
+    resizes_plainly: bool = True
 
     @abstractmethod
     def forward(self, images: list[Tensor]) -> Tensor:

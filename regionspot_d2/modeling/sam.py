@@ -4,31 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
-from PIL import Image
 from segment_anything import sam_model_registry
 from segment_anything.modeling import MaskDecoder, PromptEncoder
 from torch import Tensor, nn
 
 from ..files import explained_weights, local_weights
-from .interfaces import LOCALIZER_REGISTRY, Localizer, image_size_of
+from .interfaces import LOCALIZER_REGISTRY
 from .mask_tokens import MaskTokenDecoder
-from .prompts import BoxPrompts, MaskPrompts, PointPrompts, Prompts
-
-# A mask given as a prompt enters SAM as logits; its training fed back its own, which lie in this
-# range.
-_MASK_PROMPT_LOGIT = 10.0
+from .square import SquareLocalizer
 
 
 @LOCALIZER_REGISTRY.register()
-class SamLocalizer(Localizer):
+class SamLocalizer(SquareLocalizer):
     """SAM, or any model of its parts. A token is the first mask's after the two-way transformer."""
-
-    pixel_mean: Tensor
-    pixel_std: Tensor
 
     @configurable
     def __init__(
@@ -41,33 +31,27 @@ class SamLocalizer(Localizer):
         pixel_std: list[float],
         tokens: str = "mask",
         chunk_size: int = 16,
+        arch: str = "",
     ) -> None:
         """
         Args:
             image_encoder: (B, 3, S, S) -> (B, C, h, w), S of ``prompt_encoder.input_image_size``.
             prompt_encoder, mask_decoder: ``segment_anything.modeling``'s, or their twins.
-            pixel_mean, pixel_std: of RGB images in 0..255.
-            tokens: "mask" for the mask token, "prompt" for the mean of the prompt's own embeddings
-                (SAM's prompt encoder knows only the place), "both" for the two side by side.
-            chunk_size: prompts decoded at a time; bounds the memory, not the result.
-
-        Raises:
-            ValueError: ``tokens`` is none of the three.
+            pixel_mean, pixel_std, tokens, chunk_size, arch: as for :class:`SquareLocalizer`.
         """
-        super().__init__()
-        if tokens not in ("mask", "prompt", "both"):
-            raise ValueError(
-                f"MODEL.LOCALIZER.TOKENS is '{tokens}'; it must be 'mask', 'prompt' or 'both'."
-            )
+        super().__init__(
+            pixel_mean=pixel_mean,
+            pixel_std=pixel_std,
+            tokens=tokens,
+            chunk_size=chunk_size,
+            arch=arch,
+        )
         self.image_encoder = image_encoder
         self.prompt_encoder = prompt_encoder
         self.mask_decoder = mask_decoder
         self.token_decoder = MaskTokenDecoder(mask_decoder)
-        self.tokens = tokens
-        self.chunk_size = chunk_size
-        self.side: int = prompt_encoder.input_image_size[0]
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+        self.side = prompt_encoder.input_image_size[0]
+        self.mask_prompt_size = prompt_encoder.mask_input_size
         self.freeze()
 
     @property
@@ -95,168 +79,33 @@ class SamLocalizer(Localizer):
             "pixel_std": sam.pixel_std.flatten().tolist(),
             "tokens": cfg.MODEL.LOCALIZER.TOKENS,
             "chunk_size": cfg.MODEL.LOCALIZER.CHUNK_SIZE,
+            "arch": arch,
         }
-
-    def input_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """The (h, w) of an image inside the padded square, whose side its long side gets."""
-        scale = self.side / max(image_size)
-        height, width = (max(1, int(length * scale + 0.5)) for length in image_size)
-        return height, width
-
-    def resize(self, image: Tensor) -> Tensor:
-        """Resizes an image as SAM's ``ResizeLongestSide.apply_image`` does, that is, with PIL.
-
-        On a CPU the result is PIL's, value for value. Other devices have no such kernel; there
-        the values are within one level of PIL's.
-
-        Args:
-            image: (3, H, W), RGB, 0..255, of any dtype. PIL has 8 bits per value, so fractions
-                are rounded first: an image gives the same result as uint8 and as float.
-
-        Returns:
-            (3, h, w) with whole values in 0..255; uint8 on a CPU, else float32.
-        """
-        size = self.input_size(image_size_of(image))
-        if image.dtype != torch.uint8:
-            image = image.float().round().clamp(0, 255)
-        if image.device.type == "cpu":
-            # Not F.interpolate: its uint8 kernel is off by up to two levels (torch 2.14, AVX-512),
-            # and its float kernel is wrong where the result is one pixel wide.
-            pixels = Image.fromarray(image.byte().permute(1, 2, 0).contiguous().numpy())
-            resized = np.array(pixels.resize(size[::-1], Image.Resampling.BILINEAR))
-            return torch.from_numpy(resized).permute(2, 0, 1).contiguous()
-        # One rounding instead of PIL's two, after each direction; each moves a value by at most a
-        # half, so the two results are at most one level apart.
-        smooth = F.interpolate(
-            image[None].float(), size, mode="bilinear", align_corners=False, antialias=True
-        )
-        return smooth[0].round().clamp(0, 255)
 
     @torch.no_grad()
     def encode_images(self, images: list[Tensor]) -> list[Tensor]:
         if not images:
             return []
-        batch = torch.stack([self._preprocess(image) for image in images])
+        batch = torch.stack([self.preprocess(image) for image in images])
         return list(self.image_encoder(batch).split(1))
 
-    def _preprocess(self, image: Tensor) -> Tensor:
-        resized = (self.resize(image) - self.pixel_mean) / self.pixel_std
-        height, width = resized.shape[-2:]
-        return F.pad(resized, (0, self.side - width, 0, self.side - height))
-
-    @torch.no_grad()
-    def decode(
+    def embed_prompts(
         self,
-        embedding: Tensor,
-        image_size: tuple[int, int],
-        prompts: Prompts,
-        *,
-        with_masks: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        if isinstance(prompts, BoxPrompts):
-            boxes = self._to_input_frame(prompts.values.tensor.reshape(-1, 2, 2), image_size)
-            return self._decode(embedding, with_masks, boxes=boxes.reshape(-1, 4))
-        if isinstance(prompts, PointPrompts):
-            return self._decode_points(embedding, image_size, prompts, with_masks)
-        if isinstance(prompts, MaskPrompts):
-            return self._decode_masks(embedding, image_size, prompts, with_masks)
-        raise TypeError(f"SAM knows boxes, points and masks, not {type(prompts).__name__}.")
-
-    @torch.no_grad()
-    def decode_points(
-        self, embedding: Tensor, image_size: tuple[int, int], points: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        places = self._to_input_frame(points[:, None], image_size)
-        labels = torch.ones(len(points), 1, dtype=torch.int64, device=points.device)
-        return self._decode_rated(embedding, True, points=(places, labels))
-
-    def _decode_points(
-        self,
-        embedding: Tensor,
-        image_size: tuple[int, int],
-        prompts: PointPrompts,
-        with_masks: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        points = self._to_input_frame(prompts.points, image_size)
-        labels = prompts.labels
-        # SAM attends to padding points too, so rows of different lengths are decoded apart: an
-        # answer must not depend on the longest row beside it.
-        lengths = (labels >= 0).sum(1)
-        if len(lengths) == 0:
-            return self._decode(embedding, with_masks, boxes=points.new_zeros(0, 4))
-        if not lengths.all():
-            row = int((lengths == 0).nonzero()[0])
-            raise ValueError(
-                f"Point prompt {row} has no point; every region needs at least one point of label "
-                "1 or 0."
-            )
-        order = (labels < 0).sort(dim=1, stable=True).indices
-        points = points.gather(1, order[..., None].expand(-1, -1, 2))
-        labels = labels.gather(1, order)
-        tokens = points.new_zeros(len(points), self.token_dim)
-        masks = None
-        for length in lengths.unique().tolist():
-            rows = (lengths == length).nonzero()[:, 0]
-            found, found_masks = self._decode(
-                embedding, with_masks, points=(points[rows, :length], labels[rows, :length])
-            )
-            tokens[rows] = found.to(tokens.dtype)
-            if found_masks is not None:
-                if masks is None:
-                    masks = found_masks.new_zeros(len(points), *found_masks.shape[1:])
-                masks[rows] = found_masks
-        return tokens, masks
-
-    def _decode_masks(
-        self,
-        embedding: Tensor,
-        image_size: tuple[int, int],
-        prompts: MaskPrompts,
-        with_masks: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        # SAM was trained on masks that refine another prompt: the mask's own box stands beside it.
-        corners = prompts.boxes(image_size).tensor.to(embedding.device).reshape(-1, 2, 2)
-        boxes = self._to_input_frame(corners, image_size).reshape(-1, 4)
-        height, width = self.prompt_encoder.mask_input_size
-        inner = [max(1, round(n * height / self.side)) for n in self.input_size(image_size)]
-        found = []
-        # Each mask has a dense embedding of its own, so prompts are encoded by chunks too.
-        for start in range(0, max(1, len(boxes)), self.chunk_size):
-            rows = slice(start, start + self.chunk_size)
-            masks = boxes.new_zeros(len(boxes[rows]), 1, height, width)
-            for held, mask in zip(masks, prompts.masks[rows]):
-                # One mask at a time is float at full size.
-                whole = mask.to(boxes).expand(1, 1, -1, -1)
-                small = F.interpolate(whole, inner, mode="bilinear", align_corners=False)
-                held[:, : inner[0], : inner[1]] = small[0]
-            logits = (masks * 2 - 1) * _MASK_PROMPT_LOGIT
-            found.append(self._decode(embedding, with_masks, boxes=boxes[rows], masks=logits))
-        tokens = torch.cat([token for token, _ in found])
-        return tokens, torch.cat([m for _, m in found if m is not None]) if with_masks else None
-
-    def _decode(
-        self, embedding: Tensor, with_masks: bool, **prompts: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        return self._decode_rated(embedding, with_masks, **prompts)[:2]
-
-    def _decode_rated(
-        self,
-        embedding: Tensor,
-        with_masks: bool,
         *,
         points: tuple[Tensor, Tensor] | None = None,
         boxes: Tensor | None = None,
         masks: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Tokens, mask logits and the predicted IoU of the masks (None if nothing was decoded)."""
+    ) -> tuple[Tensor, Tensor | None]:
         sparse, dense = self.prompt_encoder(points=points, boxes=boxes, masks=masks)
-        if masks is None:
-            # All prompts share one "no mask" embedding; an expanded view says so to the decoder.
+        return sparse, None if masks is None else dense
+
+    def decode_embedded(
+        self, embedding: Tensor, sparse: Tensor, dense: Tensor | None, *, with_masks: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if dense is None:
+            # All prompts share one "no mask" embedding.
             dense = self.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1).expand_as(embedding)
-        prompt_tokens = sparse.mean(1)
-        if self.tokens == "prompt" and not with_masks:
-            return prompt_tokens, None, None
-        mask_tokens, mask_logits, ious = self.token_decoder(
+        return self.token_decoder(
             embedding,
             self.prompt_encoder.get_dense_pe(),
             sparse,
@@ -264,35 +113,3 @@ class SamLocalizer(Localizer):
             with_masks=with_masks,
             chunk_size=self.chunk_size,
         )
-        if self.tokens == "prompt":
-            return prompt_tokens, mask_logits, ious
-        if self.tokens == "both":
-            return torch.cat([prompt_tokens, mask_tokens], dim=1), mask_logits, ious
-        return mask_tokens, mask_logits, ious
-
-    def _to_input_frame(self, points: Tensor, image_size: tuple[int, int]) -> Tensor:
-        """(R, P, 2) XY, pixels of the image -> pixels of the localizer's square."""
-        height, width = self.input_size(image_size)
-        scale = points.new_tensor([width / image_size[1], height / image_size[0]])
-        return points.float() * scale
-
-    def full_size_masks(
-        self,
-        mask_logits: Tensor,
-        image_size: tuple[int, int],
-        output_size: tuple[int, int] | None = None,
-    ) -> Tensor:
-        height, width = self.input_size(image_size)
-        output_size = output_size or image_size
-        masks = torch.zeros(
-            (len(mask_logits), *output_size), dtype=torch.bool, device=mask_logits.device
-        )
-        # One mask at a time is float at full size; Sam.postprocess_masks holds all of them.
-        for mask, logits in zip(masks, mask_logits.float()):
-            square = F.interpolate(
-                logits[None], (self.side, self.side), mode="bilinear", align_corners=False
-            )
-            inner = square[..., :height, :width]
-            full = F.interpolate(inner, output_size, mode="bilinear", align_corners=False)
-            torch.gt(full[0, 0], 0, out=mask)
-        return masks
