@@ -115,7 +115,10 @@ class KernelRegionHead(PooledRegionHead):
 
 def radial_basis(x: Tensor, centers: Tensor, width: Tensor | float) -> Tensor:
     """exp(-width * squared distance) of descriptions (R, F) to others (N, F): (R, N) in 0..1."""
-    return torch.exp(-width * torch.cdist(x, centers) ** 2)
+    # By one formula whatever R and N, as an exported graph must have it; torch's own choice of two
+    # is the same beyond 25 of either.
+    distances = torch.cdist(x, centers, compute_mode="use_mm_for_euclid_dist")
+    return torch.exp(-width * distances**2)
 
 
 def _geometry(boxes: Tensor) -> Tensor:

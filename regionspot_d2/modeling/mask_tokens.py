@@ -48,16 +48,17 @@ class MaskTokenDecoder(nn.Module):
         Returns:
             Mask tokens (R, C), logits of masks (R, 1, 4h, 4w) or None, and predicted IoU (R,).
         """
-        num_prompts, grid = len(sparse), image_embedding.shape[-2:]
+        # Sizes by shape[0], loops only if asked: an export must find neither number nor loop.
+        num_prompts, grid = sparse.shape[0], image_embedding.shape[-2:]
         if num_prompts == 0:
             none = image_embedding.new_empty(0)
             masks = none.view(0, 1, 4 * grid[0], 4 * grid[1]) if with_masks else None
             return none.view(0, image_embedding.shape[1]), masks, none
-        if len(dense) > 1 and dense.stride(0) == 0:
+        if dense.shape[0] > 1 and dense.stride(0) == 0:
             dense = dense[:1]
         image, image_pe = _channels_last(image_embedding), _channels_last(image_pe)
         shared = None
-        if len(dense) == 1:
+        if dense.shape[0] == 1:
             image = image + _channels_last(dense)
             # The image's side of the first layer's attentions: (1, heads, hw, d) each.
             layer = self.mask_decoder.transformer.layers[0]
@@ -69,9 +70,9 @@ class MaskTokenDecoder(nn.Module):
             )
 
         outputs = []
-        chunk_size = chunk_size or num_prompts
-        for start in range(0, num_prompts, chunk_size):
-            chunk = slice(start, start + chunk_size)
+        starts = range(0, num_prompts, chunk_size) if chunk_size else (0,)
+        for start in starts:
+            chunk = slice(start, start + chunk_size if chunk_size else None)
             keys = image if shared else image + _channels_last(dense[chunk])
             tokens, keys = self._transform(keys, image_pe, sparse[chunk], shared)
             masks = self._masks(tokens[:, 1], keys, grid) if with_masks else None
@@ -91,7 +92,7 @@ class MaskTokenDecoder(nn.Module):
         """
         decoder, transformer = self.mask_decoder, self.mask_decoder.transformer
         output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
-        query_pe = torch.cat([output_tokens.expand(len(sparse), -1, -1), sparse], dim=1)
+        query_pe = torch.cat([output_tokens.expand(sparse.shape[0], -1, -1), sparse], dim=1)
         queries = query_pe
         for layer in transformer.layers:
             bare = layer.skip_first_layer_pe
@@ -147,7 +148,7 @@ def _double(conv: Any, x: Tensor) -> Tensor:
     """(R, n, channels) -> (R, n * 2 * 2, channels)."""
     # With kernel 2 and stride 2, each place has 2x2 places of its own: this is a linear layer.
     weight = conv.weight.permute(2, 3, 1, 0).flatten(0, 2)
-    return F.linear(x, weight, conv.bias.repeat(4)).reshape(len(x), -1, conv.out_channels)
+    return F.linear(x, weight, conv.bias.repeat(4)).reshape(x.shape[0], -1, conv.out_channels)
 
 
 def _heads(x: Tensor, attention: Any) -> Tensor:
