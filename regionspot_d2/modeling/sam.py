@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from PIL import Image
 from segment_anything import sam_model_registry
-from segment_anything.modeling import MaskDecoder, PromptEncoder
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder
 from torch import Tensor, nn
 
 from ..files import explained_weights, local_weights
 from .interfaces import LOCALIZER_REGISTRY, Localizer, image_size_of
 from .mask_tokens import MaskTokenDecoder
 from .prompts import BoxPrompts, MaskPrompts, PointPrompts, Prompts
+from .sam_attention import FusedImageEncoder
 
 # A mask given as a prompt enters SAM as logits; its training fed back its own, which lie in this
 # range.
@@ -59,6 +60,8 @@ class SamLocalizer(Localizer):
             raise ValueError(
                 f"MODEL.LOCALIZER.TOKENS is '{tokens}'; it must be 'mask', 'prompt' or 'both'."
             )
+        if isinstance(image_encoder, ImageEncoderViT):
+            image_encoder = FusedImageEncoder(image_encoder)
         self.image_encoder = image_encoder
         self.prompt_encoder = prompt_encoder
         self.mask_decoder = mask_decoder
