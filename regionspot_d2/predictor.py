@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .checkpoint import build_regionspot
 from .data.images import MAX_PIXELS, ImageLike, as_image_tensor
-from .modeling.answers import EncodedImages
+from .modeling.encoded import EncodedImages
 from .modeling.everything import Search, name_everything
 from .modeling.interfaces import image_size_of
 from .modeling.panoptic import panoptic_segments
