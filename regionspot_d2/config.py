@@ -20,6 +20,11 @@ def add_regionspot_config(cfg: CN) -> None:
 
 
 def _add_frozen_models(cfg: CN) -> None:
+    # What the frozen models run in: float32, bfloat16, float16, or auto, which is bfloat16 where
+    # the device computes in it. Embeddings, scores and texts are float32. In training, float32
+    # leaves them to SOLVER.AMP.
+    cfg.MODEL.PRECISION = "float32"
+
     # The frozen model that turns regions into mask tokens: a name in LOCALIZER_REGISTRY.
     cfg.MODEL.LOCALIZER = CN()
     cfg.MODEL.LOCALIZER.NAME = "SamLocalizer"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .checkpoint import build_regionspot
 from .data.images import MAX_PIXELS, ImageLike, as_image_tensor
-from .modeling.answers import EncodedImages
+from .modeling.encoded import EncodedImages
 from .modeling.everything import Search, name_everything
 from .modeling.panoptic import panoptic_segments
 from .modeling.questions import as_count, as_prompts, box_batches

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from ..files import module_fingerprint
 from ..modeling.interfaces import Localizer
+from ..modeling.precision import precision_on, running_in
 from ..modeling.prompts import BoxPrompts
 from ..stopping import leave_interrupts
 from .build import cache_manifest, load_records
@@ -62,7 +63,8 @@ def extract_tokens(
             with the name of the dataset.
         images_per_batch: for the localizer; another number may change the last digit of a token.
         images_per_shard: by default 1024, or fewer where there are few images to share out.
-        amp: whether the localizer runs under autocast, in float16 on a GPU.
+        amp: whether the localizer runs in half precision (float16 on a GPU, else bfloat16) where
+            ``MODEL.PRECISION`` is float32.
 
     Raises:
         ValueError: see :func:`~regionspot_d2.data.build.load_records`.
@@ -72,10 +74,10 @@ def extract_tokens(
     """
     records = load_records(dataset_name, with_annotations=True)
     device = next(localizer.parameters()).device
-    autocast = torch.autocast(device.type, enabled=amp)
+    precision = _precision(cfg, device, amp)
     manifest = dataclasses.replace(
         cache_manifest(cfg, dataset_name, module_fingerprint(localizer)),
-        precision=str(autocast.fast_dtype if amp else torch.float32).removeprefix("torch."),
+        precision=str(precision).removeprefix("torch."),
     )
     folder, ids = Path(root) / dataset_name, [record["image_id"] for record in records]
     size, dim = images_per_shard or min(1024, -(-len(ids) // _SHARDS_AT_LEAST)), localizer.token_dim
@@ -106,7 +108,7 @@ def extract_tokens(
     try:
         if mine:  # a finished cache may be read-only
             _require_writable(folder)
-        with autocast:
+        with running_in(precision, device):
             _write_shards(writer, mine, _run(localizer, loader, unreadable))
     except (KeyboardInterrupt, OSError) as error:
         done = writer.num_shards - len(writer.missing_shards())
@@ -120,6 +122,12 @@ def extract_tokens(
         writer.finish()
     comm.synchronize()
     return TokenCache(folder, manifest)
+
+
+def _precision(cfg: CfgNode, device: torch.device, amp: bool) -> torch.dtype:
+    precision = precision_on(cfg.MODEL.PRECISION, device)
+    plain = amp and precision == torch.float32
+    return torch.get_autocast_dtype(device.type) if plain else precision
 
 
 def _require_writable(folder: Path) -> None:

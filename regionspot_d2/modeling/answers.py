@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from math import ceil
 from typing import Any, TypeAlias
 
@@ -14,7 +13,8 @@ from detectron2.structures import Boxes
 from detectron2.utils.logger import log_first_n
 from torch import Tensor
 
-from .interfaces import Embedding, Localizer, RegionHead, VisionLanguageModel, image_size_of
+from .encoded import VIEW_BATCH, EncodedImages
+from .interfaces import Localizer, RegionHead
 from .prompts import Prompts
 from .views import (
     View,
@@ -33,64 +33,6 @@ LogitReader: TypeAlias = Callable[[Tensor], Tensor]
 _POINT_BOX_SIDE = 256
 # Regions whose mask logits are read at a time: 64 MB of SAM's.
 _MASK_CHUNK = 256
-# Views that go through the vision-language model, and through the head, together.
-_VIEW_BATCH = 8
-
-
-@dataclass(frozen=True)
-class EncodedImages:
-    """What the frozen encoders know of images, found out when it is first needed.
-
-    Attributes:
-        images: RGB, 0..255, each (3, H, W) of its own size, on the device of the encoders.
-    """
-
-    images: tuple[Tensor, ...]
-    vision_language: VisionLanguageModel = field(repr=False)
-    localizer: Localizer = field(repr=False)
-    # Per image the tokens of views that were asked for; each question puts a new dict here, for
-    # other threads may be reading the old one.
-    _views: dict[int, dict[View, Tensor]] = field(default_factory=dict, repr=False)
-
-    @property
-    def device(self) -> torch.device:
-        return self.vision_language.logit_scale.device
-
-    @property
-    def image_sizes(self) -> list[tuple[int, int]]:
-        """(H, W) of each image."""
-        return [image_size_of(image) for image in self.images]
-
-    @cached_property
-    def image_tokens(self) -> Tensor:
-        """(B, L, W), what the vision-language model knows of the whole images."""
-        with torch.no_grad():
-            return self.vision_language(list(self.images))
-
-    @cached_property
-    def embeddings(self) -> list[Embedding]:
-        """What the localizer knows of each image.
-
-        Training from cached tokens never needs it, nor does a head that reads no mask tokens until
-        masks are asked for.
-        """
-        return self.localizer.encode_images(list(self.images))
-
-    @torch.no_grad()
-    def view_tokens(self, i: int, views: Sequence[View]) -> list[Tensor]:
-        """What the vision-language model knows of views of image ``i``: (L, W) each.
-
-        The tokens of the last question's views are kept, so that another vocabulary is a lookup.
-        """
-        known = self._views.get(i, {})
-        new = [view for view in views if view not in known]
-        found = {view: known[view] for view in views if view in known}
-        for start in range(0, len(new), _VIEW_BATCH):
-            batch = new[start : start + _VIEW_BATCH]
-            crops = [crop(self.images[i], view) for view in batch]
-            found.update(zip(batch, self.vision_language(crops)))
-        self._views[i] = found
-        return [found[view] for view in views]
 
 
 @dataclass(frozen=True)
@@ -217,7 +159,7 @@ def _answer_together(
         ]
     if finders is None:
         boxes = [relative_boxes(found.boxes, size) for found, size in zip(regions, sizes)]
-        embeddings = _embed(head, encoded.images, encoded.image_tokens, regions, boxes)
+        embeddings = _embed(encoded, head, encoded.images, encoded.image_tokens, regions, boxes)
     else:
         embeddings = [
             _embed_in_views(encoded, head, i, found, finder)
@@ -231,6 +173,7 @@ def _answer_together(
 
 
 def _embed(
+    encoded: EncodedImages,
     head: RegionHead,
     images: Sequence[Tensor],
     image_tokens: Tensor,
@@ -243,7 +186,9 @@ def _embed(
         more["images"] = images
     if head.mask_size is not None:
         more["masks"] = [found.head_masks for found in regions]
-    return head([found.tokens for found in regions], image_tokens, boxes, **more)
+    with encoded.head_context():
+        found = head([found.tokens for found in regions], image_tokens, boxes, **more)
+    return [embedding.float() for embedding in found]
 
 
 def _embed_in_views(
@@ -260,10 +205,11 @@ def _embed_in_views(
     members = [(view_of_region == place).nonzero()[:, 0] for place in range(len(views))]
     image_tokens = encoded.view_tokens(i, views)
     found: list[Tensor] = []
-    for start in range(0, len(views), _VIEW_BATCH):
-        batch = range(start, min(start + _VIEW_BATCH, len(views)))
+    for start in range(0, len(views), VIEW_BATCH):
+        batch = range(start, min(start + VIEW_BATCH, len(views)))
         inside = [regions.in_view(members[place], views[place]) for place in batch]
         found += _embed(
+            encoded,
             head,
             [crop(encoded.images[i], views[place]) for place in batch],
             torch.stack([image_tokens[place] for place in batch]),
@@ -278,9 +224,7 @@ def _logits_again(encoded: EncodedImages, i: int, prompts: Prompts) -> LogitRead
     @torch.no_grad()
     def read(regions: Tensor) -> Any:
         rows, places = regions.unique(return_inverse=True)
-        found = encoded.localizer.localize(
-            encoded.embeddings[i], encoded.image_sizes[i], prompts[rows], with_masks=True
-        )
+        found = encoded.localize(i, prompts[rows], with_masks=True)
         return found[1] if found[1] is None else found[1][places]
 
     first = torch.arange(min(1, len(prompts)), device=encoded.device)
@@ -298,9 +242,7 @@ def localize(
         needs_masks = with_masks or by_masks or head.mask_size is not None
         masks = logits = head_masks = None
         if needs_masks or head.needs_localizer:
-            tokens, logits = encoded.localizer.localize(
-                encoded.embeddings[i], size, prompt, with_masks=needs_masks
-            )
+            tokens, logits = encoded.localize(i, prompt, with_masks=needs_masks)
         else:
             width = encoded.localizer.token_dim
             tokens = encoded.vision_language.logit_scale.new_zeros(len(prompt), width)

@@ -12,7 +12,7 @@ from detectron2.structures import BitMasks, Boxes, Instances, pairwise_iou
 from detectron2.structures.boxes import pairwise_intersection
 from torch import Tensor
 
-from .answers import EncodedImages
+from .encoded import EncodedImages
 from .grouping import GROUPING_VIEWS, regions_of_tokens
 from .interfaces import Embedding, Localizer
 from .prompts import BoxPrompts
@@ -94,9 +94,9 @@ def name_everything(
     """
     by_masks = model.localizer.masks_are_fine if search.by_masks is None else search.by_masks
     if by_masks:
-        regions = regions_of_points(
-            model.localizer, encoded.embeddings[0], encoded.image_sizes[0], encoded.device, search
-        )
+        place = encoded.embeddings[0], encoded.image_sizes[0], encoded.device
+        with encoded.frozen_context():
+            regions = regions_of_points(model.localizer, *place, search)
     else:
         regions = FoundRegions(*regions_of_tokens(encoded))
         zoom = (model.zoom or _GROUPING_ZOOM) if zoom is None else zoom
@@ -215,7 +215,7 @@ def _regions_of_some(
     if ious is None:
         ious = logits.new_ones(len(logits))
     good = ious >= search.pred_iou_thresh
-    tokens, logits, ious = tokens[good], logits[good], ious[good].float()
+    tokens, logits, ious = (found[good].float() for found in (tokens, logits, ious))
     # Resizing is linear, so moved logits give the mask of a moved threshold.
     areas = [
         localizer.full_size_masks(logits + move, image_size).flatten(1).sum(1)

@@ -16,7 +16,7 @@ from detectron2.layers import nms
 from detectron2.structures import Boxes
 from torch import Tensor
 
-from .answers import EncodedImages
+from .encoded import EncodedImages
 from .views import pyramid_views
 
 # The whole image and a level of views with half its side, which overlap by half.

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..arrays import check_channels
 from ..files import local_weights
 from . import naming
-from .answers import Answer, EncodedImages, answer_regions, localize
+from .answers import Answer, answer_regions, localize
+from .encoded import EncodedImages
 from .inputs import input_images, input_regions
 from .interfaces import (
     LOCALIZER_REGISTRY,
@@ -24,7 +25,7 @@ from .interfaces import (
     RegionHead,
     VisionLanguageModel,
 )
-from .naming import name_regions
+from .precision import check_precision, precisions
 from .prompts import BoxPrompts, Prompts
 from .region_head import FocalLoss
 from .views import Zoom, check_zoom
@@ -62,6 +63,7 @@ class RegionSpot(nn.Module):
         zoom: float = 0.0,
         zoom_max_views: int = 64,
         zoom_in_training: bool = False,
+        precision: str = "float32",
     ) -> None:
         """
         Args:
@@ -77,6 +79,7 @@ class RegionSpot(nn.Module):
             max_regions: of an image that the region head sees together; more are named in groups.
             zoom, zoom_in_training: by default for :meth:`answer`, and whether in training too.
             zoom_max_views: of an image, see :class:`~regionspot_d2.modeling.views.ViewFinder`.
+            precision: of the frozen models, "float32", "bfloat16", "float16" or "auto".
         """
         super().__init__()
         check_channels(input_format, "INPUT.FORMAT")
@@ -88,6 +91,7 @@ class RegionSpot(nn.Module):
         self.zoom = check_zoom(zoom, "MODEL.ZOOM")
         self.zoom_max_views = zoom_max_views
         self.zoom_in_training = zoom_in_training
+        self.precision = check_precision(precision, "MODEL.PRECISION")
         self.localizer = localizer
         self.vision_language = vision_language
         self.region_head = region_head
@@ -128,6 +132,7 @@ class RegionSpot(nn.Module):
             "zoom": cfg.MODEL.ZOOM,
             "zoom_max_views": cfg.MODEL.ZOOM_MAX_VIEWS,
             "zoom_in_training": cfg.INPUT.ZOOM_TRAIN,
+            "precision": cfg.MODEL.PRECISION,
         }
 
     @property
@@ -154,14 +159,10 @@ class RegionSpot(nn.Module):
         targets = [x["instances"].to(self.device) for x in batched_inputs]
         tokens = None
         if all("mask_tokens" in x for x in batched_inputs):
-            dtype = torch.get_default_dtype()
-            tokens = [x["mask_tokens"].to(dtype).to(self.device) for x in batched_inputs]
-        answers = self.answer(
-            self.encode(input_images(batched_inputs, self.input_format, self.device)),
-            [BoxPrompts(target.gt_boxes) for target in targets],
-            with_masks=False,
-            mask_tokens=tokens,
-        )
+            tokens = [x["mask_tokens"].float().to(self.device) for x in batched_inputs]
+        images = input_images(batched_inputs, self.input_format, self.device)
+        prompts = [BoxPrompts(target.gt_boxes) for target in targets]
+        answers = self.answer(self.encode(images), prompts, with_masks=False, mask_tokens=tokens)
         logits = [
             self.score(answer.embeddings, self._class_names(x))
             for answer, x in zip(answers, batched_inputs)
@@ -192,11 +193,8 @@ class RegionSpot(nn.Module):
         """
         images = input_images(batched_inputs, self.input_format, self.device)
         regions = input_regions(batched_inputs, detected_instances, self.device)
-        answers = self.answer(
-            self.encode(images),
-            [BoxPrompts(boxes) for boxes, _ in regions],
-            with_masks=self.with_masks,
-        )
+        prompts = [BoxPrompts(boxes) for boxes, _ in regions]
+        answers = self.answer(self.encode(images), prompts, with_masks=self.with_masks)
         results = []
         for x, answer, (_, scores) in zip(batched_inputs, answers, regions):
             height, width = answer.image_size
@@ -219,7 +217,9 @@ class RegionSpot(nn.Module):
         Args:
             images: RGB, 0..255, each (3, H, W) of its own size, on the model's device.
         """
-        return EncodedImages(tuple(images), self.vision_language, self.localizer)
+        parts = self.vision_language, self.localizer
+        frozen, head = precisions(self.precision, parts[0].logit_scale, training=self.training)
+        return EncodedImages(tuple(images), *parts, precision=frozen, head_precision=head)
 
     def answer(
         self,
@@ -277,9 +277,10 @@ class RegionSpot(nn.Module):
             limit = f"{self.max_regions} (MODEL.REGION_HEAD.MAX_REGIONS)"
             raise ValueError(f"There are {len(prompts)} regions; ask for at most {limit}.")
         [regions] = localize(encoded, self.region_head, [prompts.to(self.device)], with_masks=False)
-        maps = self.region_head.attention(regions.tokens, encoded.image_tokens)
-        prefix = self.vision_language.num_prefix_tokens
-        return maps[:, prefix:].reshape(len(maps), *self.vision_language.grid_size)
+        with encoded.head_context():
+            maps = self.region_head.attention(regions.tokens, encoded.image_tokens).float()
+        maps = maps[:, self.vision_language.num_prefix_tokens :]
+        return maps.reshape(len(maps), *self.vision_language.grid_size)
 
     def score(self, embeddings: Tensor, class_names: Sequence[str]) -> Tensor:
         """Compares regions (R, D), rows of unit length, with C class names.
@@ -309,7 +310,7 @@ class RegionSpot(nn.Module):
         logits = (self.score(part, class_names) for part in parts)
         masks = None if answer.mask_logits is None else answer.masks
         rules = {"masks": masks, "masks_by_nearest": self.nearest_masks, **rules}
-        return name_regions(logits, answer.boxes, answer.image_size, **rules)
+        return naming.name_regions(logits, answer.boxes, answer.image_size, **rules)
 
     def losses(self, logits: list[Tensor], gt_classes: list[Tensor]) -> dict[str, Tensor]:
         """See :class:`~regionspot_d2.modeling.region_head.FocalLoss`."""

@@ -5,6 +5,8 @@
     python tools/benchmarks/inference.py image --boxes 50 300
     # the same with zoom, whose cost is that of the views
     python tools/benchmarks/inference.py image --boxes 50 300 --zoom 2
+    # one image in float32 and in bfloat16, against the plain way with the libraries themselves
+    python tools/benchmarks/inference.py plain --boxes 300
     # mask tokens of many prompts of one image: ours against segment_anything's decoder
     python tools/benchmarks/inference.py mask-tokens --boxes 96
     # set_image and 20 predict calls against the bare modules doing the same
@@ -32,6 +34,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from measuring import Stopwatch, peak_bytes, reset_peak, seconds, use_random_text_embeddings
+from plain import PlainNaming
 from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
 from torch import Tensor
 
@@ -80,12 +83,7 @@ def run_image(args: argparse.Namespace) -> None:
 
 def measure_image(args: argparse.Namespace, boxes: int, results: Any) -> None:
     torch.set_num_threads(args.threads)
-    opts = ["MODEL.LOCALIZER.WEIGHTS", "", "MODEL.VISION_LANGUAGE.WEIGHTS", ""]
-    opts += ["MODEL.DEVICE", DEVICE, "MODEL.MASK_ON", str(not args.no_masks)]
-    opts += ["MODEL.ZOOM", str(args.zoom)]
-    model = build_model(load_config(args.config_file, opts, training=False)).eval()
-    use_random_text_embeddings(model)
-    MetadataCatalog.get("benchmark").thing_classes = [f"name {i}" for i in range(NUM_NAMES)]
+    model = build_random(args, ["MODEL.ZOOM", str(args.zoom), "MODEL.PRECISION", args.precision])
     model([random_input(1)])  # warm up
     reset_peak()
     watch = Stopwatch()
@@ -102,6 +100,16 @@ def measure_image(args: argparse.Namespace, boxes: int, results: Any) -> None:
     results.put((*times, sum(views) // args.repeats, peak_bytes()))
 
 
+def build_random(args: argparse.Namespace, opts: list[str]) -> Any:
+    """The architectures of a config with random weights, and names for :func:`random_input`."""
+    opts += ["MODEL.LOCALIZER.WEIGHTS", "", "MODEL.VISION_LANGUAGE.WEIGHTS", ""]
+    opts += ["MODEL.DEVICE", DEVICE, "MODEL.MASK_ON", str(not args.no_masks)]
+    model = build_model(load_config(args.config_file, opts, training=False)).eval()
+    use_random_text_embeddings(model)
+    MetadataCatalog.get("benchmark").thing_classes = [f"name {i}" for i in range(NUM_NAMES)]
+    return model
+
+
 def random_input(boxes: int, size: tuple[int, int] = (480, 640)) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     proposals = Instances(size)
@@ -109,6 +117,79 @@ def random_input(boxes: int, size: tuple[int, int] = (480, 640)) -> dict[str, An
     proposals.objectness_logits = torch.rand(boxes, generator=generator)
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
     return {"image": image, "dataset_name": "benchmark", "proposals": proposals}
+
+
+class Side:
+    """One side of ``plain``, which runs an image and tells how long it took and its parts."""
+
+    def __init__(self, name: str, args: argparse.Namespace) -> None:
+        torch.set_num_threads(args.threads)
+        torch.manual_seed(0)
+        self.watch = Stopwatch()
+        given = random_input(args.boxes)
+        if name == "plain":
+            plain = PlainNaming(NUM_NAMES, DEVICE)
+            image = given["image"].permute(1, 2, 0).contiguous().numpy()
+            boxes = given["proposals"].proposal_boxes.tensor
+            self.run: Callable[[], object] = partial(plain, image, boxes)
+            sam = plain.predictor.model
+            self.watch.time(plain.clip.visual, "forward", "CLIP image encoder")
+            self.watch.time(sam.mask_decoder, "forward", "SAM mask decoder")
+            self.watch.time(plain.decoder, "forward", "region head")
+        else:
+            model = build_random(args, ["MODEL.PRECISION", name])
+            self.run = partial(model, [given])
+            sam = model.localizer
+            self.watch.time(model.vision_language, "forward", "CLIP image encoder")
+            self.watch.time(sam.token_decoder, "forward", "SAM mask decoder")
+            self.watch.time(model.region_head, "forward", "region head")
+        self.watch.time(sam.image_encoder, "forward", "SAM image encoder")
+
+    def __call__(self) -> dict[str, float]:
+        self.watch.seconds.clear()
+        with torch.no_grad():
+            whole = seconds(self.run)
+        outside = whole - self.watch.seconds.total()
+        return {"whole image": whole, **self.watch.seconds, "everything else": outside}
+
+
+def serve_side(name: str, args: argparse.Namespace, asked: Any, results: Any) -> None:
+    """Runs one side in a process of its own, an image whenever asked, until None."""
+    side = Side(name, args)
+    reset_peak()
+    while asked.get() is not None:
+        results.put((side(), peak_bytes()))
+
+
+def run_plain(args: argparse.Namespace) -> None:
+    """Prints times, peak memory and ratios of ours to the plain way, each in its own process."""
+    context = multiprocessing.get_context("spawn")
+    sides = {}
+    for name in args.sides:
+        queues = context.Queue(), context.Queue()
+        process = context.Process(target=serve_side, args=(name, args, *queues), daemon=True)
+        process.start()
+        sides[name] = queues
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    peaks = {}
+    for _ in range(args.repeats):
+        for name, (asked, results) in sides.items():
+            asked.put(True)
+            spent, peaks[name] = results.get()
+            times[name].append(spent)
+            print(f"# {name}: {spent['whole image']:.2f} s", flush=True)
+    for asked, _ in sides.values():
+        asked.put(None)
+    masks = "without masks" if args.no_masks else "with masks"
+    print(f"{args.boxes} boxes {masks}, {DEVICE}, {args.threads} threads, median of {args.repeats}")
+    first = args.sides[0]
+    for name, runs in times.items():
+        print(f"{name}: peak memory {peaks[name] / 1e9:.2f} GB")
+        for part in runs[0]:
+            ratios = [base[part] / run[part] for base, run in zip(times[first], runs)]
+            median = statistics.median(run[part] for run in runs)
+            ratio = statistics.median(ratios)
+            print(f"  {part:20s} {median:7.2f} s   {ratio:5.2f} times the speed of {first}")
 
 
 class MaskDecoders:
@@ -295,6 +376,12 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--boxes", type=int, nargs="+", default=[50, 300])
     add("--no-masks", action="store_true")
     add("--zoom", type=float, default=0.0, help="MODEL.ZOOM")
+    add("--precision", default="float32", help="MODEL.PRECISION")
+    add = command("plain", run_plain, 3)
+    add("--config-file", default="configs/regionspot_L_336.yaml")
+    add("--boxes", type=int, default=300)
+    add("--no-masks", action="store_true", help="ours gives none; the stock predictor always does")
+    add("--sides", nargs="+", default=["plain", "float32", "bfloat16"])
     add = command("mask-tokens", run_mask_tokens, 3)
     add("--boxes", type=int, default=96, help="box prompts of the image")
     add("--others", type=int, default=8, help="point prompts, and mask prompts")
