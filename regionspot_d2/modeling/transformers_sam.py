@@ -171,7 +171,8 @@ class TransformersSam(SquareLocalizer):
         self.model: Any = model
         self._view = view(model)
         self.side = self._view.side
-        grid = self.model.prompt_encoder.image_embedding_size
+        prompt_encoder: Any = model.prompt_encoder
+        grid = prompt_encoder.image_embedding_size
         self.mask_prompt_size = (4 * grid[0], 4 * grid[1])
         self.freeze()
 
