@@ -186,7 +186,8 @@ def _embed(
         more["images"] = images
     if head.mask_size is not None:
         more["masks"] = [found.head_masks for found in regions]
-    with encoded.head_context():
+    # A head that reads images runs the vision-language model on parts of them.
+    with encoded.frozen_context() if head.reads_images else encoded.head_context():
         found = head([found.tokens for found in regions], image_tokens, boxes, **more)
     return [embedding.float() for embedding in found]
 
