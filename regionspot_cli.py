@@ -30,6 +30,7 @@ def _models(arguments: Sequence[str]) -> int:
 
     for name, (_, what) in MODELS.items():
         print(f"{name:<18}{what}")
+    print("\nAll but mini and mini_pooled need a trained head: --opts MODEL.WEIGHTS FILE")
     return 0
 
 

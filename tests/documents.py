@@ -21,6 +21,7 @@ _NOTE_COMMANDS = r"""
 note() { { printf '%s\0' "$@"; printf '\n\0'; } >>"$NOTES"; }
 python() { note python "$@"; echo photo.jpg; }
 make() { note make "$@"; }
+regionspot() { note regionspot "$@"; }
 command_not_found_handle() { :; }
 """
 
@@ -37,7 +38,9 @@ def python_blocks(document: str) -> list[str]:
 
 
 def commands(document: Path) -> list[tuple[str, ...]]:
-    """The words of every ``python`` and ``make`` command of a document, as bash reads them.
+    """The words of every ``python``, ``make`` and ``regionspot`` command of a document.
+
+    They are as bash reads them.
 
     Besides the blocks marked as bash, these are code spans that start with a script and have
     options.
@@ -45,9 +48,14 @@ def commands(document: Path) -> list[tuple[str, ...]]:
     text = document.read_text(encoding="utf-8")
     lines = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
     text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    for span in re.findall(r"`((?:python |make |tools/|demo/|train_net\.py)[^`]*)`", text):
+    for span in re.findall(
+        r"`((?:python |make |regionspot |tools/|demo/|train_net\.py)[^`]*)`", text
+    ):
         if span.startswith(("python", "make")):
             lines.append(span)
+        elif span.startswith("regionspot "):
+            # Without options, a command's name rather than a command.
+            lines += [span] if " -" in span or span == "regionspot models" else []
         elif " -" in span:
             lines.append(f"python {span}")
     with tempfile.TemporaryDirectory() as folder:
@@ -66,12 +74,15 @@ def commands(document: Path) -> list[tuple[str, ...]]:
 
 def script_commands() -> list[tuple[str, ...]]:
     """The commands of all documents that run a script, each once and without ``python``."""
-    found = {
-        tuple(words): None
-        for document in DOCUMENTS
-        for program, *words in commands(document)
-        if program == "python" and words and words[0].endswith(".py")
-    }
+    found: dict[tuple[str, ...], None] = {}
+    for document in DOCUMENTS:
+        for program, *words in commands(document):
+            if program == "regionspot":
+                # ``regionspot name`` has the options of the demo.
+                is_name = words[:1] == ["name"]
+                words = ["demo/demo.py", *words[1:]] if is_name else ["regionspot_cli.py", *words]
+            if program != "make" and words and words[0].endswith(".py"):
+                found[tuple(words)] = None
     return list(found)
 
 

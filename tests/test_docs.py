@@ -49,6 +49,14 @@ def run(blocks: list[str], names: dict) -> dict:
     return names
 
 
+def test_readme(as_a_reader, capsys):
+    [block] = python_blocks("README.md")
+    run([block], as_a_reader)
+    assert re.fullmatch(r"(dog|bicycle) [01]\.\d+\n", capsys.readouterr().out)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "regionspot name --input photo.jpg" in text
+
+
 def test_getting_started(as_a_reader):
     blocks = python_blocks("GETTING_STARTED.md")
     assert any("wrap(" in block and MASK_RCNN.split("/")[0] in block for block in blocks)
@@ -83,7 +91,7 @@ def test_links_scripts_and_configs_exist(document):
 
 
 class Parsed(BaseException):
-    """Ends a script once it has parsed its command line."""
+    """Ends a script once it has parsed its command line; no script tells it as an error."""
 
 
 @pytest.fixture

@@ -201,7 +201,7 @@ SWITCHES: list[tuple[dict[str, Any], set[str]]] = [
 ]
 
 
-@pytest.mark.parametrize("keys, changed", SWITCHES, ids=lambda value: next(iter(value), "nothing"))
+@pytest.mark.parametrize("keys, changed", SWITCHES, ids=lambda value: min(value, default="nothing"))
 def test_a_switch_changes_what_it_says_and_nothing_else(ours, keys, changed):
     cfg, before = ours[0].clone(), ours[1]
     cfg.merge_from_list([part for item in keys.items() for part in item])
