@@ -23,7 +23,7 @@ MODULES = package_modules()
 
 # Without mini/ and app/, which stand on their own. A larger number needs a reason that is as large.
 MAX_MODULES = 64
-MAX_LINES = 11700
+MAX_LINES = 11900
 MAX_MODULE_LINES = 320
 MAX_FUNCTION_LINES = 60
 

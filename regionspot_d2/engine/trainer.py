@@ -260,8 +260,8 @@ def _prepare_token_caches(cfg: CfgNode, model: RegionSpot) -> None:
         )
     if side and not model.vision_language.resizes_plainly:
         raise ConfigError(
-            f"INPUT.CACHED_IMAGE_SIZE is {side}, but {cfg.MODEL.VISION_LANGUAGE.ARCH} resizes images "
-            "with antialiasing, as it was trained: set it to 0."
+            f"INPUT.CACHED_IMAGE_SIZE is {side}, but {cfg.MODEL.VISION_LANGUAGE.ARCH} resizes "
+            "images with antialiasing, as it was trained: set it to 0."
         )
     if side and cfg.INPUT.ZOOM_TRAIN and cfg.MODEL.ZOOM:
         raise ConfigError(
