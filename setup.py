@@ -60,6 +60,7 @@ EXTRAS = {
     ],
     "onnx": ["onnx", "onnxruntime", "onnxscript"],
     "slurm": ["submitit"],
+    "transformers": ["transformers>=5"],  # SAM-HQ, SAM 2, EdgeTAM, SAM 3; tokenizers of SigLIP
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 

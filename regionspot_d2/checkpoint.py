@@ -22,6 +22,7 @@ from .safe_loading import load_pickle
 
 _HEAD = "region_head."
 _PAIR = "pair"
+_PARTS = {"vision_language": "vision-language model", "localizer": "localizer"}
 # What DistributedDataParallel and torch.compile put before the names of a model that they wrap.
 _WRAPPERS = re.compile(r"^module\.|\b_orig_mod\.")
 # In the files of RegionSpot's authors, beside the frozen models.
@@ -146,8 +147,8 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
         for part, identity in pair_of(self.model).items():
             if part in pair and pair[part] != identity:
                 raise ValueError(
-                    f"The region head in '{self._path}' was trained with the "
-                    f"{part.replace('_', '-')} '{pair[part]}', and this model has '{identity}'. "
+                    f"The region head in '{self._path}' was trained with the {_PARTS[part]} "
+                    f"'{pair[part]}', and this model has '{identity}'. "
                     f"Heads do not carry over: set MODEL.{part.upper()} to what it was trained "
                     "with, or train a head for this pair."
                 )

@@ -7,12 +7,15 @@ import resource
 
 import pytest
 import torch
+from detectron2.modeling import build_model
 from safetensors.torch import save_file
 from torch import nn
 
-from regionspot_d2.checkpoint import RegionSpotCheckpointer
+from regionspot_d2.checkpoint import RegionSpotCheckpointer, pair_of
 from regionspot_d2.files import WeightsNotFoundError
 from regionspot_d2.modeling import RegionSpotHead
+
+from . import tiny
 
 
 def head(image_dim: int = 16) -> RegionSpotHead:
@@ -138,3 +141,57 @@ def test_no_file_warns_of_an_untrained_head(caplog):
         caplog.clear()
         RegionSpotCheckpointer(nn.Linear(2, 2)).load("")
         assert not caplog.text
+
+
+# ---- the pair of frozen models that a head was trained with
+
+
+@pytest.fixture
+def trained(tmp_path, vocabularies):
+    """A RegionSpot, and the file of its head."""
+    model = tiny.tiny_model()
+    RegionSpotCheckpointer(model, str(tmp_path)).save_model("head")
+    return model, tmp_path / "head.pth"
+
+
+def test_the_pair_is_recorded(trained):
+    model, path = trained
+    pair = torch.load(path, weights_only=True)["pair"]
+    assert pair == {"vision_language": "CLIP tiny", "localizer": "SamLocalizer tiny"}
+    other = tiny.tiny_model()
+    nn.init.zeros_(other.region_head.to_clip.weight)
+    RegionSpotCheckpointer(other).load(str(path))
+    assert torch.equal(other.region_head.to_clip.weight, model.region_head.to_clip.weight)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("localizer", "the localizer 'SamLocalizer tiny', and .* 'SamLocalizer vit_h'.*LOCALIZER"),
+        ("vision_language", "the vision-language model 'CLIP tiny', and .* 'SamLocalizer vit_h'"),
+    ],
+)
+def test_a_head_of_another_pair_is_refused(trained, part, message):
+    model, path = trained
+    getattr(model, part).identity = "SamLocalizer vit_h"
+    with pytest.raises(ValueError, match=f"head.pth' was trained with {message}"):
+        RegionSpotCheckpointer(model).load(str(path))
+
+
+def test_files_without_the_record_load(trained):
+    model, path = trained
+    content = torch.load(path, weights_only=True)
+    del content["pair"]
+    torch.save(content, path)
+    model.localizer.identity = "another"
+    RegionSpotCheckpointer(model).load(str(path))
+
+
+def test_a_head_that_reads_no_mask_tokens_goes_with_any_localizer(tmp_path, vocabularies):
+    cfg = tiny.tiny_cfg()
+    cfg.MODEL.REGION_HEAD.NAME = "PooledRegionHead"
+    model = build_model(cfg)
+    assert "localizer" not in pair_of(model)
+    RegionSpotCheckpointer(model, str(tmp_path)).save_model("head")
+    model.localizer.identity = "another"
+    RegionSpotCheckpointer(model).load(str(tmp_path / "head.pth"))

@@ -13,6 +13,8 @@ from detectron2.modeling import build_model
 from regionspot_d2 import add_regionspot_config
 from regionspot_d2.engine import build_optimizer
 from regionspot_d2.files import WeightsNotFoundError
+from regionspot_d2.modeling import LOCALIZER_REGISTRY
+from regionspot_d2.modeling.open_clip_entries import published_settings
 from regionspot_d2.modeling.vocabulary import dataset_stuff_classes
 
 from .tools import ROOT, load_tool
@@ -21,6 +23,7 @@ CONFIGS = ROOT / "configs"
 FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
 TRAINING = [name for name in FILES if Path(name).name.startswith("train_") or "ablations" in name]
 PUBLISHED = [name for name in FILES if name.startswith("published/")]
+TOWERS = [name for name in FILES if name.startswith("towers/")]
 PANOPTIC = [name for name in FILES if Path(name).name.endswith("_panoptic.yaml")]
 EVALUATION = [
     name for name in FILES if Path(name).name.startswith("eval_") and name not in PANOPTIC
@@ -73,6 +76,8 @@ def test_names_what_exists(name):
     assert set(cfg.DATASETS.TRAIN) | set(cfg.DATASETS.TEST) <= known
     if cfg.DATASETS.TRAIN_RATIOS:
         assert len(cfg.DATASETS.TRAIN_RATIOS) == len(cfg.DATASETS.TRAIN)
+    if name in TOWERS:
+        return
     if cfg.MODEL.LOCALIZER.NAME == "SamLocalizer":
         assert cfg.MODEL.LOCALIZER.ARCH in sam_model_registry
         assert f"/sam_{cfg.MODEL.LOCALIZER.ARCH}_" in cfg.MODEL.LOCALIZER.WEIGHTS
@@ -83,6 +88,20 @@ def test_names_what_exists(name):
         assert cfg.MODEL.VISION_LANGUAGE.WEIGHTS == official
         if cfg.INPUT.TOKEN_CACHE:
             assert cfg.INPUT.CACHED_IMAGE_SIZE == model["vision_cfg"]["image_size"]
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_other_towers(name):
+    cfg = read(name)
+    vision_language = cfg.MODEL.VISION_LANGUAGE
+    entry = published_settings(vision_language.ARCH, vision_language.WEIGHTS)
+    assert entry["hf_hub"] and entry["interpolation"]  # open_clip knows the weights
+    assert cfg.MODEL.LOCALIZER.NAME in LOCALIZER_REGISTRY
+    if cfg.MODEL.LOCALIZER.NAME == "TransformersSam":
+        assert not cfg.MODEL.LOCALIZER.WEIGHTS
+    # Workers of the loader resize in the published way only.
+    assert cfg.DATASETS.TRAIN and cfg.INPUT.TOKEN_CACHE and not cfg.INPUT.CACHED_IMAGE_SIZE
+    assert cfg.OUTPUT_DIR.endswith(Path(name).stem)
 
 
 @pytest.mark.parametrize("name", TRAINING)

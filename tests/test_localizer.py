@@ -5,6 +5,9 @@ The result does not depend on their order, the chunks, or the kinds of the other
 
 from __future__ import annotations
 
+import sys
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -218,6 +221,19 @@ def test_unknown_arch_lists_the_known(tiny_models):
     cfg.MODEL.LOCALIZER.ARCH = "vit_x"
     with pytest.raises(ValueError, match="vit_x.*vit_b"):
         SamLocalizer(cfg)
+
+
+def test_mobile_sam_comes_from_its_package(tiny_models, monkeypatch):
+    cfg = tiny.tiny_cfg()
+    cfg.MODEL.LOCALIZER.ARCH = "vit_t"
+    monkeypatch.setitem(sys.modules, "mobile_sam", None)
+    with pytest.raises(ImportError, match="'vit_t' is MobileSAM.*pip install"):
+        SamLocalizer(cfg)
+    package = types.ModuleType("mobile_sam")
+    package.sam_model_registry = {"vit_t": tiny.build_tiny_sam}
+    monkeypatch.setitem(sys.modules, "mobile_sam", package)
+    localizer = SamLocalizer(cfg)
+    assert localizer.identity == "SamLocalizer vit_t" and localizer.token_dim == 32
 
 
 def test_damaged_and_foreign_weights_are_named(tmp_path, tiny_models):

@@ -36,7 +36,15 @@ DISTRIBUTIONS = {
     "yaml": "pyyaml",
 }
 # Imported only where needed, with an error that names what to install.
-OPTIONAL_MODULES = {"lvis", "supervision", "transformers", "onnx", "onnxruntime", "onnxscript"}
+OPTIONAL_MODULES = {
+    "lvis",
+    "mobile_sam",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "supervision",
+    "transformers",
+}
 
 
 @pytest.fixture(scope="module")
@@ -171,13 +179,13 @@ def test_what_is_installed_names_a_photo_from_an_empty_folder(
 
 
 def test_extras(metadata) -> None:
-    extras = {"all", "demo", "dev", "onnx", "slurm"}
+    extras = {"all", "demo", "dev", "onnx", "slurm", "transformers"}
     assert set(metadata.metadata.get_all("Provides-Extra")) == extras
     wanted: dict[str, set[str]] = {extra: set() for extra in extras}
     for requirement in metadata.requires:
         if marker := re.search(r"""extra == ['"](\w+)['"]""", requirement):
             wanted[marker.group(1)].add(normal(requirement))
-    assert wanted["all"] == wanted["demo"] | wanted["dev"] | wanted["onnx"] | wanted["slurm"]
+    assert wanted["all"] == set().union(*(wanted[extra] for extra in extras - {"all"}))
     assert {"matplotlib", "scikit-image"} <= wanted["demo"]
     assert {"black", "isort", "mypy", "pytest", "ruff"} <= wanted["dev"]
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes
 from torch import Tensor
 
@@ -28,7 +29,9 @@ from regionspot_d2.modeling import (
 from regionspot_d2.modeling.everything import Search, regions_of_points
 
 from . import tiny
+from .datasets_on_disk import write_coco
 from .tiny_transformers import SIDE, VISION, tiny_transformers_sam
+from .tools import load_tool
 
 pytest.importorskip("transformers")
 
@@ -307,6 +310,37 @@ def test_a_folder(name, tmp_path, image, boxes):
     expected = TransformersSam(model=loaded)
     assert module_fingerprint(localizer) == module_fingerprint(expected)
     close(decode(localizer, image, boxes)[0], decode(expected, image, boxes)[0])
+
+
+def test_extraction_and_its_continuation(tmp_path, image, boxes):
+    """tools/extract_tokens.py runs the localizer of a config, and goes on where it stopped."""
+    tiny_transformers_sam("Sam2Model").save_pretrained(tmp_path / "model")
+    cfg = config(tmp_path / "model")
+    annotations, images = write_coco(tmp_path)
+    cfg.DATASETS.COCO_FORMAT = [["transformers_shapes", annotations, images]]
+    cfg.DATASETS.TRAIN = ("transformers_shapes",)
+    cfg.INPUT.TOKEN_CACHE = str(tmp_path / "tokens")
+    cfg.DATALOADER.NUM_WORKERS = 0
+    tool = load_tool("extract_tokens")
+    args = tool.argument_parser().parse_args(["--images-per-shard", "1"])
+    try:
+        tool.main(args, cfg)
+        shards = sorted((tmp_path / "tokens").glob("transformers_shapes/shard-*"))
+        before = [shard.read_bytes() for shard in shards]
+        assert len(shards) > 1
+        shards[0].unlink()
+        tool.main(args, cfg)
+        assert [shard.read_bytes() for shard in shards] == before
+    finally:
+        DatasetCatalog.remove("transformers_shapes")
+        MetadataCatalog.remove("transformers_shapes")
+
+
+def test_weights_beside_the_folder_are_refused(tmp_path):
+    cfg = config(tmp_path)
+    cfg.MODEL.LOCALIZER.WEIGHTS = "sam.pth"
+    with pytest.raises(ValueError, match="WEIGHTS is 'sam.pth', .* set it to ''"):
+        TransformersSam(cfg)
 
 
 def test_a_folder_of_something_else(tmp_path):

@@ -205,6 +205,7 @@ class OpenClip(ClipModel):
                 vision = {**config["vision_cfg"], **({"image_size": side} if side else {})}
                 model = open_clip.CLIP(**{**config, "vision_cfg": vision, "quick_gelu": True})
                 if side:
+                    state = {key: each.float() for key, each in state.items()}
                     resize_pos_embed(state, model)
                 model.load_state_dict(state)
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,11 @@ from .square import SquareLocalizer
 
 @LOCALIZER_REGISTRY.register()
 class SamLocalizer(SquareLocalizer):
-    """SAM, or any model of its parts. A token is the first mask's after the two-way transformer."""
+    """SAM, or any model of its parts. A token is the first mask's after the two-way transformer.
+
+    ``MODEL.LOCALIZER.ARCH`` is a name in ``segment_anything.sam_model_registry``, to which any
+    model of SAM's parts may be added, or "vit_t" for MobileSAM.
+    """
 
     @configurable
     def __init__(
@@ -65,13 +70,9 @@ class SamLocalizer(SquareLocalizer):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         arch = cfg.MODEL.LOCALIZER.ARCH
-        if arch not in sam_model_registry:
-            raise ValueError(
-                f"MODEL.LOCALIZER.ARCH is '{arch}'; segment_anything has "
-                f"{', '.join(sam_model_registry)}."
-            )
+        build = _builder(arch)
         weights = local_weights(cfg.MODEL.LOCALIZER.WEIGHTS, "MODEL.LOCALIZER.WEIGHTS")
-        sam = sam_model_registry[arch]()
+        sam = build()
         if weights is not None:
             with explained_weights(weights, f"the weights of SAM {arch} (MODEL.LOCALIZER)"):
                 sam.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
@@ -121,3 +122,22 @@ class SamLocalizer(SquareLocalizer):
             with_masks=with_masks,
             chunk_size=self.chunk_size,
         )
+
+
+def _builder(arch: str) -> Callable[[], Any]:
+    """What builds the SAM of that name, without weights."""
+    if arch in sam_model_registry:
+        return sam_model_registry[arch]
+    if arch != "vit_t":
+        raise ValueError(
+            f"MODEL.LOCALIZER.ARCH is '{arch}'; segment_anything has "
+            f"{', '.join(sam_model_registry)}, and mobile_sam has vit_t."
+        )
+    try:
+        import mobile_sam
+    except ImportError as error:
+        raise ImportError(
+            "MODEL.LOCALIZER.ARCH 'vit_t' is MobileSAM, which needs the package mobile_sam: "
+            "pip install git+https://github.com/ChaoningZhang/MobileSAM.git"
+        ) from error
+    return mobile_sam.sam_model_registry[arch]
