@@ -163,10 +163,10 @@ def test_the_box_of_points_holds_them_and_their_mask():
 def test_without_masks_points_stand_for_what_is_around_them():
     points = torch.tensor([[[100.0, 50.0]], [[2.0, 199.0]]])
     prompts = PointPrompts(points, torch.ones(2, 1, dtype=torch.long))
-    # A square of a quarter of the longer side, cut at the edges of the image.
+    # A square of a fifth of the longer side, cut at the edges of the image.
     boxes = prompts.boxes((200, 300)).tensor
-    assert boxes.tolist() == [[62.5, 12.5, 137.5, 87.5], [0, 161.5, 39.5, 200]]
+    assert boxes.tolist() == [[70, 20, 130, 80], [0, 169, 32, 200]]
     # Points that are further apart than that span the box; those beside the region do not count.
     points = torch.tensor([[[20.0, 30.0], [120.0, 40.0], [290.0, 190.0]]])
     prompts = PointPrompts(points, torch.tensor([[1, 1, 0]]))
-    assert prompts.boxes((200, 300)).tensor.tolist() == [[20, 0, 120, 72.5]]
+    assert prompts.boxes((200, 300)).tensor.tolist() == [[20, 5, 120, 65]]
