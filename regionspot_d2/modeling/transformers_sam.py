@@ -38,6 +38,10 @@ class _Sam:
     def side(self) -> int:
         return self.model.prompt_encoder.input_image_size
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.model.prompt_encoder.image_embedding_size
+
     def encode(self, pixels: Tensor) -> list[_Encoded]:
         """Encodes preprocessed images (B, 3, side, side)."""
         return [_Encoded(image) for image in self.model.get_image_embeddings(pixels).split(1)]
@@ -171,8 +175,7 @@ class TransformersSam(SquareLocalizer):
         self.model: Any = model
         self._view = view(model)
         self.side = self._view.side
-        prompt_encoder: Any = model.prompt_encoder
-        grid = prompt_encoder.image_embedding_size
+        grid = self._view.grid
         self.mask_prompt_size = (4 * grid[0], 4 * grid[1])
         self.freeze()
 
