@@ -169,16 +169,20 @@ def run_plain(args: argparse.Namespace) -> None:
         queues = context.Queue(), context.Queue()
         process = context.Process(target=serve_side, args=(name, args, *queues), daemon=True)
         process.start()
-        sides[name] = queues
+        sides[name] = (process, *queues)
     times: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     peaks = {}
     for _ in range(args.repeats):
-        for name, (asked, results) in sides.items():
+        for name, (process, asked, results) in sides.items():
             asked.put(True)
+            while results.empty():
+                process.join(0.5)
+                if not process.is_alive() and results.empty():
+                    raise SystemExit(f"error: the process of '{name}' died (out of memory?)")
             spent, peaks[name] = results.get()
             times[name].append(spent)
             print(f"# {name}: {spent['whole image']:.2f} s", flush=True)
-    for asked, _ in sides.values():
+    for _, asked, _ in sides.values():
         asked.put(None)
     masks = "without masks" if args.no_masks else "with masks"
     print(f"{args.boxes} boxes {masks}, {DEVICE}, {args.threads} threads, median of {args.repeats}")
