@@ -271,9 +271,11 @@ def test_localizer_rests_until_a_mask_is_needed(predictor, chelsea, monkeypatch)
         predictor.model.localizer, "encode_images", lambda images: calls.append(1) or encode(images)
     )
     predictor.set_image(chelsea)
-    predictor.predict(boxes=CAT_BOX)
+    # Its masks of points are poor, so it is not asked for them either.
+    predictor.predict(boxes=CAT_BOX, points=[[230.0, 130.0]])
     assert not calls
-    predictor.predict(points=[[230.0, 130.0]])
+    monkeypatch.setattr(predictor.model, "with_masks", True)
+    predictor.predict(boxes=CAT_BOX)
     assert calls == [1]
 
 
