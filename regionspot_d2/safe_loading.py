@@ -15,6 +15,7 @@ from detectron2.utils.file_io import PathManager
 
 _MAX_BYTES = 1_000_000
 _MAX_NODES = 100_000
+_MAX_DIGITS = 4300  # of a number, as Python itself has it; "1:1:1..." (base 60) escapes that
 # The only expression in the configs of Detectron2's model zoo (Base-RetinaNet.yaml), and its value.
 _RETINANET = "[[x, x * 2**(1.0/3), x * 2**(2.0/3) ] for x in [32, 64, 128, 256, 512 ]]"
 _RETINANET_SIZES = [[x, x * 2 ** (1.0 / 3), x * 2 ** (2.0 / 3)] for x in (32, 64, 128, 256, 512)]
@@ -22,6 +23,18 @@ _RETINANET_SIZES = [[x, x * 2 ** (1.0 / 3), x * 2 ** (2.0 / 3)] for x in (32, 64
 
 class UnsafePickleError(ValueError):
     """A pickle asks for more than arrays and plain containers; nothing of it was run."""
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """The one use that pickles make of ``_codecs.encode``; other codecs take hours for a page."""
+    if encoding != "latin1":
+        raise UnsafePickleError(f"it asks for the encoding {shown(encoding)}")
+    return text.encode(encoding)
+
+
+def _no_bytes() -> bytes:
+    """``bytes()``; with a number, it would fill as much memory."""
+    return b""
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -33,12 +46,14 @@ class _PlainUnpickler(pickle.Unpickler):
         "numpy.core.numeric": ("_frombuffer",),
         "numpy._core.multiarray": ("_reconstruct", "scalar"),  # of NumPy 2
         "numpy._core.numeric": ("_frombuffer",),
-        "_codecs": ("encode",),  # how Python 3 pickles bytes for Python 2,
-        "__builtin__": ("bytes",),  # and how it pickles them if there are none
         "collections": ("OrderedDict",),
     }
+    # How Python 3 pickles bytes for Python 2, and how it pickles them if there are none.
+    _BYTES = {("_codecs", "encode"): _latin1, ("__builtin__", "bytes"): _no_bytes}
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self._BYTES:
+            return self._BYTES[module, name]
         if name not in self._ADMITTED.get(module, ()):
             raise UnsafePickleError(
                 f"it asks for {module}.{name}; only NumPy arrays and plain containers are admitted"
@@ -120,6 +135,20 @@ class _Loader(yaml.SafeLoader):
             raise ValueError(f"it holds more than {_MAX_NODES} values")
         return node
 
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(keys) > len(set(keys)):  # yaml would take the last, and forget the others
+            [(key, count)] = Counter(keys).most_common(1)
+            place = f"in the section at line {node.start_mark.line + 1}"
+            raise ValueError(f"the key {shown(key)} is there {count} times {place}")
+        return super().construct_mapping(node, deep)
+
+    def number(self, node: yaml.ScalarNode) -> Any:
+        if len(node.value) > _MAX_DIGITS:
+            raise ValueError(f"a number exceeds the limit of {_MAX_DIGITS} digits")
+        whole = node.tag.endswith(":int")
+        return self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
+
     def expression(self, node: yaml.Node) -> Any:
         """Detectron2 would evaluate any; this knows what one of them gives."""
         if isinstance(node, yaml.SequenceNode) and self.construct_sequence(node) == [_RETINANET]:
@@ -134,6 +163,8 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_constructor("tag:yaml.org,2002:python/object/apply:eval", _Loader.expression)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.number)
 _Loader.add_constructor("tag:yaml.org,2002:python/tuple", _Loader.numbers)
 
 

@@ -287,3 +287,6 @@ def test_stuff_that_is_no_name(predictor):
         predictor.everything(panoptic=True, stuff=["sky"])
     with pytest.raises(ValueError, match="max_regions is 0"):
         predictor.everything(max_regions=0)
+    for threshold in (float("nan"), "a"):
+        with pytest.raises(ValueError, match="score_thresh is"):
+            predictor.everything(score_thresh=threshold)

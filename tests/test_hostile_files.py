@@ -90,6 +90,26 @@ def test_pickles_run_nothing_and_plain_ones_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"\x80\x02c_codecs\nencode\nX\x01\0\0\0aX\x08\0\0\0punycode\x86R.", "encoding 'punycode'"),
+        (b"\x80\x02c__builtin__\nbytes\n\x8a\x05\0\0\0\0\x02\x85R.", "damaged: TypeError"),
+    ],
+)
+def test_pickles_do_no_work_of_their_own(tmp_path, content, message):
+    (tmp_path / "boxes.pkl").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_pickle(tmp_path / "boxes.pkl")
+
+
+def test_pickles_of_bytes(tmp_path):
+    for protocol in range(5):
+        (tmp_path / "b.pkl").write_bytes(pickle.dumps([b"", b"\xff\0a"], protocol))
+        empty, some = load_pickle(tmp_path / "b.pkl")
+        assert (empty, some) == (b"", b"\xff\0a")
+
+
+@pytest.mark.parametrize(
     "content",
     [b"", b"../evil.pkl", b"/etc/passwd", b"..", b"no.pth", b"\xff\x00", b"link.pth", b"x" * 999],
 )
@@ -150,6 +170,8 @@ LAUGHS = "a: &a [1, 1]\n" + "".join(
         ("MODEL: " + "{a: " * 200_000, "nested too deeply"),
         (f"SOLVER: {{IMS_PER_BATCH: {'9' * 400}}}", "IMS_PER_BATCH is 999"),
         (f"SOLVER: {{IMS_PER_BATCH: {'9' * 5000}}}", "limit"),
+        (f"SOLVER: {{IMS_PER_BATCH: {'1:' * 300_000}1}}", "limit"),
+        ("MODEL: {DEVICE: cpu}\nSEED: 1\nMODEL: {MASK_ON: True}", "key 'MODEL' is there 2 times"),
         ("SOLVER: {BASE_LR: .nan}", "BASE_LR is nan"),
         ("SOLVER: {BASE_LR: -.inf}", "BASE_LR is -inf"),
         (LAUGHS, "more than 100000 values"),

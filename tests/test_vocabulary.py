@@ -185,3 +185,8 @@ def test_a_known_name_may_not_stand_in_twice(names):
     embedder = TextEmbedder(ModelOfKnownNames())
     with pytest.raises(ValueError, match="'cats?' and 'cats?', which both go by 'cat'"):
         embedder.check_apart(names)
+
+
+def test_a_file_without_line_breaks_is_no_name():
+    with pytest.raises(ValueError, match="Name 1 of the vocabulary, 'dog dog .*has 400000 char"):
+        check_names(["cat", "dog " * 100_000])

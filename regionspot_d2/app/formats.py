@@ -109,6 +109,7 @@ def _write(folder: OutputFolder, entry: Entry, ending: str, text: str) -> None:
     stem = image.stem if image.suffix.lower() in IMAGE_SUFFIXES else image.name
     [path] = folder.claim(stem, ending)
     if path.stem != stem:
-        tell(f"{printable(image)}: its boxes are in {path.name}; the name {stem} was not free.")
+        name = printable(stem)
+        tell(f"{printable(image)}: its boxes are in {path.name}; the name {name} was not free.")
     with write_atomically(path, "w") as file:
         file.write(text)

@@ -92,6 +92,8 @@ def name_everything(
         ``region_index`` counts the regions in this order. A score is that of the name times that
         of the region. Of regions that share a name and a place the best is left.
     """
+    if not isinstance(score_thresh, int | float) or not score_thresh <= 1:  # nor NaN
+        raise ValueError(f"score_thresh is {score_thresh!r:.60}; scores are in 0..1.")
     by_masks = model.localizer.masks_are_fine if search.by_masks is None else search.by_masks
     if by_masks:
         place = encoded.embeddings[0], encoded.image_sizes[0], encoded.device

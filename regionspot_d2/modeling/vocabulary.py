@@ -36,6 +36,7 @@ _BATCH_SIZE = 256
 # Vocabularies kept in memory, and bytes kept on disk. LVIS with ViT-L/14 takes 3.7 MB.
 _MAX_VOCABULARIES = 32
 _MAX_DISK_BYTES = 1_000_000_000
+_MAX_LETTERS = 1000  # of a name; CLIP reads about 300
 _TEMPLATE = re.compile(r"[^{}]*\{\}[^{}]*", re.DOTALL)
 # What the published code takes off a name, such as COCO's "wall-other-merged".
 _ENDINGS = re.compile("(?<=.)(-other|-merged|-stuff)+$")
@@ -304,6 +305,9 @@ def check_names(names: Sequence[str], *, repeats: bool = False) -> None:
 def _check_texts(names: tuple[str, ...], repeats: bool) -> None:
     places: dict[str, int] = {}
     for place, name in enumerate(names):
+        if len(name) > _MAX_LETTERS:
+            found = f"Name {place} of the vocabulary, '{name:.30}...', has {len(name)} characters"
+            raise ValueError(f"{found}; a class name of at most {_MAX_LETTERS} is expected.")
         words = clean_name(name)
         if not words:
             raise ValueError(f"Name {place} of the vocabulary is {name!r}: give non-empty text.")
