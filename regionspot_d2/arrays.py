@@ -50,12 +50,21 @@ def as_numbers(values: Any, what: str) -> Tensor:
 def _from_array(values: Any) -> Tensor:
     if np.ma.is_masked(values):
         raise TypeError("some are masked; fill them first, as in array.filled(0)")
+    if _has_range(values):
+        raise TypeError("they have the type range; give a list")
     values = np.asarray(values)
     if values.dtype.kind not in "bfiu":
         raise TypeError(f"they have the type {values.dtype}")
     dtype = values.dtype.newbyteorder("=") if values.dtype.itemsize <= 8 else np.float64
     # PyTorch reads no views with negative strides, such as points[:, ::-1].
     return torch.from_numpy(np.require(values, dtype, ["C", "W"]))
+
+
+def _has_range(values: Any, depth: int = 4) -> bool:
+    """Whether lists hold a range: NumPy would write it out, and a few characters mean billions."""
+    if isinstance(values, list | tuple) and depth:
+        return any(_has_range(value, depth - 1) for value in values)
+    return isinstance(values, range)
 
 
 def check_channels(channels: Any, name: str) -> None:

@@ -425,6 +425,15 @@ def test_points_and_labels_that_are_no_lists(given):
             as_points([[1, 2]], given, SIZE)
 
 
+def test_ranges_are_not_written_out():
+    huge = range(10**12)
+    for points in ([huge], [[huge, huge]], np.array([None, huge], dtype=object)[1:]):
+        with pytest.raises(ValueError, match="points cannot be read as numbers: .* type range"):
+            as_points(points, None, SIZE)
+    with pytest.raises(ValueError, match="boxes cannot be read as numbers"):
+        as_boxes([huge], SIZE)
+
+
 def test_masks_of_zeros_are_empty():
     for kind in ("?", "u1", "f4"):
         with pytest.raises(ValueError, match="mask of region 3 is empty"):
