@@ -284,6 +284,14 @@ def test_a_zoom_that_is_no_zoom(zoom):
         predictor.predict(boxes=[[3, 4, 40, 50]], zoom=zoom)
 
 
+@pytest.mark.parametrize("zoom", [2, np.float32(2), np.int64(2)])
+def test_a_zoom_of_any_type_of_numbers(zoom):
+    predictor = RegionSpotPredictor(tiny.tiny_model(), vocabulary=PETS)
+    predictor.set_image(random_image(0, 60, 80))
+    found = predictor.predict(boxes=[[3, 4, 40, 50]], zoom=zoom)
+    assert torch.equal(found.scores, predictor.predict(boxes=[[3, 4, 40, 50]], zoom=2.0).scores)
+
+
 @pytest.mark.parametrize(("key", "value"), [("MODEL.ZOOM", 0.3), ("MODEL.ZOOM_MAX_VIEWS", 0)])
 def test_a_config_of_impossible_views(tiny_models, key, value):
     cfg = tiny.tiny_cfg()

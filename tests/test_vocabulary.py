@@ -85,6 +85,8 @@ def test_a_damaged_cache_file_is_made_again(tmp_path):
         (["cat", " "], "Name 1"),
         (["cat", "dog", "Cat"], "places 0 and 2"),
         (["traffic light", "traffic_light"], "twice"),
+        (["cat", "cat\u200b"], "twice"),
+        (["cat", "\u200b"], "non-empty text"),
     ],
 )
 def test_names_that_are_refused(names, message):

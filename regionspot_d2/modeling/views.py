@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -178,7 +179,7 @@ def check_zoom(zoom: float, name: str = "zoom") -> float:
     Raises:
         ValueError: it is another number; ``name`` says where it comes from.
     """
-    number = isinstance(zoom, float | int) and not isinstance(zoom, bool)
+    number = isinstance(zoom, Real) and not isinstance(zoom, bool)
     if not (number and (zoom == 0 or 1 <= zoom < math.inf)):
         raise ValueError(
             f"{name} is {zoom!r:.60}; it must be 0 (regions are seen in the whole image) or at "

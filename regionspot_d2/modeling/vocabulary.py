@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import unicodedata
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -308,7 +309,7 @@ def _check_texts(names: tuple[str, ...], repeats: bool) -> None:
         if len(name) > _MAX_LETTERS:
             found = f"Name {place} of the vocabulary, '{name:.30}...', has {len(name)} characters"
             raise ValueError(f"{found}; a class name of at most {_MAX_LETTERS} is expected.")
-        words = clean_name(name)
+        words = clean_name("".join(c for c in name if unicodedata.category(c) != "Cf"))  # unseen
         if not words:
             raise ValueError(f"Name {place} of the vocabulary is {name!r}: give non-empty text.")
         first = places.setdefault(words.lower(), place)
