@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import pickletools
 from collections import Counter
 from reprlib import repr as shown  # short, however long or deep a value is
 from typing import Any
@@ -77,6 +78,7 @@ def load_pickle(path: str | os.PathLike[str]) -> Any:
     with open(local, "rb") as file:
         content = io.BytesIO(file.read())
     try:
+        _check_memo(content)
         # latin1: Python 2 wrote the oldest of these files.
         return _PlainUnpickler(content, encoding="latin1").load()
     except UnsafePickleError as error:
@@ -84,6 +86,16 @@ def load_pickle(path: str | os.PathLike[str]) -> Any:
     except Exception as error:  # a damaged pickle raises nearly anything
         reason = " ".join(repr(error).split())
         raise ValueError(f"'{os.fspath(path)}' is not a pickle, or damaged: {reason}") from error
+
+
+def _check_memo(content: io.BytesIO) -> None:
+    """Refuses places in the memo beyond the file's length: eight bytes can ask for gigabytes."""
+    length = len(content.getbuffer())
+    for opcode, place, _ in pickletools.genops(content):
+        memo = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT")
+        if memo and isinstance(place, int) and place > length:
+            raise ValueError(f"it numbers an object {place}")
+    content.seek(0)
 
 
 def read_json(json_file: str, *, unique_keys: bool = True) -> Any:

@@ -102,6 +102,13 @@ def test_pickles_do_no_work_of_their_own(tmp_path, content, message):
         load_pickle(tmp_path / "boxes.pkl")
 
 
+def test_pickles_with_a_huge_memo_take_no_memory(tmp_path):
+    path = tmp_path / "proposals.pkl"
+    path.write_bytes(b"\x80\x02Nr\xff\xff\xff\x7f.")
+    with pytest.raises(ValueError, match="is not a pickle, or damaged: .*numbers an object"):
+        load_pickle(path)
+
+
 def test_pickles_of_bytes(tmp_path):
     for protocol in range(5):
         (tmp_path / "b.pkl").write_bytes(pickle.dumps([b"", b"\xff\0a"], protocol))
