@@ -285,8 +285,9 @@ def run_predictor(args: argparse.Namespace) -> None:
     keys = ("MODEL.WEIGHTS", "MODEL.LOCALIZER.WEIGHTS", "MODEL.VISION_LANGUAGE.WEIGHTS")
     no_weights = [part for key in keys for part in (key, "")] if args.random else []
     try:
-        cfg = load_config(args.config_file, [*no_weights, *args.opts], training=False)
-        predictor = RegionSpotPredictor(cfg)
+        # The bare modules see the whole image.
+        opts = [*no_weights, "MODEL.ZOOM", "0", *args.opts]
+        predictor = RegionSpotPredictor(load_config(args.config_file, opts, training=False))
     except (ConfigError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
     if args.random:
