@@ -65,14 +65,14 @@ class ViewFinder:
         """
         self.zoom = zoom
         self.image_size = image_size
-        self._levels = list(_pyramid(image_size, zoom.max_views))
-        self._shared = regions > zoom.max_views
+        shared = regions > zoom.max_views
+        self._levels = list(_pyramid(image_size, zoom.max_views)) if shared else None
 
     def __call__(self, boxes: Boxes) -> ViewsOfRegions:
         """Finds the views of R boxes, XYXY, pixels of the image."""
         # On the CPU in float64: views must be the same whatever the device and the precision.
         squares = self._squares(boxes.tensor.detach().double().cpu())
-        views = self._in_pyramid(squares) if self._shared else squares
+        views = squares if self._levels is None else self._in_pyramid(squares, self._levels)
         whole = torch.cat([views[:, :2].floor(), views[:, 2:].ceil()], dim=1).long()
         distinct, places = whole.unique(dim=0, return_inverse=True)
         rows = [(x0, y0, x1, y1) for x0, y0, x1, y1 in distinct.tolist()]
@@ -87,12 +87,12 @@ class ViewFinder:
         start = (corners.mean(1) - sides / 2).clamp(min=0).minimum(size - sides)
         return torch.cat([start, start + sides], dim=1)
 
-    def _in_pyramid(self, squares: Tensor) -> Tensor:
+    def _in_pyramid(self, squares: Tensor, levels: list[tuple[Tensor, Tensor]]) -> Tensor:
         """The smallest view of the pyramid that holds each square."""
         size = squares.new_tensor([*reversed(self.image_size)])
         found = torch.cat([torch.zeros(2).to(size), size]).repeat(len(squares), 1)
         center = (squares[:, :2] + squares[:, 2:]) / 2
-        for sides, counts in self._levels:
+        for sides, counts in levels:
             steps = (size - sides) / (counts - 1).clamp(min=1)
             # Of the views that hold a square, the one whose middle is nearest to the square's.
             places = ((center - sides / 2) / steps.clamp(min=1e-9)).round()
