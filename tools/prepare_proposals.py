@@ -37,7 +37,6 @@ import argparse
 import contextlib
 import logging
 import os
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -81,7 +80,6 @@ from regionspot_d2.files import fingerprint
 from regionspot_d2.journal import Journal
 from regionspot_d2.modeling.automatic_masks import AUTOMATIC_MASK_SETTINGS, automatic_boxes
 from regionspot_d2.modeling.interfaces import LOCALIZER_REGISTRY
-from regionspot_d2.stopping import INTERRUPTED, stoppable
 
 logger = logging.getLogger("regionspot_d2.prepare_proposals")
 
@@ -321,7 +319,6 @@ def wrong_option(args: argparse.Namespace) -> str | None:
     return None
 
 
-@told_in_a_line("prepare_proposals.py")
 def invoke_main(arguments: list[str] | None = None) -> None:
     parser = argument_parser()
     args = parser.parse_args(arguments)
@@ -337,21 +334,17 @@ def invoke_main(arguments: list[str] | None = None) -> None:
         parser.error(f"--source {args.source} needs --config-file")
     if args.source not in _MODELS and args.num_gpus * args.num_machines > 1:
         parser.error(f"--source {args.source} runs in one process; leave out --num-gpus")
-    try:
+    go_on = "The same command goes on." if args.source in _MODELS else ""
+    with told_in_a_line("prepare_proposals.py", lambda: go_on):
         cfg = setup(args)
-        with stoppable():
-            launch(
-                main,
-                args.num_gpus,
-                num_machines=args.num_machines,
-                machine_rank=args.machine_rank,
-                dist_url=args.dist_url,
-                args=(args, cfg),
-            )
-    except KeyboardInterrupt:
-        more = "; the same command goes on" if args.source in _MODELS else ""
-        print(f"prepare_proposals.py: stopped{more}.", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args, cfg),
+        )
 
 
 if __name__ == "__main__":
