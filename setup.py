@@ -58,6 +58,9 @@ EXTRAS = {
         "ruff",
         "supervision",
     ],
+    # names and tags of open_clip's models; the tokenizers of SigLIP and MetaCLIP 2
+    "hub": ["huggingface_hub", "sentencepiece", "transformers>=5"],
+    "notebook": ["ipykernel", "matplotlib", "nbclient", "nbformat", "scikit-image"],
     "onnx": ["onnx", "onnxruntime", "onnxscript"],
     "slurm": ["submitit"],
     "transformers": ["transformers>=5"],  # SAM-HQ, SAM 2, EdgeTAM, SAM 3; tokenizers of SigLIP

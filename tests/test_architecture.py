@@ -52,7 +52,7 @@ RULES = (
     Rule("files config safe_loading stopping", ""),
     Rule("arrays logits", "", "torch numpy"),
     Rule("model_zoo", "config"),
-    Rule("journal", "files"),
+    Rule("journal hub", "files"),
     Rule("checkpoint", "files safe_loading modeling.interfaces modeling.regionspot"),
     # What a part is, and the arithmetic between the parts: torch and Detectron2's structures only.
     Rule("modeling.prompts modeling.lazy_masks", "", TORCH),
@@ -93,6 +93,7 @@ RULES = (
     ),
     Rule("modeling.__init__", "modeling"),
     # Localizers, vision-language models and what they are made of, each with its library.
+    Rule("modeling.open_clip_entries", "files hub safe_loading"),
     Rule(
         "modeling",
         f"files {CONTRACTS} modeling.sam modeling.sam_attention modeling.mask_tokens "

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from regionspot_d2.modeling import VISION_LANGUAGE_REGISTRY, OpenAIClip, OpenClip
 from regionspot_d2.modeling import clip as clip_module
 from regionspot_d2.modeling.clip import ClipModel
+from regionspot_d2.modeling.open_clip_entries import published_settings
 
 from .tiny import OPEN_CLIP_CONFIG, fill_golden, golden, tiny_cfg, tiny_open_clip, tiny_openai_clip
 
@@ -528,7 +529,7 @@ def test_published_sizes(name, arch, width, text_dim, tokens, monkeypatch):
     ],
 )
 def test_what_open_clip_knows_of_weights(tiny_models, arch, source, quick_gelu, mean):
-    found = clip_module.published_settings(arch, source)
+    found = published_settings(arch, source)
     assert found["mean"][0] == mean
     assert found.get("quick_gelu", False) == quick_gelu
 
@@ -547,7 +548,7 @@ def test_what_open_clip_knows_of_weights(tiny_models, arch, source, quick_gelu, 
     ],
 )
 def test_only_openai_weights_are_resized_as_published(tiny_models, arch, source, interpolation):
-    assert clip_module.published_settings(arch, source)["interpolation"] == interpolation
+    assert published_settings(arch, source)["interpolation"] == interpolation
 
 
 @pytest.mark.parametrize("way", ["bilinear", "bicubic"])
