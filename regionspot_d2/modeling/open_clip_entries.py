@@ -60,7 +60,9 @@ class Entry(NamedTuple):
     @property
     def pretrained(self) -> str | None:
         """What ``open_clip.create_model`` has to be told of the weights."""
-        return None if self.comes_whole or self.weights is None else str(self.weights)
+        # Whole, for it takes a bare word for a tag.
+        weights = None if self.comes_whole else self.weights
+        return None if weights is None else os.path.abspath(weights)
 
     @property
     def short_name(self) -> str:
@@ -183,6 +185,8 @@ def architecture(arch: str) -> tuple[str, dict[str, Any]]:
     Raises:
         ValueError: open_clip does not have it.
     """
+    if arch.startswith((_HUB, _FOLDER)):
+        raise ValueError(f"{ARCH_KEY} is '{arch}', which only OpenClip can load.")
     name = arch.replace("/", "-").replace("@", "-").removesuffix("px")
     if name not in open_clip.list_models():
         close = ", ".join(difflib.get_close_matches(name, open_clip.list_models(), n=5))
