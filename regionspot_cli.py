@@ -55,13 +55,17 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} ({self.prog} --help lists the options)\n")
 
 
-def begin(parser: argparse.ArgumentParser) -> None:
+def begin(parser: argparse.ArgumentParser, *, others: bool = False) -> None:
     """Answers ``--help`` and tells wrong options, before a script's imports, which take seconds.
 
     The script parses its command line again when they are done.
+
+    Args:
+        parser: the script's.
+        others: whether options that the parser does not know are for another program.
     """
     silence_foreign_warnings()
-    parser.parse_known_args()
+    (parser.parse_known_args if others else parser.parse_args)()
 
 
 def silence_foreign_warnings() -> None:

@@ -18,9 +18,9 @@ from regionspot_cli import parse_name
 
 from ..data.images import ImageReadError
 from ..engine import load_config
+from ..engine.config import find_config
 from ..files import write_atomically
 from ..journal import Journal, JournalError, JournalFullError
-from ..model_zoo import MODELS, get_config_file
 from ..modeling import RegionHead
 from ..predictor import RegionSpotPredictor
 from ..pretrained import check_device
@@ -231,8 +231,7 @@ def main(arguments: Sequence[str] | None = None, *, program: str | None = None) 
             # A terminal that has no letter for a name shows its number.
             stream.reconfigure(errors="backslashreplace")
     args = parse_name(sys.argv[1:] if arguments is None else arguments, program)
-    if args.config_file in MODELS:
-        args.config_file = get_config_file(args.config_file)
+    args.config_file = find_config(args.config_file)
     setup_logger(name="regionspot_d2")
     try:
         with stoppable():
