@@ -65,16 +65,17 @@ class RegionSpotPredictor:
         source: str | os.PathLike[str],
         *,
         device: str | torch.device | None = None,
+        precision: str | None = None,
         vocabulary: Sequence[str] | None = None,
         zoom: float | None = None,
     ) -> RegionSpotPredictor:
-        """Builds a predictor from a name such as "mini", a config, or a folder.
+        """Builds a predictor from a name such as "mini", a config, a folder, or an id on the hub.
 
         Args:
-            source, device, zoom: as for :func:`~regionspot_d2.pretrained.read_pretrained`.
+            source, device, precision, zoom: see :func:`~regionspot_d2.pretrained.read_pretrained`.
             vocabulary: class names for questions that bring none; by default the folder's.
         """
-        cfg, names = read_pretrained(source, device=device, zoom=zoom)
+        cfg, names = read_pretrained(source, device=device, precision=precision, zoom=zoom)
         return cls(cfg, vocabulary=names if vocabulary is None else vocabulary)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

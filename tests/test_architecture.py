@@ -109,7 +109,7 @@ RULES = (
         "engine",
         "files safe_loading stopping config checkpoint model_zoo modeling data evaluation engine",
     ),
-    Rule("pretrained", "files config safe_loading model_zoo modeling.interfaces engine.config"),
+    Rule("pretrained", "files hub config safe_loading model_zoo modeling.interfaces engine.config"),
     Rule("predictor", "files checkpoint data.images modeling pretrained"),
     Rule(
         "app",

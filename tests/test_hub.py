@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import open_clip
@@ -30,22 +29,6 @@ def repository(folder: Path, preprocess: object = STATISTICS, **model: object) -
     (folder / "open_clip_config.json").write_text(json.dumps(content))
     save_file(tiny_open_clip().state_dict(), folder / "open_clip_model.safetensors")
     return folder
-
-
-@pytest.fixture
-def hub(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """Gives the folder of a repository's files in the cache, without a net."""
-    constants = pytest.importorskip("huggingface_hub.constants")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-
-    def snapshot(name: str) -> Path:
-        root = empty_cache / "hub" / f"models--{name.replace('/', '--')}"
-        (root / "refs").mkdir(parents=True, exist_ok=True)
-        (root / "refs" / "main").write_text("0" * 40)
-        (root / "snapshots" / ("0" * 40)).mkdir(parents=True, exist_ok=True)
-        return root / "snapshots" / ("0" * 40)
-
-    return snapshot
 
 
 def config(arch: str, weights: str = "") -> CfgNode:
