@@ -98,6 +98,19 @@ def test_attributes(clip_model):
     assert clip_model.logit_scale.shape == ()
 
 
+def test_scale_and_bias_give_the_logits_that_siglip_takes_the_sigmoid_of(clip_model):
+    assert clip_model.logit_bias is None
+    siglip = open_clip.CLIP(**OPEN_CLIP_CONFIG, init_logit_bias=-10.0, nonscalar_logit_scale=True)
+    model = open_clip_of(fill_golden(siglip))
+    with torch.no_grad():
+        siglip.logit_bias.fill_(-8.5)
+    images, texts = random_images((64, 64), (40, 50)), ["cat", "dog", "bird"]
+    cosines = F.normalize(model.embed_images(images)) @ F.normalize(model.encode_text(texts)).T
+    wanted, _ = siglip.get_logits(model.preprocess_images(images), model.tokenizer(texts))
+    assert model.logit_bias.shape == ()
+    close(cosines * model.logit_scale.exp() + model.logit_bias, wanted.detach(), 1e-4)
+
+
 def test_projected_cls_token_is_the_image_embedding(clip_model):
     images = random_images((64, 64), (64, 64))
     projected = clip_model.project(clip_model(images))

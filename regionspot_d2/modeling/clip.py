@@ -191,6 +191,11 @@ class OpenClip(ClipModel):
     _view_tower = staticmethod(open_clip_tower)
     _encode_options = {"normalize": False}  # CoCa normalizes unless told not to
 
+    @property
+    def logit_bias(self) -> Tensor | None:  # type: ignore[override]
+        bias = self.model.logit_bias
+        return None if bias is None else bias.reshape(())
+
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         settings = cfg.MODEL.VISION_LANGUAGE

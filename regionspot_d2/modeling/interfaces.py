@@ -182,6 +182,8 @@ class VisionLanguageModel(FrozenModule, ABC):
         num_prefix_tokens: tokens before the grid, 1 for a class token; L of them with the grid.
         templates: prompt templates that suit the text side, with one ``{}`` for the class name.
         logit_scale: a scalar tensor; cosines are multiplied by its exponential.
+        logit_bias: a scalar tensor, added to these logits where a score is their sigmoid; None for
+            a model that was trained to compare texts (CLIP), not to judge each one (SigLIP).
         fingerprint: changes with the text side; a key for embeddings that are kept on disk.
         resizes_plainly: whether images are squashed bilinearly without antialiasing, which
             ``INPUT.CACHED_IMAGE_SIZE`` can then do ahead of it.
@@ -195,6 +197,7 @@ class VisionLanguageModel(FrozenModule, ABC):
     num_prefix_tokens: int = _required()
     templates: tuple[str, ...] = _required()
     logit_scale: Tensor = _required()
+    logit_bias: Tensor | None = None
     fingerprint: str = _required()
     identity: str = ""
     resizes_plainly: bool = True
