@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 _COMMANDS = {
     "name": "name regions of photos and videos: regionspot name --input photo.jpg",
+    "web": "serve a web page on which regions are drawn and named",
     "models": "list the models by name, for --config-file and from_pretrained",
 }
 
@@ -20,6 +21,16 @@ def _name(arguments: Sequence[str]) -> int:
     from regionspot_d2.app.main import main as name_regions
 
     return name_regions(arguments, program="regionspot name")
+
+
+def _web(arguments: Sequence[str]) -> int:
+    try:
+        from regionspot_d2.app.web.main import main as serve
+    except ModuleNotFoundError as error:
+        if error.name not in ("gradio", "gradio_image_annotation"):
+            raise
+        sys.exit(f"error: the package {error.name} is missing: pip install regionspot_d2[web]")
+    return serve(arguments)
 
 
 def _models(arguments: Sequence[str]) -> int:
@@ -49,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Of libraries that others import; nothing that a reader could do about them.
     for message in ("`torch.jit.script` is deprecated", "pkg_resources is deprecated"):
         warnings.filterwarnings("ignore", message)
-    run = {"name": _name, "models": _models}[args.command]
+    run = {"name": _name, "web": _web, "models": _models}[args.command]
     try:
         return run(args.arguments)
     except ModuleNotFoundError as error:
