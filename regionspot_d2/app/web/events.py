@@ -187,7 +187,7 @@ class Page:
         rows, names = answer.rows(), len(answer.names)
         regions = f"{len(rows)} region{'' if len(rows) == 1 else 's'}"
         changes = _no_results() | {
-            "status": status_line(f"{regions} named, by {names} names. {answer.note}"),
+            "status": status_line(f"{regions} named with {names} words. {answer.note}"),
             "picture": visitor.picture(),
             "table": rows,
         }
@@ -209,7 +209,7 @@ class Page:
         label = f"Region {region}: best {len(top)} of {len(visitor.answer.names)} names"
         changes: Changes = {"top": gr.Label(value=top, label=label, visible=True)}
         if self.model.region_head.has_attention:
-            changes["attention"] = visitor.attention(region)
+            changes["attention"] = gr.Image(value=visitor.attention(region), visible=True)
         return changes
 
 
@@ -224,6 +224,6 @@ def _no_results() -> Changes:
         "picture": None,
         "table": [],
         "top": gr.Label(value=None, visible=False),
-        "attention": None,
+        "attention": gr.Image(value=None, visible=False),
         "download": gr.DownloadButton(interactive=False),
     }

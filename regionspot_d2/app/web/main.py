@@ -22,7 +22,7 @@ from ...pretrained import check_device
 from ...stopping import INTERRUPTED, stoppable
 from ..names import one_line
 from .events import Page
-from .page import CSS, build_page, theme
+from .page import CSS, build_page, example_photos, theme
 
 # Visitors whose photos are held at once; the photo of one who comes back later is encoded again.
 _MAX_SESSIONS = 16
@@ -90,6 +90,7 @@ def served(
                 enable_monitoring=False,
                 footer_links=[],
                 max_file_size=max_megabytes * 2**20,
+                allowed_paths=list(map(str, example_photos())),
                 state_session_capacity=_MAX_SESSIONS,
                 theme=theme(),
                 css=CSS,

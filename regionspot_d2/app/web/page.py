@@ -19,7 +19,7 @@ from .session import TOP
 _MAX_WAITING = 256
 # Uploads and pictures older than this are deleted, and how often that is looked after; seconds.
 _KEEP, _LOOK = 6 * 3600, 600
-_TABLE = ["region", "name", "score", "box (x0, y0, x1, y1)"]
+_TABLE = {"region": "16%", "name": "34%", "score": "16%", "box": "34%"}
 
 # Photos that scikit-image has, with words to begin with and boxes of what is on them.
 _EXAMPLES: dict[str, tuple[str, list[Box]]] = {
@@ -28,14 +28,16 @@ _EXAMPLES: dict[str, tuple[str, list[Box]]] = {
     "astronaut.png": ("person, helmet, flag", [[15, 8, 380, 512], [278, 342, 512, 512]]),
 }
 
-HEADER = """
+_HEADER = """
 <header class="title"><h1>RegionSpot</h1>
 <p>Name any region of a photo with any words. Draw boxes or click points, type words, and see which
 word fits which region.</p></header>
 """
 
 CSS = """
-.gradio-container { max-width: 1360px !important; margin: auto; }
+.gradio-container { max-width: 1360px !important; width: 100%; margin: auto; }
+.gradio-container .html-container { padding: 4px 0; }
+.caption { font-size: var(--text-sm); color: var(--body-text-color-subdued); }
 .title h1 { font-size: 1.7rem; font-weight: 700; margin: 0; letter-spacing: -0.01em; }
 .title p { margin: 0.2rem 0 0; color: var(--body-text-color-subdued); }
 .status { padding: 0.6rem 0.8rem; border-radius: 8px; overflow-wrap: anywhere;
@@ -43,6 +45,10 @@ CSS = """
 .status.error { border-left-color: #dc2626; color: #b91c1c; background: #fef2f2; }
 .dark .status.error { color: #fecaca; background: #450a0a; }
 """
+
+
+def _caption(text: str) -> str:
+    return f'<div class="caption">{text}</div>'
 
 
 def theme() -> gr.themes.Base:
@@ -64,25 +70,30 @@ def build_page(page: Page) -> gr.Blocks:
         title="RegionSpot", analytics_enabled=False, delete_cache=(_LOOK, _KEEP)
     ) as blocks:
         session = gr.State(None, time_to_live=_KEEP)
-        gr.HTML(HEADER)
+        gr.HTML(_HEADER)
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
                 photo, clicks, no_points = _photo_parts()
+                examples = gr.Column()
             with gr.Column(scale=2, min_width=320):
                 words, lists, zoom, name, everything = _question_parts(page.model)
                 status = gr.HTML(status_line("Upload a photo, or pick an example."))
-                _example_parts(photo, words)
+        with examples:
+            _example_parts(photo, words)
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
+                gr.HTML(_caption("Results; click a region to select it"))
                 picture = gr.Image(
-                    label="Results: click a region to select it",
                     format="jpeg",
                     interactive=False,
-                    elem_id="picture",
+                    show_label=False,
                     buttons=["download", "fullscreen"],
+                    elem_id="picture",
                 )
             with gr.Column(scale=2, min_width=320):
-                table, top, attention, download = _answer_parts(page.model)
+                table, top, attention, download = _answer_parts(
+                    page.model.region_head.has_attention
+                )
         outputs = [*Parts(session, status, picture, clicks, table, top, attention, download)]
         inputs = [session, photo, words, lists, zoom]  # as in Shown
         # Uploads come as they are, so that it is read_image that reads them.
@@ -139,20 +150,20 @@ def _question_parts(
         value=model.zoom,
         step=0.25,
         label="Zoom",
-        info="How far around itself each region is seen, in its own sides; below 1: the whole "
-        "photo.",
+        info="Each region is seen with so many times its size around it; 0 is the whole photo.",
     )
     with gr.Row():
-        name = gr.Button("Name regions", variant="primary", elem_id="name")
-        everything = gr.Button("Find and name everything", elem_id="everything")
+        name = gr.Button("Name regions", variant="primary", size="md", elem_id="name")
+        everything = gr.Button("Find regions", size="md", elem_id="everything")
     return words, lists, zoom, name, everything
 
 
 def _answer_parts(
-    model: RegionSpot,
+    has_attention: bool,
 ) -> tuple[gr.Dataframe, gr.Label, gr.Image, gr.DownloadButton]:
     table = gr.Dataframe(
-        headers=_TABLE,
+        headers=list(_TABLE),
+        column_widths=list(_TABLE.values()),
         datatype=["number", "str", "number", "str"],
         interactive=False,
         label="Best name of each region",
@@ -162,26 +173,50 @@ def _answer_parts(
         elem_id="table",
     )
     top = gr.Label(num_top_classes=TOP, show_heading=False, visible=False, elem_id="top")
+    gr.HTML(_caption("Where the head looks to name the selected region"), visible=has_attention)
     attention = gr.Image(
-        label="Where the head looks to name it",
+        show_label=False,
+        buttons=["fullscreen"],
         format="jpeg",
         interactive=False,
-        visible=model.region_head.has_attention,
+        visible=False,
         elem_id="attention",
     )
-    download = gr.DownloadButton("Download as COCO json", interactive=False, elem_id="download")
+    download = gr.DownloadButton(
+        "Download as COCO json", size="md", interactive=False, elem_id="download"
+    )
     return table, top, attention, download
 
 
+def example_photos() -> list[Path]:
+    """The photos that visitors may pick; none without scikit-image, which has them."""
+    spec = importlib.util.find_spec("skimage")
+    if spec is None or spec.origin is None:
+        return []
+    paths = (Path(spec.origin).parent / "data" / name for name in _EXAMPLES)
+    return [path for path in paths if path.is_file()]
+
+
 def _example_parts(photo: image_annotator, words: gr.Textbox) -> None:
-    found = importlib.util.find_spec("skimage")
-    if found is None or found.origin is None:
-        return
-    examples = []
-    for name, (text, boxes) in _EXAMPLES.items():
-        path = Path(found.origin).parent / "data" / name
+    """Pictures to click, which put a photo, boxes and words into their parts."""
+    samples, texts = [], []
+    for path in example_photos():
+        text, boxes = _EXAMPLES[path.name]
         corners = [dict(zip(("xmin", "ymin", "xmax", "ymax"), box)) for box in boxes]
-        if path.is_file():
-            examples.append([{"image": str(path), "boxes": corners}, text])
-    if examples:
-        gr.Examples(examples, [photo, words], label="Examples", cache_examples=False)
+        samples.append({"image": str(path), "boxes": corners})
+        texts.append(text)
+    if samples:
+        examples = gr.Dataset(
+            components=[photo],
+            samples=[[sample] for sample in samples],
+            type="index",
+            label="Examples",
+            elem_id="examples",
+        )
+        examples.click(
+            lambda place: (samples[place], texts[place]),
+            examples,
+            [photo, words],
+            show_progress="hidden",
+            api_visibility="private",
+        )
