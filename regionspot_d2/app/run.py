@@ -114,19 +114,12 @@ class Run:
             scores = regions.scores
         if len(found) == 0:
             write_line(f"{file_name}: there is no region to name.")
-        # Only background points can leave an empty mask; a name for nothing would mislead.
-        empty = ~found.pred_boxes.nonempty()
-        for region in found.region_index[empty].unique().tolist():
-            write_line(
-                f"{file_name}: region {region} is left out: it has only background points, and "
-                "its mask is empty."
-            )
         if scores is not None:
             found.scores = found.scores * found.scores.new_tensor(scores)[found.region_index]
         attention = None
         if self.args.attention:
             attention = self.predictor.attention_maps(**prompts).float().cpu().numpy()
-        found = found[~empty & (found.scores >= self.args.confidence_threshold)]
+        found = found[found.scores >= self.args.confidence_threshold]
         return to_entry(file_name, found), attention
 
     def draw(self, entry: Entry, image: np.ndarray) -> np.ndarray:
