@@ -202,7 +202,8 @@ def _example_parts(photo: image_annotator, words: gr.Textbox) -> None:
     samples, texts = [], []
     for path in example_photos():
         text, boxes = _EXAMPLES[path.name]
-        corners = [dict(zip(("xmin", "ymin", "xmax", "ymax"), box)) for box in boxes]
+        # The newest first, as browsers have them.
+        corners = [dict(zip(("xmin", "ymin", "xmax", "ymax"), box)) for box in reversed(boxes)]
         samples.append({"image": str(path), "boxes": corners})
         texts.append(text)
     if samples:
