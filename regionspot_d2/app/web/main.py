@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
@@ -14,8 +13,9 @@ from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from regionspot_cli import parse_web
+
 from ...engine import load_config
-from ...model_zoo import MODELS, get_config_file
 from ...modeling import RegionSpot
 from ...predictor import RegionSpotPredictor
 from ...pretrained import check_device
@@ -101,53 +101,11 @@ def served(
             blocks.close(verbose=False)
 
 
-def _argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "regionspot web",
-        description="Serves a web page on which regions of photos are drawn and named.",
-        epilog="example: regionspot web --port 8000",
-    )
-    add = parser.add_argument
-    add(
-        "--config-file",
-        default="mini",
-        metavar="FILE|NAME",
-        help=f"model to use: a config, or {'|'.join(MODELS)}; by default mini, the small one",
-    )
-    add(
-        "--host",
-        default="127.0.0.1",
-        help="what to listen on; by default only this machine, 0.0.0.0 lets others in",
-    )
-    add("--port", type=int, help="by default the first free one from 7860 on")
-    add(
-        "--max-upload",
-        type=int,
-        default=20,
-        metavar="MB",
-        help="the largest file that is taken, by default 20",
-    )
-    add("--opts", nargs=argparse.REMAINDER, default=[], help="config changes: KEY VALUE ...")
-    return parser
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _argument_parser()
-    args = parser.parse_args(arguments)
-    if args.max_upload < 1:
-        parser.error(f"--max-upload {args.max_upload}: 1 or more is expected")
-    if args.port is not None and not 1 <= args.port <= 65535:
-        parser.error(f"--port {args.port}: 1..65535 is expected")
-    file = os.path.expanduser(args.config_file)
-    args.config_file = get_config_file(file) if file in MODELS else file
-    return args
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Serves the page until Ctrl-C or SIGTERM.
 
     Args:
-        arguments: the command line, by default that of this process.
+        arguments: the command line of ``regionspot web``.
 
     Returns:
         The exit status.
@@ -155,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: the page cannot be served, with one line that says why.
     """
-    args = _parse(arguments)
+    args = parse_web(arguments)
     try:
         with stoppable():
             cfg = load_config(args.config_file, args.opts, training=False)
