@@ -269,13 +269,6 @@ def test_two_visitors_do_not_mix(page: Page, photo: Path, tmp_path: Path) -> Non
     assert second.picture.shape == (48, 64, 3) and len(second.table) == 1
 
 
-@pytest.mark.parametrize("option", ["--port 0", "--max-upload 0", "--port 7860 --host"])
-def test_options_without_sense(option: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(option.split())
-    assert option.split()[-1] in capsys.readouterr().err
-
-
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """The page with the mini model."""
@@ -397,10 +390,8 @@ def test_browsers_are_told_to_load_nothing_from_elsewhere(browser: Any, address:
     tab = browser.new_page()
     answer = tab.goto(address)
     assert "default-src 'self'" in answer.headers["content-security-policy"]
-    blocked = tab.evaluate(
-        """() => new Promise(done => {
+    blocked = tab.evaluate("""() => new Promise(done => {
             document.addEventListener('securitypolicyviolation', event => done(event.blockedURI));
             fetch('http://example.invalid/fonts').catch(() => {});
-        })"""
-    )
+        })""")
     assert blocked == "http://example.invalid/fonts"
