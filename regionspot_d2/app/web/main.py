@@ -7,7 +7,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
@@ -127,7 +127,9 @@ def main(arguments: Sequence[str]) -> int:
                 max_megabytes=args.max_upload,
             ) as address:
                 print(f"The page is at {address} (Ctrl-C ends it).", flush=True)
-                threading.Event().wait()
+                # Gradio prints a line per file of its components that a browser loads.
+                with open(os.devnull, "w") as nothing, redirect_stdout(nothing):
+                    threading.Event().wait()
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return INTERRUPTED

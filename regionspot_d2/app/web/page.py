@@ -19,12 +19,12 @@ from .session import TOP
 _MAX_WAITING = 256
 # Uploads and pictures older than this are deleted, and how often that is looked after; seconds.
 _KEEP, _LOOK = 6 * 3600, 600
-_TABLE = {"region": "16%", "name": "34%", "score": "16%", "box": "34%"}
+_TABLE = {"#": "11%", "name": "31%", "score": "20%", "box": "38%"}
 
 # Photos that scikit-image has, with words to begin with and boxes of what is on them.
 _EXAMPLES: dict[str, tuple[str, list[Box]]] = {
     "chelsea.png": ("cat, dog, sofa", [[15, 0, 451, 300]]),
-    "coffee.png": ("cup, saucer, spoon", [[170, 12, 418, 292], [325, 62, 426, 326]]),
+    "coffee.png": ("cup, bowl, spoon", [[170, 12, 418, 292]]),
     "astronaut.png": ("person, helmet, flag", [[15, 8, 380, 512], [278, 342, 512, 512]]),
 }
 
@@ -40,6 +40,19 @@ CSS = """
 .caption { font-size: var(--text-sm); color: var(--body-text-color-subdued); }
 .title h1 { font-size: 1.7rem; font-weight: 700; margin: 0; letter-spacing: -0.01em; }
 .title p { margin: 0.2rem 0 0; color: var(--body-text-color-subdued); }
+/* The photo and the picture of the results on the left, what is asked and answered on the right; in
+   a narrow window one after another, with the picture last. */
+#board { display: grid; grid-template-columns: 3fr 2fr; grid-template-rows: auto 1fr;
+  align-items: start; }
+#board > * { min-width: 0 !important; }
+#talk { grid-area: 1 / 2 / 3 / 3; }
+#table th, #table td { padding: 4px 6px !important; }
+#table td, #table th, #table span { font-family: var(--font); font-size: var(--text-sm); }
+#table th * { white-space: nowrap; padding-left: 0; padding-right: 0; }
+@media (max-width: 800px) {
+  #board { grid-template-columns: 100%; }
+  #talk { grid-area: auto; }
+}
 .status { padding: 0.6rem 0.8rem; border-radius: 8px; overflow-wrap: anywhere;
   background: var(--background-fill-secondary); border-left: 4px solid var(--primary-500); }
 .status.error { border-left-color: #dc2626; color: #b91c1c; background: #fef2f2; }
@@ -58,7 +71,7 @@ def theme() -> gr.themes.Base:
         neutral_hue="slate",
         font=[gr.themes.Font("system-ui"), gr.themes.Font("sans-serif")],
         font_mono=[gr.themes.Font("ui-monospace"), gr.themes.Font("monospace")],
-    )
+    ).set(body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_400")
 
 
 def build_page(page: Page) -> gr.Blocks:
@@ -71,17 +84,17 @@ def build_page(page: Page) -> gr.Blocks:
     ) as blocks:
         session = gr.State(None, time_to_live=_KEEP)
         gr.HTML(_HEADER)
-        with gr.Row():
-            with gr.Column(scale=3, min_width=320):
+        with gr.Row(elem_id="board"):
+            with gr.Column():
                 photo, clicks, no_points = _photo_parts()
                 examples = gr.Column()
-            with gr.Column(scale=2, min_width=320):
+            with gr.Column(elem_id="talk"):
                 words, lists, zoom, name, everything = _question_parts(page.model)
                 status = gr.HTML(status_line("Upload a photo, or pick an example."))
-        with examples:
-            _example_parts(photo, words)
-        with gr.Row():
-            with gr.Column(scale=3, min_width=320):
+                table, top, attention, download = _answer_parts(
+                    page.model.region_head.has_attention
+                )
+            with gr.Column():
                 gr.HTML(_caption("Results; click a region to select it"))
                 picture = gr.Image(
                     format="jpeg",
@@ -90,10 +103,8 @@ def build_page(page: Page) -> gr.Blocks:
                     buttons=["download", "fullscreen"],
                     elem_id="picture",
                 )
-            with gr.Column(scale=2, min_width=320):
-                table, top, attention, download = _answer_parts(
-                    page.model.region_head.has_attention
-                )
+        with examples:
+            _example_parts(photo, words)
         outputs = [*Parts(session, status, picture, clicks, table, top, attention, download)]
         inputs = [session, photo, words, lists, zoom]  # as in Shown
         # Uploads come as they are, so that it is read_image that reads them.
@@ -150,7 +161,7 @@ def _question_parts(
         value=model.zoom,
         step=0.25,
         label="Zoom",
-        info="Each region is seen with so many times its size around it; 0 is the whole photo.",
+        info="How much of the photo is seen around a region, in times its size; 0 for all of it.",
     )
     with gr.Row():
         name = gr.Button("Name regions", variant="primary", size="md", elem_id="name")
