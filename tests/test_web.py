@@ -22,10 +22,11 @@ from regionspot_d2.modeling import PooledRegionHead
 from .tiny import golden, tiny_model
 
 gr = pytest.importorskip("gradio", reason="needs the extra web")
+httpx = pytest.importorskip("httpx")
 
 from regionspot_d2.app.web.events import Page, Parts  # noqa: E402
 from regionspot_d2.app.web.inputs import class_names, drawn_boxes  # noqa: E402
-from regionspot_d2.app.web.main import main, served  # noqa: E402
+from regionspot_d2.app.web.main import served  # noqa: E402
 from regionspot_d2.app.web.session import Session  # noqa: E402
 
 WORDS = ["cat", "dog", "bird"]
@@ -276,7 +277,7 @@ def address() -> Iterator[str]:
         model = RegionSpotPredictor.from_pretrained("mini", device="cpu").model
     except WeightsNotFoundError as error:
         pytest.skip(f"the packages of the mini model are missing: {error}")
-    with served(model, max_pixels=MAX_PIXELS) as address:
+    with served(model, max_pixels=MAX_PIXELS, max_megabytes=1) as address:
         yield address
 
 
@@ -297,6 +298,35 @@ def example(name: str) -> Path:
     if spec is None or spec.origin is None:
         pytest.skip("scikit-image, which has the photos, is not installed")
     return Path(spec.origin).parent / "data" / name
+
+
+@pytest.mark.parametrize("place", ["a file of the server", "an address of it"])
+def test_nothing_is_read_but_what_was_uploaded(address: str, photo: Path, place: str) -> None:
+    reachable = f"{address}gradio_api/file={example('chelsea.png')}"
+    assert httpx.get(reachable).status_code == 200
+    path = reachable if place == "an address of it" else str(photo)
+    file = {"path": path, "url": path, "meta": {"_type": "gradio.FileData"}}
+    boxes = [{"xmin": 1, "ymin": 2, "xmax": 30, "ymax": 40}]
+    shown = [None, {"image": file, "boxes": boxes}, "cat", [], 0]
+    config = httpx.get(f"{address}config").json()
+    number = next(each["id"] for each in config["dependencies"] if each["api_name"] == "name")
+    question = {"data": shown, "fn_index": number, "session_hash": "stranger"}
+    httpx.post(f"{address}gradio_api/queue/join", json=question).raise_for_status()
+    told = httpx.get(f"{address}gradio_api/queue/data", params={"session_hash": "stranger"}).text
+    [done] = [line for line in told.splitlines() if "process_completed" in line]
+    assert '"success":false' in done and "named with" not in done
+
+
+def test_an_upload_has_a_limit(address: str) -> None:
+    statuses = [
+        httpx.post(f"{address}gradio_api/upload", files={"files": ("a.png", bytes(size))})
+        for size in (1000, 2**20 + 1000)
+    ]
+    assert [answer.status_code for answer in statuses] == [200, 413]
+
+
+def test_only_this_machine_is_served(address: str) -> None:
+    assert address.startswith("http://127.0.0.1:")
 
 
 class Visitor:
