@@ -319,10 +319,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = "\n".join(f"  {command:<10}{what}" for command, what in _COMMANDS.items())
     parser = CommandParser(
         "regionspot",
+        usage="regionspot COMMAND ...",
         description="Names any region of an image with any words.",
         epilog=f"commands:\n{commands}\n\nregionspot COMMAND --help lists the options of each.",
     )
-    parser.add_argument("command", choices=list(_COMMANDS), metavar="COMMAND")
+    parser.add_argument(
+        "command", choices=list(_COMMANDS), metavar="COMMAND", help=argparse.SUPPRESS
+    )
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments:

@@ -37,11 +37,14 @@ DISTRIBUTIONS = {
 }
 # Imported only where needed, with an error that names what to install.
 OPTIONAL_MODULES = {
+    "gradio",
+    "gradio_image_annotation",
     "lvis",
     "mobile_sam",
     "onnx",
     "onnxruntime",
     "onnxscript",
+    "starlette",  # what Gradio stands on
     "supervision",
     "transformers",
 }
