@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 _COMMANDS = {
     "name": "name regions of photos and videos: regionspot name --input photo.jpg",
+    "web": "serve a web page on which regions are drawn and named",
     "models": "list the models by name, for --config-file and from_pretrained",
 }
 _NAME_EXAMPLES = """examples:
@@ -101,13 +102,7 @@ def name_parser(program: str | None = None) -> CommandParser:
         program, description="Names regions of photos and videos.", epilog=_NAME_EXAMPLES
     )
     add = parser.add_argument
-    add(
-        "--config-file",
-        default="mini",
-        metavar="FILE|NAME",
-        help="model to use: a config, or a name that 'regionspot models' lists; by default mini, "
-        "the small one that needs no download from a model hub",
-    )
+    _add_model(parser)
     add(
         "--input",
         nargs="+",
@@ -142,6 +137,16 @@ def name_parser(program: str | None = None) -> CommandParser:
     add("--resume", action="store_true", help="continue a run that was stopped in --output")
     add("--opts", nargs=argparse.REMAINDER, default=[], help="config changes: KEY VALUE ...")
     return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config-file",
+        default="mini",
+        metavar="FILE|NAME",
+        help="model to use: a config, or a name that 'regionspot models' lists; by default mini, "
+        "the small one that needs no download from a model hub",
+    )
 
 
 def _add_outputs(parser: argparse.ArgumentParser) -> None:
@@ -245,6 +250,56 @@ def name(arguments: Sequence[str], program: str = "regionspot name") -> int:
     return name_regions(arguments, program=program)
 
 
+def web_parser(program: str | None = "regionspot web") -> CommandParser:
+    """The parser of ``regionspot web``."""
+    parser = CommandParser(
+        program,
+        description="Serves a web page on which regions of photos are drawn and named.",
+        epilog="example:\n  regionspot web --port 8000",
+    )
+    add = parser.add_argument
+    _add_model(parser)
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="what to listen on; by default only this machine, 0.0.0.0 lets others in",
+    )
+    add("--port", type=int, help="by default the first free one from 7860 on")
+    add(
+        "--max-upload",
+        type=int,
+        default=20,
+        metavar="MB",
+        help="the largest file that is taken, by default 20",
+    )
+    add("--opts", nargs=argparse.REMAINDER, default=[], help="config changes: KEY VALUE ...")
+    return parser
+
+
+def parse_web(arguments: Iterable[str]) -> argparse.Namespace:
+    """The command line of ``regionspot web``, checked; raises as :func:`parse_name` does."""
+    parser = web_parser()
+    args = parser.parse_args(list(arguments))
+    if args.max_upload < 1:
+        parser.error(f"--max-upload {args.max_upload}: 1 or more is expected")
+    if args.port is not None and not 1 <= args.port <= 65535:
+        parser.error(f"--port {args.port}: 1..65535 is expected")
+    args.config_file = os.path.expanduser(args.config_file)
+    return args
+
+
+def web(arguments: Sequence[str]) -> int:
+    """Runs ``regionspot web``; returns the exit status."""
+    parse_web(arguments)  # before imports of seconds
+    try:
+        from regionspot_d2.app.web.main import main as serve
+    except ModuleNotFoundError as error:
+        if error.name not in ("gradio", "gradio_image_annotation"):
+            raise
+        sys.exit(f"error: the package {error.name} is missing: pip install regionspot_d2[web]")
+    return serve(arguments)
+
+
 def _models(arguments: Sequence[str]) -> int:
     CommandParser(
         "regionspot models",
@@ -264,10 +319,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = "\n".join(f"  {command:<10}{what}" for command, what in _COMMANDS.items())
     parser = CommandParser(
         "regionspot",
+        usage="regionspot COMMAND ...",
         description="Names any region of an image with any words.",
         epilog=f"commands:\n{commands}\n\nregionspot COMMAND --help lists the options of each.",
     )
-    parser.add_argument("command", choices=list(_COMMANDS), metavar="COMMAND")
+    parser.add_argument(
+        "command", choices=list(_COMMANDS), metavar="COMMAND", help=argparse.SUPPRESS
+    )
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments:
@@ -275,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     args = parser.parse_args(arguments)
     silence_foreign_warnings()
-    run = {"name": name, "models": _models}[args.command]
+    run = {"name": name, "web": web, "models": _models}[args.command]
     try:
         return run(args.arguments)
     except ModuleNotFoundError as error:

@@ -53,6 +53,7 @@ EXTRAS = {
         "hypothesis",
         "isort",
         "mypy",
+        "playwright",
         "pytest",
         "pytest-xdist",
         "ruff",
@@ -64,6 +65,7 @@ EXTRAS = {
     "onnx": ["onnx", "onnxruntime", "onnxscript"],
     "slurm": ["submitit"],
     "transformers": ["transformers>=5"],  # SAM-HQ, SAM 2, EdgeTAM, SAM 3; tokenizers of SigLIP
+    "web": ["gradio>=6.14,<7", "gradio_image_annotation", "scikit-image"],
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 
