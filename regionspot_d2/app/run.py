@@ -83,7 +83,7 @@ class Run:
                     self.journal.add(name, entry)
                 self.entries.append(entry)
                 if write is not None:
-                    write(self.draw(entry, image))
+                    write(self.draw(entry, image, legend=False))
         # Only now, so that what could be read is kept.
         video.check_whole()
 
@@ -127,18 +127,23 @@ class Run:
         if self.args.attention:
             attention = self.predictor.attention_maps(**prompts).float().cpu().numpy()
         found = found[~empty & (found.scores >= self.args.confidence_threshold)]
-        return to_entry(file_name, found), attention
+        clicks = {} if isinstance(regions, Search) else regions.clicks
+        return to_entry(file_name, found, clicks), attention
 
-    def draw(self, entry: Entry, image: np.ndarray) -> np.ndarray:
-        """The picture of an image (H, W, 3), beside the other run's if there is one."""
-        ours = draw_regions(image, entry["annotations"], self.names)
+    def draw(self, entry: Entry, image: np.ndarray, *, legend: bool = True) -> np.ndarray:
+        """The picture of an image (H, W, 3), beside the other run's if there is one.
+
+        Without a legend, all pictures of images of one size have one size, as a video needs it.
+        """
+        ours = draw_regions(image, entry["annotations"], self.names, legend=legend)
         if self.other is None:
             return ours
         title = printable("/".join(Path(self.args.compare).absolute().parts[-2:]))
         annotations = self.other.of(entry["file_name"])
         if annotations is None:
-            return side_by_side([(f"{title}: no results", image), ("this run", ours)])
-        theirs = draw_regions(image, annotations, self.other.names)
+            theirs = draw_regions(image, [], {})
+            return side_by_side([(f"{title}: no results", theirs), ("this run", ours)])
+        theirs = draw_regions(image, annotations, self.other.names, legend=legend)
         return side_by_side([(title, theirs), ("this run", ours)])
 
 
