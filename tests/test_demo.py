@@ -130,7 +130,7 @@ def test_photos_that_were_jpeg_get_jpeg_pictures(demo, photos, tmp_path):
 def test_nothing_is_drawn_where_only_results_are_wanted(
     demo, photos, video, tmp_path, monkeypatch, images_encoded, capsys
 ):
-    monkeypatch.setattr("regionspot_d2.app.run.draw_regions", lambda *_: pytest.fail("drawn"))
+    monkeypatch.setattr("regionspot_d2.app.run.draw_regions", lambda *_, **__: pytest.fail("drawn"))
     output = tmp_path / "out"
     arguments = ["--input", photos / "a.png", video, "--output", output, "--boxes", "2,3,20,25"]
     arguments += ["--vocabulary", "cat,dog", "--no-pictures"]
@@ -575,8 +575,10 @@ def test_a_video_becomes_a_video(demo, video, tmp_path, capsys):
     assert demo(*arguments, "--vocabulary", "cat,dog") == 0
     for still in ("060.png.png", "180.png.png"):
         whole, frame = written.read()
-        difference = frame[:, :, ::-1] - pixels(tmp_path / "stills" / still).astype(float)
-        assert whole and np.abs(difference).mean() < 10  # the codec loses a little
+        # The codec has color at half the resolution, so letters are compared without it.
+        still = cv2.cvtColor(pixels(tmp_path / "stills" / still), cv2.COLOR_RGB2GRAY)
+        difference = cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY) - still.astype(float)
+        assert whole and np.abs(difference).mean() < 10
     assert not written.read()[0]
     assert [path.name for path in (tmp_path / "out").glob("*.mp4")] == ["clip.avi.mp4"]
 
@@ -631,6 +633,7 @@ def test_a_video_that_cannot_be_written(demo, photos, video, tmp_path, monkeypat
     monkeypatch.setattr(
         "regionspot_d2.app.video.cv2.VideoWriter.open", lambda *arguments: False, raising=False
     )
+    monkeypatch.setitem(sys.modules, "av", None)
     inputs = ["--input", video, photos / "a.png"]
     arguments = [*inputs, "--output", tmp_path / "out", "--boxes", "0,0,9,9"]
     assert demo(*arguments, "--vocabulary", "cat,dog") == 1

@@ -9,7 +9,8 @@ import numpy as np
 
 # What a place costs for each step away from the one above the box, against covering one whole box.
 _STEP = 0.02
-_MAX_CORNERS = 2000
+# Corners that are tried where there is no room beside a box: farther off, nobody finds its number.
+_MAX_CORNERS = 400
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,12 @@ def place_labels(
     taken[: len(boxes)] = np.inf  # nowhere
     taken[len(boxes) :] = np.reshape(kept_free, (-1, 4))
     places: list[Place | None] = [None] * len(boxes)
-    for anywhere in (True, False):
+    for nearby in (True, False):
         for i, forms in enumerate(sizes):
             others = np.delete(taken, i, 0)
-            for form in [len(forms) - 1] if anywhere else range(len(forms) - 1):
+            for form in [len(forms) - 1] if nearby else range(len(forms) - 1):
                 size = forms[form]
-                corner = _find(i, boxes, size, picture_size, others, anywhere=anywhere)
+                corner = _find(i, boxes, size, picture_size, others, nearby=nearby)
                 if corner is not None:
                     taken[i] = (*corner, *np.add(corner, size))
                     places[i] = Place(form, *taken[i].astype(int).tolist())
@@ -74,10 +75,10 @@ def _find(
     picture_size: tuple[int, int],
     taken: np.ndarray,
     *,
-    anywhere: bool,
+    nearby: bool,
 ) -> tuple[int, int] | None:
-    """The best free corner for a label of one size, near its box or, if need be, anywhere."""
-    for search in (_beside, _everywhere) if anywhere else (_beside,):
+    """The best free corner for a label of one size, beside its box or, if need be, near it."""
+    for search in (_beside, _near) if nearby else (_beside,):
         corners = search(boxes[i], size, picture_size)
         places = np.concatenate([corners, corners + size], axis=1)
         inside = (corners >= 0).all(1) & (places[:, 2:] <= picture_size[::-1]).all(1)
@@ -102,10 +103,8 @@ def _beside(box: np.ndarray, size: tuple[int, int], picture_size: tuple[int, int
     return corners.clip(0, np.maximum(np.subtract(picture_size[::-1], size), 0)).astype(int)
 
 
-def _everywhere(
-    box: np.ndarray, size: tuple[int, int], picture_size: tuple[int, int]
-) -> np.ndarray:
-    """Upper left corners all over the picture, those near a box first."""
+def _near(box: np.ndarray, size: tuple[int, int], picture_size: tuple[int, int]) -> np.ndarray:
+    """Upper left corners in the picture, the nearest to the middle of a box first."""
     xs = np.arange(0, picture_size[1] - size[0] + 1, max(1, size[0] // 2))
     ys = np.arange(0, picture_size[0] - size[1] + 1, max(1, size[1] // 2))
     corners = np.stack(np.meshgrid(xs, ys), -1).reshape(-1, 2)
