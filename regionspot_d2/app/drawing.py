@@ -95,8 +95,8 @@ def draw_attention(
     Returns:
         Panels in rows, (H', W', 3), uint8, RGB.
     """
-    # Together the panels are not much larger than one picture.
-    image, annotations = _bounded(image, annotations, MAX_SIDE // 2)
+    # Four of them stand in a row, which is then not much wider than one picture.
+    image, annotations = _bounded(image, annotations, MAX_SIDE // 3)
     panels = [("regions", draw_regions(image, annotations, names))]
     for i, region in enumerate(by_region(annotations)):
         picture = _heat(image, maps[region[0]["region"]])

@@ -13,6 +13,7 @@ from .placement import place_labels
 
 _PADDING = 2  # pixels between the text of a label and its edge
 _LEGEND_ROWS = 64  # that a legend has, however small the picture
+_KEPT_IN_LEGEND = 0.8  # of the width of the longest line, at least
 _WIDEST = 0.6  # of a line in a label, in widths of the picture
 # Half of the contrast between black and white, as WCAG measures contrast: there, both are as far.
 _MIDDLE_LUMINANCE = 0.179
@@ -118,8 +119,10 @@ def _legend(labels: Sequence[Label], width: int, max_height: int, font: int) -> 
     """What numbers stand for, in columns: (H, width, 3), uint8, RGB."""
     texts = [", ".join(label.lines) for label in labels]
     indent = max(_block_size([label.number], font)[0] for label in labels) + 2 * _PADDING
-    column = min(width, indent + max(text_size(text, font)[0] for text in texts) + font)
-    columns = width // column
+    widest = max(text_size(text, font)[0] for text in texts)
+    # The longest lose their ends where that makes room for one more column.
+    columns = max(1, width // round(indent + _KEPT_IN_LEGEND * widest + font))
+    column = min(width // columns, indent + widest + font)
     row = 2 + max(text_size(label.number + text, font)[1] for label, text in zip(labels, texts))
     # Hundreds of rows would be no picture any more: the results have the rest.
     rows = min(-(-len(labels) // columns), max(_LEGEND_ROWS, max_height // row))
@@ -132,5 +135,6 @@ def _legend(labels: Sequence[Label], width: int, max_height: int, font: int) -> 
         x, y = i // rows * column, _PADDING + i % rows * row
         if not left_out or i < shown - 1:
             _draw_block(draw, (x, y), [label.number], font, label.color)
-        draw_text(draw, (x + indent, y), shortened(text, font, column - indent), font, "black")
+        text = shortened(text, font, column - indent - font // 2)
+        draw_text(draw, (x + indent, y), text, font, "black")
     return np.array(canvas)

@@ -147,7 +147,7 @@ def _endings(path: Path, args: argparse.Namespace) -> list[str]:
         return [".mp4"]
     # A photo of a phone takes seconds to write, and much space, as png.
     picture = ".jpg" if path.suffix.lower() in (".jpg", ".jpeg") else ".png"
-    return [picture, ".attention.png"] if args.attention else [picture]
+    return [picture, f".attention{picture}"] if args.attention else [picture]
 
 
 def _kind(error: Exception) -> str:

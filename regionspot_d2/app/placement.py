@@ -11,6 +11,8 @@ import numpy as np
 _STEP = 0.02
 # Corners that are tried where there is no room beside a box: farther off, nobody finds its number.
 _MAX_CORNERS = 400
+# The share of a picture that labels of more than one form may cover: the rest is to be seen.
+_MAX_COVERED = 0.3
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def place_labels(
     """Finds a place for the label of each box.
 
     Every region first gets its smallest form. Then, one after another, each gets the best form for
-    which there is room between all the others.
+    which there is room between all the others, until enough of the picture is covered.
 
     Args:
         boxes: (R, 4) XYXY, pixels of the picture.
@@ -55,13 +57,18 @@ def place_labels(
     taken[: len(boxes)] = np.inf  # nowhere
     taken[len(boxes) :] = np.reshape(kept_free, (-1, 4))
     places: list[Place | None] = [None] * len(boxes)
+    covered, most = 0, _MAX_COVERED * picture_size[0] * picture_size[1]
     for nearby in (True, False):
         for i, forms in enumerate(sizes):
             others = np.delete(taken, i, 0)
             for form in [len(forms) - 1] if nearby else range(len(forms) - 1):
                 size = forms[form]
+                area = 0 if nearby else size[0] * size[1]
+                if covered and covered + area > most:
+                    continue
                 corner = _find(i, boxes, size, picture_size, others, nearby=nearby)
                 if corner is not None:
+                    covered += area
                     taken[i] = (*corner, *np.add(corner, size))
                     places[i] = Place(form, *taken[i].astype(int).tolist())
                     break
