@@ -709,7 +709,7 @@ def test_resuming_draws_what_was_deleted(demo, photos, tmp_path, capsys):
     before, results = capsys.readouterr().out, results_of(output)
     pictures = {path: path.read_bytes() for path in output.glob("*.png")}
     (output / "a.png.png").unlink()
-    (output / "b.jpg.attention.png").unlink()
+    (output / "b.jpg.attention.jpg").unlink()
     assert demo(*arguments) == 0
     assert {path: path.read_bytes() for path in output.glob("*.png")} == pictures
     assert (capsys.readouterr().out, results_of(output)) == (before, results)

@@ -11,8 +11,9 @@ import numpy as np
 _STEP = 0.02
 # Corners that are tried where there is no room beside a box: farther off, nobody finds its number.
 _MAX_CORNERS = 400
-# The share of a picture that labels of more than one form may cover: the rest is to be seen.
-_MAX_COVERED = 0.3
+# What labels of more than one form may cover: a share of the picture, but in a small one more, as
+# many pixels as some labels have. The rest is to be seen.
+_MAX_COVERED, _COVERED_IN_SMALL = 0.3, 20_000
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,15 @@ def place_labels(
     taken[: len(boxes)] = np.inf  # nowhere
     taken[len(boxes) :] = np.reshape(kept_free, (-1, 4))
     places: list[Place | None] = [None] * len(boxes)
-    covered, most = 0, _MAX_COVERED * picture_size[0] * picture_size[1]
+    most = max(_MAX_COVERED * picture_size[0] * picture_size[1], _COVERED_IN_SMALL)
+    covered = 0
     for nearby in (True, False):
         for i, forms in enumerate(sizes):
             others = np.delete(taken, i, 0)
             for form in [len(forms) - 1] if nearby else range(len(forms) - 1):
                 size = forms[form]
                 area = 0 if nearby else size[0] * size[1]
-                if covered and covered + area > most:
+                if covered + area > most:
                     continue
                 corner = _find(i, boxes, size, picture_size, others, nearby=nearby)
                 if corner is not None:
