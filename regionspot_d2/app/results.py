@@ -88,16 +88,19 @@ def to_coco(entries: Sequence[Entry], names: Sequence[str]) -> dict[str, Any]:
 
 
 def table(entries: Sequence[Entry], names: Mapping[int, str]) -> str:
-    """A row for each name of each region."""
+    """A row for each name of each region, with its track if there are tracks."""
     rows = []
+    tracked = any("track_id" in a for entry in entries for a in entry["annotations"])
     for entry in entries:
         for annotation in entry["annotations"]:
             box = ", ".join(f"{value:.0f}" for value in xyxy(annotation))
             name = printable(clean_name(names[annotation["category_id"]]))
             file_name = printable(Path(entry["file_name"]).name)
+            track = [annotation.get("track_id", "")] if tracked else []
             score = f"{annotation['score']:.3f}"
-            rows.append([file_name, annotation["region"], box, name, score])
-    return tabulate(rows, headers=["image", "region", "box (x0, y0, x1, y1)", "name", "score"])
+            rows.append([file_name, annotation["region"], *track, box, name, score])
+    headers = ["image", "region", *(["track"] if tracked else [])]
+    return tabulate(rows, headers=[*headers, "box (x0, y0, x1, y1)", "name", "score"])
 
 
 class OtherResults:

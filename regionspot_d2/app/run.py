@@ -21,7 +21,8 @@ from ..predictor import RegionSpotPredictor
 from .drawing import draw_attention, draw_regions, side_by_side
 from .names import one_line, printable
 from .results import Entry, OtherResults, is_entry, to_entry
-from .sources import RegionSource
+from .sources import RegionSource, Regions
+from .tracking import TrackedRegions
 from .video import Video, video_writer
 
 # Regions that are named where none are given: masks of a localizer, and boxes that are grouped from
@@ -83,9 +84,11 @@ class Run:
 
     def video(self, path: Path, pictures: Sequence[Path]) -> None:
         """Names the regions of a video's frames and draws them as a video."""
+        # The first frame is noted last: if it is known, all are.
+        if self.args.track and self.known(f"{path}#0") is None:
+            self._track(path)
         video = Video(path, self.args.every)
-        label = printable(path.name)
-        frames = tqdm(video, desc=label, unit="frame", total=video.expected_frames, leave=False)
+        frames = _progress(video, printable(path.name))
         with video_writer(pictures[0], video.fps) if pictures else nullcontext() as write:
             for number, image in frames:
                 name = f"{path}#{number}"
@@ -99,6 +102,20 @@ class Run:
                     write(self.draw(entry, image, legend=False))
         # Only now, so that what could be read is kept.
         video.check_whole()
+
+    def _track(self, path: Path) -> None:
+        """Names the tracks of a video, which takes all of its frames, and notes the results."""
+        video = Video(path, self.args.every)
+        tracked = TrackedRegions(self.predictor, video.fps, self.args.topk)
+        have_scores = False
+        for number, image in _progress(video, f"{printable(path.name)}: tracks"):
+            name = f"{path}#{number}"
+            regions = self.source(Path(name).name, image)
+            assert isinstance(regions, Regions)  # as --track is checked
+            have_scores |= regions.scores is not None
+            tracked.add(name, image, regions)
+        for entry in reversed(tracked.entries(self._threshold(have_scores))):
+            self.journal.add(entry["file_name"], entry)
 
     def known(self, name: str) -> Entry | None:
         """The results that a run which is continued has of an image."""
@@ -171,6 +188,10 @@ def _save(picture: np.ndarray, path: Path) -> None:
             Image.fromarray(picture).save(file, format="JPEG", quality=90)
         else:
             Image.fromarray(picture).save(file, format="PNG")
+
+
+def _progress(video: Video, label: str) -> Any:
+    return tqdm(video, desc=label, unit="frame", total=video.expected_frames, leave=False)
 
 
 def write_line(message: str) -> None:
