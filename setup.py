@@ -60,7 +60,10 @@ EXTRAS = {
     ],
     "onnx": ["onnx", "onnxruntime", "onnxscript"],
     "slurm": ["submitit"],
+    # For trackers, which would install a second OpenCV: pip install --no-deps trackers
+    "track": ["pydeprecate", "requests", "rich", "scipy", "supervision"],
     "transformers": ["transformers>=5"],  # SAM-HQ, SAM 2, EdgeTAM, SAM 3; tokenizers of SigLIP
+    "video": ["av>=12"],  # videos in H.264, which browsers play
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 

@@ -37,12 +37,14 @@ DISTRIBUTIONS = {
 }
 # Imported only where needed, with an error that names what to install.
 OPTIONAL_MODULES = {
+    "av",
     "lvis",
     "mobile_sam",
     "onnx",
     "onnxruntime",
     "onnxscript",
     "supervision",
+    "trackers",
     "transformers",
 }
 
@@ -180,7 +182,7 @@ def test_what_is_installed_names_a_photo_from_an_empty_folder(
 
 
 def test_extras(metadata) -> None:
-    extras = {"all", "demo", "dev", "onnx", "slurm", "transformers"}
+    extras = {"all", "demo", "dev", "onnx", "slurm", "track", "transformers", "video"}
     assert set(metadata.metadata.get_all("Provides-Extra")) == extras
     wanted: dict[str, set[str]] = {extra: set() for extra in extras}
     for requirement in metadata.requires:

@@ -136,7 +136,7 @@ def _writer(path: Path, rate: float) -> _Writer:
 
         av.codec.Codec("h264", "w")
     except ModuleNotFoundError:
-        _tell_once("the package av is missing (pip install regionspot_d2[demo])")
+        _tell_once("the package av is missing (pip install regionspot_d2[video])")
     except av.codec.codec.UnknownCodecError:
         _tell_once("this build of the package av has no encoder for H.264 (its wheels have one)")
     else:
