@@ -598,6 +598,30 @@ def test_a_video_becomes_a_video(demo, video, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "out").glob("*.mp4")] == ["clip.avi.mp4"]
 
 
+def test_a_video_with_tracks(demo, video, tmp_path, capsys):
+    pytest.importorskip("trackers")
+    boxes = {f"clip.avi#{n}": {"boxes": [[2 + n, 3, 20 + n, 25]]} for n in range(3)}
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    arguments = ["--input", video, "--output", tmp_path / "out", "--vocabulary", "cat,dog"]
+    arguments += ["--proposals", tmp_path / "boxes.json", "--track", "--format", "csv"]
+    assert demo(*arguments) == 0
+    table, results = capsys.readouterr().out, results_of(tmp_path / "out")
+    found = results["annotations"]
+    assert [a["track_id"] for a in found] == [1, 1, 1] and len({a["score"] for a in found}) == 1
+    written = cv2.VideoCapture(str(tmp_path / "out" / "clip.avi.mp4"))
+    assert written.get(cv2.CAP_PROP_FRAME_COUNT) == 3
+    assert ",1," in (tmp_path / "out" / "results.csv").read_text().splitlines()[1]
+    (tmp_path / "out" / "clip.avi.mp4").unlink()
+    assert demo(*arguments, "--resume") == 0
+    assert (capsys.readouterr().out, results_of(tmp_path / "out")) == (table, results)
+    assert (tmp_path / "out" / "clip.avi.mp4").exists()
+    with pytest.raises(SystemExit, match="--resume: .*another --track"):
+        demo(*[a for a in arguments if a != "--track"], "--resume")
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    with pytest.raises(SystemExit, match="--track: there is no video"):
+        demo(*arguments, "--input", tmp_path / "a.png")
+
+
 def test_a_video_that_cannot_be_read(demo, photos, tmp_path, capsys):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video")

@@ -21,7 +21,7 @@ from ..predictor import RegionSpotPredictor
 from .drawing import draw_attention, draw_regions, side_by_side
 from .names import one_line, printable
 from .results import Entry, OtherResults, is_entry, to_entry
-from .sources import RegionSource, Regions
+from .sources import Regions, RegionSource
 from .tracking import TrackedRegions
 from .video import Video, video_writer
 

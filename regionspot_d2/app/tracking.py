@@ -145,7 +145,7 @@ class TrackedRegions:
 
         tracks = np.full(len(boxes), -1)
         # The tracker gives regions back in its own order.
-        places = {"place": np.arange(len(boxes))}
+        places: dict[str, Any] = {"place": np.arange(len(boxes))}
         found = self._tracker.update(Detections(xyxy=boxes, confidence=scores, data=places))
         if len(found):
             tracks[found.data["place"]] = found.tracker_id
