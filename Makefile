@@ -70,7 +70,7 @@ $(READY): setup.py Makefile $(wildcard tools/setup/*)
 	$(PY) -c "import cv2" 2>/dev/null \
 		|| $(PIP_INSTALL) -q $(WITH_CONSTRAINTS) opencv-python-headless
 	$(PIP_INSTALL) -q $(WITH_CONSTRAINTS) --no-build-isolation --editable ".[all]"
-	@# lvis, a reference for the tests, would install a second OpenCV.
-	$(PIP_INSTALL) -q $(WITH_CONSTRAINTS) --no-deps lvis==0.5.3
+	@# lvis, a reference for the tests, and trackers would install a second OpenCV.
+	$(PIP_INSTALL) -q $(WITH_CONSTRAINTS) --no-deps lvis==0.5.3 trackers==2.6.1
 	$(PY) tools/setup/install_detectron2.py $(WITH_CONSTRAINTS)
 	touch $@

@@ -134,6 +134,12 @@ def name_parser(program: str | None = None) -> CommandParser:
     )
     add("--compare", metavar="RESULTS.json", help="draw the results of another run on the left")
     add("--every", type=int, default=1, metavar="N", help="name only every N-th frame of a video")
+    add(
+        "--track",
+        action="store_true",
+        help="follow the boxes of --proposals or a detector through a video; what is one thing has "
+        "one name and one track_id",
+    )
     add("--resume", action="store_true", help="continue a run that was stopped in --output")
     add("--opts", nargs=argparse.REMAINDER, default=[], help="config changes: KEY VALUE ...")
     return parser
@@ -215,6 +221,8 @@ def parse_name(arguments: Iterable[str], program: str | None = None) -> argparse
         )
     if args.detector_weights and not args.detector_config:
         parser.error("--detector-weights needs --detector-config")
+    if args.track and (not any(sources[1:]) or args.proposals == "sam"):
+        parser.error("--track follows boxes that --proposals FILE or a detector has of each frame")
     for option, value in [("every", args.every), ("topk", args.topk)]:
         if value < 1:
             parser.error(f"--{option} {value}: 1 or more is expected")

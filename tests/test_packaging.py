@@ -37,6 +37,7 @@ DISTRIBUTIONS = {
 }
 # Imported only where needed, with an error that names what to install.
 OPTIONAL_MODULES = {
+    "av",
     "gradio",
     "gradio_image_annotation",
     "huggingface_hub",
@@ -47,6 +48,7 @@ OPTIONAL_MODULES = {
     "onnxscript",
     "starlette",  # what Gradio stands on
     "supervision",
+    "trackers",
     "transformers",
 }
 
@@ -186,7 +188,8 @@ def test_what_is_installed_names_a_photo_from_an_empty_folder(
 
 
 def test_extras(metadata) -> None:
-    extras = {"all", "demo", "dev", "hub", "notebook", "onnx", "slurm", "transformers", "web"}
+    extras = {"all", "demo", "dev", "hub", "notebook", "onnx", "slurm", "track", "transformers"}
+    extras |= {"video", "web"}
     assert set(metadata.metadata.get_all("Provides-Extra")) == extras
     wanted: dict[str, set[str]] = {extra: set() for extra in extras}
     for requirement in metadata.requires:

@@ -32,6 +32,7 @@ from .names import OutputFolder, one_line, printable
 from .results import OtherResults, table, to_coco
 from .run import Run, write_line
 from .sources import choose_source
+from .tracking import check_tracking
 from .video import Video, VideoReadError
 
 
@@ -147,7 +148,7 @@ def _endings(path: Path, args: argparse.Namespace) -> list[str]:
         return [".mp4"]
     # A photo of a phone takes seconds to write, and much space, as png.
     picture = ".jpg" if path.suffix.lower() in (".jpg", ".jpeg") else ".png"
-    return [picture, ".attention.png"] if args.attention else [picture]
+    return [picture, f".attention{picture}"] if args.attention else [picture]
 
 
 def _kind(error: Exception) -> str:
@@ -195,6 +196,10 @@ def run_demo(args: argparse.Namespace) -> int:
     """Names what the command line names; returns the exit status."""
     check_formats(args.format)
     paths = find_inputs(args.input)
+    if args.track:
+        check_tracking()
+        if not any(map(Video.names, paths)):
+            raise SystemExit("error: --track: there is no video among the inputs.")
     folder = output_folder(args, paths)
     run = prepare(args, paths, Path(args.output))
     outcomes, stop = name_all(run, paths, folder)

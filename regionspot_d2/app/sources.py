@@ -46,6 +46,17 @@ class Regions:
     point_labels: list[list[int]] | None = None
     scores: np.ndarray | None = None
 
+    @property
+    def clicks(self) -> dict[int, list[list[float]]]:
+        """Points [x, y, label] of those regions that are given by points, by their place."""
+        first = 0 if self.boxes is None else len(self.boxes)
+        return {
+            region: [[*point, label] for point, label in zip(points, labels)]
+            for region, (points, labels) in enumerate(
+                zip(self.points or [], self.point_labels or []), first
+            )
+        }
+
 
 # Gives the regions of an image, from its name and its pixels (H, W, 3), uint8, RGB; or how the
 # predictor shall look for them.
