@@ -78,7 +78,7 @@ RULES = (
     Rule("modeling.grouping", "modeling.encoded modeling.views", TORCH),
     Rule(
         "modeling.everything",
-        f"{CONTRACTS} modeling.encoded modeling.naming modeling.grouping",
+        f"{CONTRACTS} modeling.encoded modeling.naming modeling.grouping modeling.automatic_masks",
         TORCH,
     ),
     Rule(
@@ -96,7 +96,8 @@ RULES = (
     Rule(
         "modeling",
         f"files {CONTRACTS} modeling.sam modeling.sam_attention modeling.mask_tokens "
-        "modeling.square modeling.precision modeling.image_towers modeling.open_clip_entries",
+        "modeling.square modeling.sam_kinds modeling.precision modeling.image_towers "
+        "modeling.open_clip_entries",
     ),
     # Data and evaluation know nothing of models. Extraction runs the localizer that it is given.
     Rule("data.token_extraction", f"files stopping data {CONTRACTS} modeling.precision"),
