@@ -6,7 +6,14 @@ from . import modeling as _modeling  # only registration
 from .config import add_regionspot_config
 from .modeling import OpenVocabularyDetector, wrap
 from .predictor import RegionSpotPredictor
+from .renaming import rename_detections
 
 __version__ = "0.2.0"
 
-__all__ = ["OpenVocabularyDetector", "RegionSpotPredictor", "add_regionspot_config", "wrap"]
+__all__ = [
+    "OpenVocabularyDetector",
+    "RegionSpotPredictor",
+    "add_regionspot_config",
+    "rename_detections",
+    "wrap",
+]

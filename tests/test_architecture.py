@@ -107,14 +107,20 @@ RULES = (
     Rule("engine", "files safe_loading stopping config checkpoint modeling data evaluation engine"),
     Rule("pretrained", "files config safe_loading model_zoo modeling.interfaces engine.config"),
     Rule("predictor", "files checkpoint data.images modeling pretrained"),
+    Rule("renaming", "", "numpy"),
+    # Detectors find regions; the model names them.
+    Rule(
+        "detection",
+        "files checkpoint data.proposal_sources engine.config modeling.vocabulary detection",
+    ),
     Rule(
         "app",
         "files logits safe_loading stopping config checkpoint model_zoo journal predictor "
-        "pretrained modeling data engine app",
+        "pretrained modeling data engine detection app",
     ),
     # The embedded default: nobody but the package itself, which registers it, imports it.
     Rule("mini", f"files data.datasets {CONTRACTS} modeling.region_head modeling.sam mini"),
-    Rule("__init__", "config data mini modeling predictor"),
+    Rule("__init__", "config data mini modeling predictor renaming"),
 )
 
 # Scripts and tests, which use the package and are not part of it.

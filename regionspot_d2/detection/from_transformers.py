@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,10 +15,6 @@ from torch import Tensor, nn
 from ..files import WeightsNotFoundError
 from ..modeling.vocabulary import check_names, clean_name
 from .interface import Detected, RegionDetector
-
-# Of boxes that overlap more than this, whatever their names, the best is left: each chunk of the
-# names finds the same objects again, and RegionSpot needs each only once.
-_NMS_THRESH = 0.7
 
 
 class ZeroShotDetector(RegionDetector):
@@ -33,6 +30,7 @@ class ZeroShotDetector(RegionDetector):
         class_names: Sequence[str],
         *,
         score_thresh: float,
+        nms_thresh: float = 0.7,
         device: torch.device | str = "cpu",
     ) -> None:
         """
@@ -41,6 +39,8 @@ class ZeroShotDetector(RegionDetector):
             processor: of the model.
             class_names: what it shall find.
             score_thresh: boxes with a lower score are dropped.
+            nms_thresh: of boxes with a larger IoU, whatever their names, the best is left: each
+                chunk of names finds the same objects again, and RegionSpot needs them once.
             device: where it runs.
 
         Raises:
@@ -51,6 +51,7 @@ class ZeroShotDetector(RegionDetector):
         self.processor = processor
         self.class_names = list(class_names)
         self.score_thresh = score_thresh
+        self.nms_thresh = nms_thresh
         self.device = device
 
     @abstractmethod
@@ -80,7 +81,7 @@ class ZeroShotDetector(RegionDetector):
         boxes = boxes.clamp(min=0).minimum(torch.tensor([width, height] * 2))
         inside = (boxes[:, 2:] > boxes[:, :2]).all(1)
         boxes, scores, places = boxes[inside], scores[inside], places[inside]
-        kept = nms(boxes, scores, _NMS_THRESH)
+        kept = nms(boxes, scores, self.nms_thresh)
         names = [self.class_names[place] for place in places[kept].tolist()]
         return Detected(boxes[kept].numpy(), scores[kept].numpy(), names)
 
@@ -180,6 +181,7 @@ def load_zero_shot_detector(
 
     The arguments are those of :func:`~regionspot_d2.detection.build_detector`.
     """
+    name = os.path.expanduser(name)
     if weights:
         raise ValueError("its weights come with it; leave out --detector-weights.")
     try:
