@@ -16,11 +16,12 @@ from .checkpoint import build_regionspot
 from .data.images import MAX_PIXELS, ImageLike, as_image_tensor
 from .modeling.encoded import EncodedImages
 from .modeling.everything import Search, name_everything
-from .modeling.panoptic import panoptic_segments
+from .modeling.panoptic import panoptic_segments, stuff_places
 from .modeling.questions import as_count, as_prompts, box_batches
 from .modeling.regionspot import RegionSpot
 from .modeling.vocabulary import check_names
 from .pretrained import read_pretrained, write_pretrained
+from .renaming import rename_detections
 
 
 class RegionSpotPredictor:
@@ -44,8 +45,7 @@ class RegionSpotPredictor:
             model: a model; or a config, from which it is built and its weights are loaded.
             vocabulary: class names for questions that bring none.
         """
-        # Of image files; see INPUT.MAX_PIXELS.
-        self.max_pixels: int = MAX_PIXELS
+        self.max_pixels: int = MAX_PIXELS  # of image files; see INPUT.MAX_PIXELS
         self._cfg: CfgNode | None = None
         if isinstance(model, CfgNode):
             self._cfg, model = model.clone(), build_regionspot(model)
@@ -203,13 +203,12 @@ class RegionSpotPredictor:
         topk = as_count(topk, "topk", "name per region")
         max_regions = as_count(max_regions, "max_regions", "region")
         names = self._names(vocabulary)
-        if unknown := [name for name in stuff if name not in names]:
-            raise ValueError(f"stuff: '{unknown[0]}' is not in the vocabulary; add it there too.")
+        places = stuff_places(stuff, names, panoptic)
         found = name_everything(
             self.model,
             self._image(),
             names,
-            search or Search(),
+            Search() if search is None else search,
             with_masks=panoptic or self.model.with_masks,
             topk=1 if panoptic else topk,
             score_thresh=score_thresh,
@@ -217,7 +216,7 @@ class RegionSpotPredictor:
             zoom=zoom,
         )
         self.vocabulary = names
-        return panoptic_segments(found, {names.index(s) for s in stuff}) if panoptic else found
+        return panoptic_segments(found, places) if panoptic else found
 
     @torch.no_grad()
     def region_embeddings(
@@ -284,8 +283,7 @@ class RegionSpotPredictor:
             Per image what :meth:`predict` returns.
 
         Raises:
-            ValueError: as :meth:`predict`, with the number of the image; or there are not as many
-                boxes as images.
+            ValueError: as :meth:`predict`, with the image's number; or not as many boxes as images.
         """
         topk = as_count(topk, "topk", "name per region")
         batch_size = as_count(batch_size, "batch_size", "image")
@@ -299,6 +297,8 @@ class RegionSpotPredictor:
             results += [self.model.name(answer, names, topk=topk) for answer in answers]
         self.vocabulary = names
         return results
+
+    rename = rename_detections
 
     def _names(self, vocabulary: Sequence[str] | None) -> list[str]:
         """The class names of a question, checked and embedded, but not yet set."""

@@ -29,7 +29,7 @@ def rename_detections(
     Example::
 
         detections = supervision.Detections.from_ultralytics(yolo("street.jpg")[0])
-        renamed = rename_detections(predictor, detections, "street.jpg", vocabulary=["tram"])
+        renamed = predictor.rename(detections, "street.jpg", vocabulary=["tram"])
 
     The image of :meth:`RegionSpotPredictor.set_image` stays set.
 

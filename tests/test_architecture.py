@@ -78,7 +78,8 @@ RULES = (
     Rule("modeling.grouping", "modeling.encoded modeling.views", TORCH),
     Rule(
         "modeling.everything",
-        f"{CONTRACTS} modeling.encoded modeling.naming modeling.grouping modeling.automatic_masks",
+        f"arrays {CONTRACTS} modeling.encoded modeling.naming modeling.grouping "
+        "modeling.automatic_masks modeling.questions",
         TORCH,
     ),
     Rule(
@@ -104,9 +105,12 @@ RULES = (
     Rule("data", "files arrays logits safe_loading journal stopping data"),
     Rule("evaluation", "files safe_loading data evaluation"),
     # What runs them all.
-    Rule("engine", "files safe_loading stopping config checkpoint modeling data evaluation engine"),
+    Rule(
+        "engine",
+        "files safe_loading stopping config checkpoint model_zoo modeling data evaluation engine",
+    ),
     Rule("pretrained", "files config safe_loading model_zoo modeling.interfaces engine.config"),
-    Rule("predictor", "files checkpoint data.images modeling pretrained"),
+    Rule("predictor", "files checkpoint data.images modeling pretrained renaming"),
     Rule("renaming", "", "numpy"),
     # Detectors find regions; the model names them.
     Rule(
@@ -120,7 +124,7 @@ RULES = (
     ),
     # The embedded default: nobody but the package itself, which registers it, imports it.
     Rule("mini", f"files data.datasets {CONTRACTS} modeling.region_head modeling.sam mini"),
-    Rule("__init__", "config data mini modeling predictor renaming"),
+    Rule("__init__", "config data mini modeling predictor"),
 )
 
 # Scripts and tests, which use the package and are not part of it.

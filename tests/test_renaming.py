@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from regionspot_d2 import RegionSpotPredictor, rename_detections
+from regionspot_d2 import RegionSpotPredictor
 
 from .tiny import golden, tiny_model
 
@@ -37,7 +37,7 @@ def test_names_are_the_predictors_and_all_else_is_kept(predictor, image) -> None
         data={"class_name": np.array(["thing"] * count), "speed": np.arange(count)},
     )
     predictor.set_image(image)
-    renamed = rename_detections(predictor, detections, image)
+    renamed = predictor.rename(detections, image)
 
     expected = predictor.predict(boxes=boxes)  # of the image that is still set
     assert renamed.class_id.tolist() == expected.pred_classes.tolist()
@@ -55,24 +55,24 @@ def test_names_are_the_predictors_and_all_else_is_kept(predictor, image) -> None
 
 def test_detections_without_scores_and_other_words(predictor, image) -> None:
     detections = supervision.Detections(xyxy=golden()["boxes"])
-    renamed = rename_detections(predictor, detections, image, vocabulary=["bread", "cup"])
+    renamed = predictor.rename(detections, image, vocabulary=["bread", "cup"])
     assert predictor.vocabulary == ["bread", "cup"]
     assert set(renamed.data["class_name"]) <= {"bread", "cup"}
     assert ((renamed.confidence >= 0.5) & (renamed.confidence <= 1)).all()
 
 
 def test_no_detections(predictor, image) -> None:
-    renamed = rename_detections(predictor, supervision.Detections.empty(), image)
+    renamed = predictor.rename(supervision.Detections.empty(), image)
     assert len(renamed) == 0 and renamed.data["class_name"].shape == (0,)
 
 
 @pytest.mark.parametrize(
     "box, score, message",
-    [([5, 5, 20, 30], 3.0, "confidence has values outside"), ([300, 5, 320, 30], 0.5, "box")],
+    [([5, 5, 20, 30], 3.0, "confidence has values outside"), ([300, 5, 320, 30], 0.5, "Box 0 is")],
 )
 def test_detections_that_make_no_sense(predictor, image, box, score, message) -> None:
     detections = supervision.Detections(
         xyxy=np.array([box], np.float32), confidence=np.array([score])
     )
     with pytest.raises(ValueError, match=message):
-        rename_detections(predictor, detections, image)
+        predictor.rename(detections, image)

@@ -7,10 +7,9 @@ localizer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from inspect import signature
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +21,9 @@ from torch import Tensor
 
 from .interfaces import Embedding, Localizer, image_size_of
 
+if TYPE_CHECKING:
+    from .everything import Search
+
 # The numbers that ``SamAutomaticMaskGenerator`` takes, and its defaults, made for SAM ViT-H.
 AUTOMATIC_MASK_SETTINGS: dict[str, int | float] = {
     name: parameter.default
@@ -30,28 +32,6 @@ AUTOMATIC_MASK_SETTINGS: dict[str, int | float] = {
 }
 # Of the masks of the points that are decoded together.
 _MAX_PIXELS = 2**26
-
-
-@dataclass(frozen=True)
-class Search:
-    """How regions are looked for. The numbers are those of SAM's automatic mask generator.
-
-    Attributes:
-        by_masks: True asks the localizer, by a grid of points; False groups what the
-            vision-language model sees in a few views. None asks localizers whose masks are fine.
-        points_per_side: of the grid; as many columns as rows.
-        pred_iou_thresh: masks of which the localizer expects a lower IoU are dropped.
-        stability_thresh: masks whose area changes more with the threshold are dropped.
-        box_nms_thresh: of two regions with a larger IoU the worse one is dropped.
-        name_nms_thresh: the same among regions of one name, where masks were found.
-    """
-
-    by_masks: bool | None = None
-    points_per_side: int = 32
-    pred_iou_thresh: float = 0.88
-    stability_thresh: float = 0.95
-    box_nms_thresh: float = 0.7
-    name_nms_thresh: float = 0.5
 
 
 class FoundRegions(NamedTuple):
