@@ -22,8 +22,8 @@ from .source import (
 MODULES = package_modules()
 
 # Without mini/ and app/, which stand on their own. A larger number needs a reason that is as large.
-MAX_MODULES = 70
-MAX_LINES = 12900
+MAX_MODULES = 75
+MAX_LINES = 13200
 MAX_MODULE_LINES = 320
 MAX_FUNCTION_LINES = 60
 

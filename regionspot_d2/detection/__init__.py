@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .from_detectron2 import load_detectron2_detector
-from .from_torchvision import load_torchvision_detector
-from .from_transformers import load_zero_shot_detector
+from .fixed_classes import load_detectron2_detector, load_torchvision_detector
 from .interface import Detected, RegionDetector
+from .zero_shot import load_zero_shot_detector
 
 __all__ = ["DETECTORS", "Detected", "RegionDetector", "build_detector"]
 

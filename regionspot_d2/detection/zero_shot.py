@@ -69,6 +69,8 @@ class ZeroShotDetector(RegionDetector):
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray) -> Detected:
+        # PyTorch warns of arrays that are read-only, and the copy is in order.
+        image = np.array(image, order="C")
         pixels = self.processor.image_processor(images=image, return_tensors="pt").to(self.device)
         height, width = image.shape[:2]
         found = []
