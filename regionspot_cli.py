@@ -193,12 +193,17 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
         "the masks that the localizer finds under a grid of points",
     )
     add(
-        "--detector-config",
-        metavar="FILE|NAME",
-        help="a Detectron2 detector: its config, or its name in the model zoo "
-        "(COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml)",
+        "--detector",
+        metavar="SOURCE",
+        help="hf:ID, a zero-shot detector on the Hugging Face hub or in a folder, which looks for "
+        "the names of --vocabulary (hf:IDEA-Research/grounding-dino-tiny); torchvision:NAME "
+        "(torchvision:fasterrcnn_resnet50_fpn_v2); or detectron2:FILE|NAME, a config or a name in "
+        "the model zoo (detectron2:COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml)",
     )
-    add("--detector-weights", metavar="FILE|URL", help="by default the zoo's, for a name in it")
+    add(
+        "--detector-config", metavar="FILE|NAME", help="the same as --detector detectron2:FILE|NAME"
+    )
+    add("--detector-weights", metavar="FILE|URL", help="by default the published ones")
 
 
 def parse_name(arguments: Iterable[str], program: str | None = None) -> argparse.Namespace:
@@ -214,15 +219,16 @@ def parse_name(arguments: Iterable[str], program: str | None = None) -> argparse
     parser = name_parser(program)
     # argparse takes "-5,10,20,30" for an option; a leading space avoids that, and float() skips it.
     args = parser.parse_args([re.sub(r"^(-[\d.]+,)", r" \1", text) for text in arguments])
-    sources = [args.boxes or args.points, args.proposals, args.detector_config]
+    sources = [args.boxes or args.points, args.proposals, args.detector, args.detector_config]
     if sum(bool(source) for source in sources) > 1:
         parser.error(
-            "regions come from one source: --boxes and --points, --proposals, or --detector-config"
+            "regions come from one source: --boxes and --points, --proposals, --detector, or "
+            "--detector-config"
         )
-    if args.detector_weights and not args.detector_config:
-        parser.error("--detector-weights needs --detector-config")
     if args.track and (not any(sources[1:]) or args.proposals == "sam"):
         parser.error("--track follows boxes that --proposals FILE or a detector has of each frame")
+    if args.detector_weights and not (args.detector or args.detector_config):
+        parser.error("--detector-weights needs --detector")
     for option, value in [("every", args.every), ("topk", args.topk)]:
         if value < 1:
             parser.error(f"--{option} {value}: 1 or more is expected")

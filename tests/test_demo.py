@@ -23,6 +23,7 @@ from regionspot_d2.app.drawing import draw_attention, draw_regions, side_by_side
 from regionspot_d2.app.results import OtherResults
 from regionspot_d2.app.run import automatic_threshold
 from regionspot_d2.app.video import video_writer
+from regionspot_d2.detection import build_detector
 from regionspot_d2.modeling import REGION_HEAD_REGISTRY, PooledRegionHead
 from regionspot_d2.modeling.clip import ClipModel
 from regionspot_d2.modeling.everything import Search
@@ -30,6 +31,7 @@ from regionspot_d2.modeling.sam import SamLocalizer
 
 from .detectors import FASTER_RCNN, zoo_cfg
 from .tiny import tiny_model
+from .tiny_detectors import tiny_detector
 from .tools import ROOT
 
 pytestmark = pytest.mark.usefixtures("vocabularies")
@@ -374,9 +376,30 @@ def test_a_detector_finds_the_regions(demo, photos, tmp_path, detector):
     np.testing.assert_allclose(boxes, found.pred_boxes.tensor, atol=1e-3)
 
 
+def test_a_zero_shot_detector_looks_for_the_vocabulary(demo, photos, tmp_path):
+    pytest.importorskip("transformers")
+    (tmp_path / "model").mkdir()
+    tiny_detector("grounding-dino", tmp_path / "model")
+    source = f"hf:{tmp_path / 'model'}"
+    arguments = ["--input", photos / "a.png", "--output", tmp_path / "out", "--detector", source]
+    arguments += ["--vocabulary", "cat,traffic light,dog", "--confidence-threshold", 0]
+    assert demo(*arguments) == 0
+    names = ["cat", "traffic light", "dog"]
+    image = np.asarray(Image.open(photos / "a.png").convert("RGB"))
+    found = build_detector(source, class_names=names)(image)
+    assert len(found.scores) > 0
+    boxes = [
+        [x, y, x + w, y + h]
+        for x, y, w, h in (a["bbox"] for a in results_of(tmp_path / "out")["annotations"])
+    ]
+    np.testing.assert_allclose(boxes, found.boxes, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     "detectors, message",
     [
+        (["--detector", "yolo:x"], "--detector yolo:x: detectron2:NAME, hf:NAME, .* is expected"),
+        (["--detector", "torchvision:vit"], "--detector torchvision:vit: .* no such detector"),
         (["--detector-config", "no.yaml"], "no.yaml: neither a file nor a name"),
         (["--detector-config", "{config}"], "give --detector-weights"),
         (["--detector-config", "{photo}", "--detector-weights", "x"], "--detector-config .*a.png"),

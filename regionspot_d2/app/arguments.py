@@ -14,8 +14,8 @@ from ..files import sha256_of_file
 # Options that change the results of an image, besides the config, the vocabulary and the file
 # of --proposals.
 _DECISIVE = (
-    "boxes points detector-config detector-weights topk confidence-threshold attention compare "
-    "track"
+    "boxes points detector detector-config detector-weights topk confidence-threshold attention "
+    "compare track"
 )
 
 

@@ -59,7 +59,7 @@ def _tell_what_stood_in(names: dict[str, str]) -> None:
 def output_folder(args: argparse.Namespace, paths: Sequence[Path]) -> OutputFolder:
     """Makes the folder, or exits if an output would replace a file that the command names."""
     given = [args.config_file, args.proposals, args.compare, args.vocabulary]
-    given += [args.detector_config, args.detector_weights]
+    given += [args.detector_config, args.detector_weights, (args.detector or "").partition(":")[2]]
     given += [word.strip().removeprefix("@") for word in args.vocabulary.split(",")]
     output = Path(args.output)
     try:
@@ -95,7 +95,7 @@ def prepare(args: argparse.Namespace, paths: Sequence[Path], output: Path) -> Ru
     _tell_what_stood_in(predictor.stood_in)
     if args.attention:
         _check_attention(predictor.model.region_head, paths)
-    source = choose_source(args, predictor.model)
+    source = choose_source(args, predictor.model, vocabulary)
     decisive = settings(args, cfg, vocabulary)
     try:
         journal = Journal(output / "results.jsonl", decisive, resume=args.resume)

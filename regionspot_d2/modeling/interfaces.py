@@ -107,13 +107,19 @@ class Localizer(FrozenModule, ABC):
         """
 
     def decode_points(
-        self, embedding: Embedding, image_size: tuple[int, int], points: Tensor
+        self,
+        embedding: Embedding,
+        image_size: tuple[int, int],
+        points: Tensor,
+        *,
+        multimask: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Decodes points (R, 2), XY in pixels of the image, each a region of its own.
 
         Returns:
             What :meth:`decode` returns for them with masks, and the IoU (R,) that the localizer
-            predicts for each mask, None where it predicts none.
+            predicts for each mask, None where it predicts none. With ``multimask`` a localizer may
+            give M masks for each point, its part, its whole: R * M rows, point by point.
         """
         labels = torch.ones(len(points), 1, dtype=torch.int64, device=points.device)
         prompts = PointPrompts(points[:, None], labels)
