@@ -284,7 +284,7 @@ class RegionSpotPredictor:
             Per image what :meth:`predict` returns.
 
         Raises:
-            ValueError: as :meth:`predict`, with the image's number; or not as many boxes as images.
+            ValueError: as :meth:`predict`, with the image's number; or both differ in number.
         """
         topk = as_count(topk, "topk", "name per region")
         batch_size = as_count(batch_size, "batch_size", "image")

@@ -22,8 +22,8 @@ from .source import (
 MODULES = package_modules()
 
 # Without mini/ and app/, which stand on their own. A larger number needs a reason that is as large.
-MAX_MODULES = 75
-MAX_LINES = 13200
+MAX_MODULES = 77
+MAX_LINES = 13600
 MAX_MODULE_LINES = 320
 MAX_FUNCTION_LINES = 60
 
@@ -55,8 +55,8 @@ RULES = (
     Rule("journal hub", "files"),
     Rule("checkpoint", "files safe_loading modeling.interfaces modeling.regionspot"),
     # What a part is, and the arithmetic between the parts: torch and Detectron2's structures only.
-    Rule("modeling.prompts modeling.lazy_masks", "", TORCH),
-    Rule("modeling.interfaces", CONTRACTS, TORCH),
+    Rule("modeling.prompts modeling.lazy_masks modeling.frozen", "", TORCH),
+    Rule("modeling.interfaces", f"{CONTRACTS} modeling.frozen", TORCH),
     Rule("modeling.questions", f"arrays {CONTRACTS}", TORCH),
     Rule("modeling.inputs", f"logits {CONTRACTS}", TORCH),
     Rule("modeling.views", "", TORCH),
