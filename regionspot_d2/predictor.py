@@ -287,7 +287,6 @@ class RegionSpotPredictor:
             ValueError: as :meth:`predict`, with the image's number; or both differ in number.
         """
         topk = as_count(topk, "topk", "name per region")
-        batch_size = as_count(batch_size, "batch_size", "image")
         names = self._names(vocabulary)
         results: list[Instances] = []
         read = partial(self._pixels, channels=channels)
