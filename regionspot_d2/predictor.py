@@ -15,7 +15,7 @@ from .checkpoint import build_regionspot
 from .data.images import MAX_PIXELS, ImageLike
 from .image_session import ImageSession
 from .modeling.everything import Search, name_everything
-from .modeling.panoptic import panoptic_segments
+from .modeling.panoptic import panoptic_segments, stuff_places
 from .modeling.questions import as_count, as_prompts, box_batches
 from .modeling.regionspot import RegionSpot
 from .modeling.scoring import Scoring
@@ -216,14 +216,12 @@ class RegionSpotPredictor(ImageSession):
         topk = as_count(topk, "topk", "name per region")
         max_regions = as_count(max_regions, "max_regions", "region")
         words, scoring = self._question(vocabulary, background, threshold, scores, groups)
-        names = words.names
-        if unknown := [name for name in stuff if name not in names]:
-            raise ValueError(f"stuff: '{unknown[0]}' is not in the vocabulary; add it there too.")
+        places = stuff_places(stuff, words.names, panoptic)
         found = name_everything(
             self.model,
             self._image(),
             words,
-            search or Search(),
+            Search() if search is None else search,
             scoring=scoring,
             with_masks=panoptic or self.model.with_masks,
             topk=1 if panoptic else topk,
@@ -232,7 +230,7 @@ class RegionSpotPredictor(ImageSession):
             zoom=zoom,
         )
         self._vocabulary = words
-        return panoptic_segments(found, {names.index(s) for s in stuff}) if panoptic else found
+        return panoptic_segments(found, places) if panoptic else found
 
     @torch.no_grad()
     def predict_batch(
