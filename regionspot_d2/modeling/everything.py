@@ -137,13 +137,8 @@ def name_everything(
     )
     if with_masks and regions.mask_logits is not None:
         answer = replace(answer, mask_logits=regions.mask_logits.__getitem__)
-    best = model.name(
-        replace(answer, mask_logits=None),
-        words,
-        scoring=scoring,
-        region_scores=regions.scores,
-        topk=1,
-    )
+    rules = {"scoring": scoring or model.scoring, "region_scores": regions.scores}
+    best = model.name(replace(answer, mask_logits=None), words, topk=1, **rules)
     if best.has("group_index"):  # duplicates are told by the names of the first group
         best = best[best.group_index == 0]
     boxes, scores = best.pred_boxes.tensor, best.scores
@@ -155,14 +150,8 @@ def name_everything(
     if answer.mask_logits is not None:
         read = answer.mask_logits
         answer = replace(answer, mask_logits=lambda places: read(kept[places]))
-    return model.name(
-        answer,
-        words,
-        scoring=scoring,
-        region_scores=regions.scores[kept],
-        topk=topk,
-        output_size=output_size,
-    )
+    rules["region_scores"] = regions.scores[kept]
+    return model.name(answer, words, topk=topk, output_size=output_size, **rules)
 
 
 def distinct_regions(

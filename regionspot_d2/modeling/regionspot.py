@@ -298,24 +298,22 @@ class RegionSpot(nn.Module):
         Args:
             answer: from :meth:`answer`.
             words: the vocabulary, see :func:`~regionspot_d2.modeling.words.as_vocabulary`.
-            **rules: which names to keep, see :func:`~regionspot_d2.modeling.naming.name_regions`,
-                and the ``scoring``, by default that of the model.
+            **rules: of :func:`~regionspot_d2.modeling.naming.name_regions`; the ``scoring`` is by
+                default that of the model.
 
         Returns:
             What that function returns, with ``pred_masks`` if the answer has masks.
         """
-        scoring = rules.pop("scoring", None) or self.scoring
-        vocabulary = scoring.joined(as_vocabulary(words, repeats=True))
-        together = max(1, naming.MAX_PAIRS_TOGETHER // max(1, len(vocabulary.members)))
+        rules = {"scoring": self.scoring, "masks_by_nearest": self.nearest_masks, **rules}
+        vocabulary = rules["scoring"].joined(as_vocabulary(words, repeats=True))
+        together = max(1, naming.MAX_PAIRS_TOGETHER // len(vocabulary.members))
         logits = (self.score(part, vocabulary) for part in answer.embeddings.split(together))
-        masks = answer.mask_logits and answer.masks
-        rules = {"masks": masks, "masks_by_nearest": self.nearest_masks, **rules}
-        rules |= {"vocabulary": vocabulary, "scoring": scoring}
+        rules = {"masks": answer.mask_logits and answer.masks, **rules, "vocabulary": vocabulary}
         return naming.name_regions(logits, answer.boxes, answer.image_size, **rules)
 
     def losses(self, logits: list[Tensor], gt_classes: list[Tensor]) -> dict[str, Tensor]:
         """See :class:`~regionspot_d2.modeling.region_head.FocalLoss`."""
         return {"loss_cls": self.loss(logits, gt_classes)}
 
-    def _class_names(self, x: dict[str, Any]) -> Sequence[str]:
+    def _class_names(self, x: dict[str, Any]) -> list[str]:
         return dataset_class_names(x.get("dataset_name", self.default_dataset))
