@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -98,22 +99,22 @@ class Vocabulary:
     key: str = field(repr=False)
     repeated: str = field(repr=False)
 
-    @property
+    @cached_property
     def texts(self) -> tuple[str, ...]:
         """What the text side embeds, member after member."""
         return tuple(text for member in self.members for text in member.texts)
 
-    @property
+    @cached_property
     def is_plain(self) -> bool:
         """Whether the logits of names are those of the members, and one softmax joins them."""
         return len(self.groups) == 1 and not self.background and not self.parents
 
-    @property
+    @cached_property
     def is_list(self) -> bool:
         """Whether there is nothing but class names."""
         return self.is_plain and all(member.is_plain_name for member in self.members)
 
-    @property
+    @cached_property
     def lonely_name(self) -> str:
         """A name that a softmax would compare with nothing; "" if there is none."""
         alone = [group for group in self.groups if len(group.members) == 1]
@@ -151,13 +152,17 @@ class Vocabulary:
         Before a softmax rather than after it: more texts for a class then take nothing away from
         it, and a class of one text is what it is in a list.
         """
-        sizes = [member.size for member in self.members]
-        if logits.shape[1] == len(sizes):
+        if logits.shape[1] == len(self.members):
             return logits
-        parts = torch.tensor(sizes, device=logits.device)
-        owner = torch.repeat_interleave(torch.arange(len(sizes), device=logits.device), parts)
-        found = logits.new_full((len(logits), len(sizes)), -torch.inf)
-        return found.scatter_reduce(1, owner.expand(len(logits), -1), logits, "amax")
+        owners = self._owners.to(logits.device).expand(len(logits), -1)
+        found = logits.new_full((len(logits), len(self.members)), -torch.inf)
+        return found.scatter_reduce(1, owners, logits, "amax")
+
+    @cached_property
+    def _owners(self) -> Tensor:
+        """For each vector the place of its member."""
+        sizes = torch.tensor([member.size for member in self.members])
+        return torch.repeat_interleave(torch.arange(len(sizes)), sizes)
 
 
 def build_vocabulary(
