@@ -11,7 +11,7 @@ from detectron2.structures import BoxMode
 from detectron2.utils.colormap import colormap
 from PIL import Image, ImageDraw, ImageFont
 
-from ..modeling.vocabulary import clean_name
+from ..modeling.names import clean_name
 from .fonts import LabelVisualizer, font_of
 from .names import printable
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,22 @@ from ..arrays import as_numbers
 from .names import repeated_name
 
 
+@runtime_checkable
+class NamedVector(Protocol):
+    """A class given by a point of text space, such as the mean of a few examples.
+
+    Attributes:
+        name: the class name.
+        vector: (D,).
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def vector(self) -> Tensor: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Member:
     """A class of a vocabulary: a name, and the texts or vectors that stand for it.
@@ -23,8 +39,8 @@ class Member:
     Attributes:
         name: the class name.
         texts: what the text side embeds; by default the name, unless there are vectors.
-        vectors: (K, D), points of text space beside the texts, such as embeddings of regions. They
-            are scaled to unit length.
+        vectors: (K, D) or (D,), points of text space beside the texts, such as embeddings of
+            regions. They are scaled to unit length.
         by_mean: whether all of them are averaged into one vector. Otherwise the nearest decides:
             the logit of the class is the largest of its own.
     """
@@ -41,10 +57,11 @@ class Member:
             object.__setattr__(self, "texts", tuple(self.texts) or (self.name,))
             return
         vectors = as_numbers(self.vectors, f"vectors of '{self.name:.60}'").float().cpu()
+        vectors = torch.atleast_2d(vectors)
         if vectors.dim() != 2 or 0 in vectors.shape or not vectors.norm(dim=1).gt(0).all():
             raise ValueError(
-                f"The vectors of '{self.name:.60}' have the shape {tuple(vectors.shape)}; (K, D) "
-                "is expected, none of them zero."
+                f"The vectors of '{self.name:.60}' have the shape {tuple(vectors.shape)}; (D,) or "
+                "(K, D) is expected, none of them zero."
             )
         object.__setattr__(self, "vectors", F.normalize(vectors, dim=1))
 

@@ -13,14 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .members import Group, Member, Vocabulary, build_vocabulary
+from .members import Group, Member, NamedVector, Vocabulary, build_vocabulary
 from .names import check_names
 
 # Vocabularies that are remembered.
 MAX_VOCABULARIES = 32
 
 # What people write: see :func:`as_vocabulary`.
-Words: TypeAlias = Sequence[str | Member] | Mapping[str, Any] | np.ndarray | Vocabulary
+Words: TypeAlias = (
+    Sequence[str | Member | NamedVector] | Mapping[str, Any] | np.ndarray | Vocabulary
+)
 
 _remembered: OrderedDict[tuple[Any, ...], Vocabulary] = OrderedDict()
 _lock = Lock()
@@ -30,9 +32,10 @@ def as_vocabulary(words: Words, *, repeats: bool = False) -> Vocabulary:
     """Reads a vocabulary as people write it.
 
     Args:
-        words: a list of class names and members; or a dict from class names to what stands for
-            each: a text, a list of texts, vectors (K, D), a :class:`Member`, None for the name
-            itself, or a dict of the classes below it, which makes a hierarchy.
+        words: a list of class names and of objects with a ``name`` and a ``vector`` (D,), side by
+            side; or a dict from class names to what stands for each: a text, a vector (D,), a list
+            of these, of which the nearest decides, None for the name itself, or a dict of the
+            classes below it, which makes a hierarchy. A :class:`Member` may stand anywhere.
         repeats: whether a name may occur twice. In a vocabulary that a person typed it is a slip.
 
     Raises:
@@ -85,7 +88,7 @@ def _listed_vocabulary(words: Any) -> Vocabulary:
                 return found
     except TypeError:  # something that is no key is no name either
         pass
-    if any(isinstance(name, Member) for name in names):
+    if any(isinstance(name, Member | NamedVector | Tensor) for name in names):
         return _grouped({"": names})
     check_names(words, repeats=True)
     names = tuple(words)
@@ -141,18 +144,30 @@ def _nodes(words: Any) -> list[tuple[str, int, Member | None]]:
 
 
 def _member(name: str, given: Any) -> Member:
+    if given is None:
+        return Member(name)
     if isinstance(given, Member):
         return replace(given, name=name)
-    if isinstance(given, Tensor) or (isinstance(given, np.ndarray) and given.dtype.kind == "f"):
-        return Member(name, vectors=torch.as_tensor(given))
-    texts = (name,) if given is None else (given,) if isinstance(given, str) else given
-    if not isinstance(texts, Sequence | np.ndarray) or len(texts) == 0:
+    several = isinstance(given, Sequence | np.ndarray) and not isinstance(given, str | NamedVector)
+    several = several and not _is_vector(given)
+    parts = [
+        part.vector if isinstance(part, NamedVector) else part
+        for part in (given if several else [given])
+    ]
+    vectors = [torch.atleast_2d(torch.as_tensor(part)) for part in parts if _is_vector(part)]
+    texts: list[Any] = [part for part in parts if not _is_vector(part)]
+    if not parts or not all(isinstance(text, str) for text in texts):
         raise ValueError(
-            f"The vocabulary has {given!r:.60} for '{name:.60}'; a text, a list of texts, vectors "
-            "(K, D) or a dict of classes is expected."
+            f"The vocabulary has {given!r:.60} for '{name:.60}'; a text, a vector (D,), a list of "
+            "these or a dict of classes is expected."
         )
-    check_names(texts, repeats=True)
-    return Member(name, tuple(texts))
+    if texts:
+        check_names(texts, repeats=True)
+    return Member(name, tuple(texts), torch.cat(vectors) if vectors else None)
+
+
+def _is_vector(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind == "f")
 
 
 def _listed(words: Any, what: str) -> tuple[Member, ...]:
@@ -162,10 +177,14 @@ def _listed(words: Any, what: str) -> tuple[Member, ...]:
     return tuple(map(as_member, words))
 
 
-def as_member(name: str | Member) -> Member:
-    """The member that a name in a list stands for; ValueError if it is no text."""
+def as_member(name: str | Member | NamedVector) -> Member:
+    """The member that an entry of a list stands for; ValueError if it has no name."""
     if isinstance(name, Member):
         return name
+    if isinstance(name, NamedVector):
+        return Member(name.name, vectors=name.vector)
+    if isinstance(name, Tensor):
+        raise ValueError("A vector of the vocabulary has no name: pass a dict, {name: vector}.")
     if not isinstance(name, str):
         raise ValueError(f"A name of the vocabulary is {name!r:.60}: give non-empty text.")
     return Member(name)
