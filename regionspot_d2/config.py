@@ -114,8 +114,11 @@ def _add_naming(cfg: CN) -> None:
     # What stands for class names: a yaml file {name: [text, ...]}. Names that it lacks stand for
     # themselves. A predictor without another vocabulary takes the file's.
     cfg.MODEL.NAMING.WORDS = ""
-    # Fitted by tools/calibrate.py. Logits are divided by TEMPERATURE before a softmax; before a
-    # sigmoid by SIGMOID_TEMPERATURE, and SIGMOID_BIAS is added. 1, 1 and 0 leave them as they are.
+    # Whether a predictor takes the next three from the file that tools/calibrate.py wrote beside
+    # the head, unless they are set here. Training and evaluation only read the config.
+    cfg.MODEL.NAMING.CALIBRATED = True
+    # Logits are divided by TEMPERATURE before a softmax; before a sigmoid by SIGMOID_TEMPERATURE,
+    # and SIGMOID_BIAS is added. 1, 1 and 0 leave them as they are.
     cfg.MODEL.NAMING.TEMPERATURE = 1.0
     cfg.MODEL.NAMING.SIGMOID_TEMPERATURE = 1.0
     cfg.MODEL.NAMING.SIGMOID_BIAS = 0.0

@@ -11,6 +11,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.structures import Instances
 
+from .calibration import calibrated
 from .checkpoint import build_regionspot
 from .data.images import MAX_PIXELS, ImageLike
 from .image_session import ImageSession
@@ -44,7 +45,8 @@ class RegionSpotPredictor(ImageSession):
         """
         self._cfg: CfgNode | None = None
         if isinstance(model, CfgNode):
-            self._cfg, model = model.clone(), build_regionspot(model)
+            self._cfg = calibrated(model).clone()
+            model = build_regionspot(self._cfg)
         if not isinstance(model, RegionSpot):
             raise ValueError(
                 f"model is of the type {type(model).__name__}; a config, as "
@@ -76,7 +78,7 @@ class RegionSpotPredictor(ImageSession):
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes model and vocabulary; see :func:`~regionspot_d2.pretrained.write_pretrained`."""
-        write_pretrained(folder, self._cfg, self.model.region_head, self.vocabulary)
+        write_pretrained(folder, self._cfg, self.model.region_head, self._vocabulary)
 
     @property
     def vocabulary(self) -> list[str]:

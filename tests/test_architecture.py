@@ -122,9 +122,14 @@ RULES = (
         "engine",
         "files safe_loading stopping config checkpoint model_zoo modeling data evaluation engine",
     ),
-    Rule("pretrained", "files config safe_loading model_zoo modeling.interfaces engine.config"),
+    Rule(
+        "pretrained",
+        "files config safe_loading model_zoo modeling.interfaces modeling.members "
+        "modeling.word_files engine.config",
+    ),
+    Rule("calibration", "files safe_loading"),
     Rule("image_session", "data.images modeling"),
-    Rule("predictor", "files checkpoint data.images image_session modeling pretrained"),
+    Rule("predictor", "files calibration checkpoint data.images image_session modeling pretrained"),
     Rule(
         "app",
         "files logits safe_loading stopping config checkpoint model_zoo journal predictor "

@@ -15,6 +15,7 @@ from regionspot_d2.modeling.scoring import Scoring
 from regionspot_d2.modeling.word_files import plain_words, read_words, words_of
 from regionspot_d2.modeling.words import as_vocabulary
 
+from .tiny import WORDS as VOCABULARIES
 from .tiny import golden, tiny_cfg, tiny_model
 
 pytestmark = pytest.mark.usefixtures("vocabularies")
@@ -227,16 +228,15 @@ def test_calibrated_scores_keep_the_order_of_names(predictor, settings):
 
 def test_pairs_below_the_threshold_are_no_results_of_a_detector(predictor):
     model = predictor.model
-    x = {"image": torch.from_numpy(golden()["image"]).permute(2, 0, 1), "dataset_name": "tiny"}
+    dataset = next(iter(VOCABULARIES))
+    x = {"image": torch.from_numpy(golden()["image"]).permute(2, 0, 1), "dataset_name": dataset}
     proposals = [predictor.predict(boxes=BOXES)]
-    x.pop("dataset_name")
-    model.default_dataset, before = "coco_2017_val", model.default_dataset
     try:
         every = model.inference([x], proposals)[0]["instances"]
         model.scoring = Scoring(threshold=float(every.scores.median()))
         some = model.inference([x], proposals)[0]["instances"]
     finally:
-        model.scoring, model.default_dataset = Scoring(), before
+        model.scoring = Scoring()
     assert 0 < len(some) < len(every) and (some.pred_classes >= 0).all()
 
 

@@ -22,8 +22,8 @@ from .names import printable
 # The results of one image: "file_name", "height", "width", and "annotations" in COCO format that
 # have no ids yet.
 Entry = dict[str, Any]
-# What a region is called whose names all score less than MODEL.NAMING.THRESHOLD. It is drawn, and its
-# "category_id" is 0, that of no name; files for other programs leave it out.
+# What a region is called whose names all score less than MODEL.NAMING.THRESHOLD. It is drawn; its
+# "category_id" is 0, that of no name, and files for other programs leave it out.
 NONE_OF_THESE = "none of these"
 # A mask is decoded in full; PIL's limit for images.
 _MAX_PIXELS = 2 * 89_478_485

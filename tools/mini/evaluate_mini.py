@@ -29,8 +29,8 @@ from head_settings import Settings, add_settings, settings_of
 from regionspot_cli import CommandParser, begin
 
 
-def argument_parser() -> CommandParser:
-    parser = CommandParser(text=__doc__)
+def argument_parser(text: str = __doc__ or "") -> CommandParser:
+    parser = CommandParser(text=text)
     for option, names in (("--coco", "its own names"), ("--lvis-names", "LVIS's names")):
         parser.add_argument(
             option,
