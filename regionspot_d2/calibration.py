@@ -15,6 +15,7 @@ from detectron2.config import CfgNode
 from torch import Tensor
 
 from .files import local_weights, sha256_of_file, write_atomically
+from .modeling.scoring import Scoring, scores_of_names
 from .safe_loading import read_json
 
 # Keys of MODEL.NAMING.
@@ -41,7 +42,8 @@ def fit_temperature(logits: Sequence[Tensor], labels: Sequence[Tensor]) -> float
     right = torch.cat([(part.argmax(1) == label) for part, label in zip(logits, labels)]).float()
 
     def loss(temperature: float) -> float:
-        best = torch.cat([(part / temperature).softmax(1).amax(1) for part in logits])
+        scoring = Scoring(temperature=temperature)
+        best = torch.cat([scores_of_names(part, None, scoring).amax(1) for part in logits])
         return float((best - right).square().mean())
 
     low, high = math.log(_LEAST), math.log(_MOST)

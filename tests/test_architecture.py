@@ -22,8 +22,8 @@ from .source import (
 MODULES = package_modules()
 
 # Without mini/ and app/, which stand on their own. A larger number needs a reason that is as large.
-MAX_MODULES = 76
-MAX_LINES = 13600
+MAX_MODULES = 77
+MAX_LINES = 13800
 MAX_MODULE_LINES = 320
 MAX_FUNCTION_LINES = 60
 
@@ -127,7 +127,7 @@ RULES = (
         "files config safe_loading model_zoo modeling.interfaces modeling.members "
         "modeling.word_files engine.config",
     ),
-    Rule("calibration", "files safe_loading"),
+    Rule("calibration", "files safe_loading modeling.scoring"),
     Rule("image_session", "data.images modeling"),
     Rule("predictor", "files calibration checkpoint data.images image_session modeling pretrained"),
     Rule(

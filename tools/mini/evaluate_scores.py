@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,8 +119,10 @@ class Trust:
                 right = photo.logits.argmax(1) == photo.labels
                 self.rows.append((split, photo.dataset, before, after, right))
 
-    def columns(self, keep: Callable[[int, int], bool]) -> list[Tensor]:
-        rows = [row[2:] for row in self.rows if keep(row[0], row[1])]
+    def columns(self, split: int | None = None, dataset: int | None = None) -> list[Tensor]:
+        rows = [
+            row[2:] for row in self.rows if split in (None, row[0]) and dataset in (None, row[1])
+        ]
         return [torch.cat(column) for column in zip(*rows)]
 
     def report(self, datasets: list[str], splits: int, diagram: str | None) -> list[float]:
@@ -130,13 +131,14 @@ class Trust:
         print("|---|---|---|---|---|---|")
         errors: list[float] = []
         for number, name in [*enumerate(datasets), (None, "both")]:
-            before, after, right = self.columns(lambda _, d: number is None or d == number)
+            before, after, right = self.columns(dataset=number)
             errors = [calibration_error(reliability(each, right)) for each in (before, after)]
-            cells = [right.float().mean(), before.mean(), errors[0], after.mean(), errors[1]]
-            print(f"| {name} | {' | '.join(f'{float(cell):.3f}' for cell in cells)} |")
+            means = [float(each.float().mean()) for each in (right, before, after)]
+            cells = [*means[:2], errors[0], means[2], errors[1]]
+            print(f"| {name} | {' | '.join(f'{cell:.3f}' for cell in cells)} |")
         alone, by_chance = [], []
         for split in range(splits):
-            _, after, right = self.columns(lambda s, _: s == split)
+            _, after, right = self.columns(split)
             alone.append(calibration_error(reliability(after, right)))
             guessed = torch.rand(len(after), generator=torch.Generator().manual_seed(split)) < after
             by_chance.append(calibration_error(reliability(after, guessed)))
@@ -146,7 +148,7 @@ class Trust:
             f"boxes. Temperatures {min(self.temperatures):.2f} to {max(self.temperatures):.2f}."
         )
         if diagram:
-            _, after, right = self.columns(lambda *_: True)
+            _, after, right = self.columns()
             draw_reliability(diagram, reliability(after, right), "held-out photos, calibrated")
         return errors
 
