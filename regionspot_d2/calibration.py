@@ -131,7 +131,10 @@ def calibrated(cfg: CfgNode) -> CfgNode:
         ValueError: the file beside the head is damaged, or of another head.
         WeightsNotFoundError: there is no head.
     """
-    naming = cfg.MODEL.NAMING
+    model = cfg.get("MODEL")
+    if not isinstance(model, CfgNode) or "NAMING" not in model:
+        return cfg  # of another model; whoever builds it says so
+    naming = model.NAMING
     given = naming.TEMPERATURE, naming.SIGMOID_TEMPERATURE, naming.SIGMOID_BIAS
     if not naming.CALIBRATED or not cfg.MODEL.WEIGHTS or given != (1, 1, 0):
         return cfg

@@ -22,31 +22,16 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from head_settings import Settings, add_settings, settings_of
+from head_settings import Settings, add_cross_validation, settings_of
 
 from regionspot_cli import CommandParser, begin
 
 
-def argument_parser(text: str = __doc__ or "") -> CommandParser:
-    parser = CommandParser(text=text)
-    for option, names in (("--coco", "its own names"), ("--lvis-names", "LVIS's names")):
-        parser.add_argument(
-            option,
-            nargs=2,
-            action="append",
-            default=[],
-            metavar=("JSON", "IMAGES"),
-            help=f"a dataset in COCO format, named with {names}; may be repeated",
-        )
-    parser.add_argument(
-        "--photos", type=Path, nargs="*", default=[], help="folders of photos without labels"
-    )
-    parser.add_argument("--folds", type=int, default=4)
-    parser.add_argument("--splits", type=int, default=5, help="number of random splits into folds")
+def argument_parser() -> CommandParser:
+    parser = CommandParser(text=__doc__)
+    add_cross_validation(parser)
     parser.add_argument("--timing-boxes", type=int, default=20)
-    add_settings(parser)
     return parser
 
 

@@ -25,8 +25,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from evaluate_mini import argument_parser as fitting_parser
-from head_settings import settings_of
+from head_settings import add_cross_validation, settings_of
 
 from regionspot_cli import CommandParser, begin
 
@@ -35,7 +34,8 @@ FEW_NAMES = ("person", "tree", "building", "door", "window", "table", "paper")
 
 
 def argument_parser() -> CommandParser:
-    parser = fitting_parser(__doc__ or "")
+    parser = CommandParser(text=__doc__)
+    add_cross_validation(parser)
     parser.add_argument("--diagram", metavar="FILE.png", help="draw the reliability diagram")
     parser.add_argument(
         "--write", action="store_true", help="write the calibration beside the shipped head"
