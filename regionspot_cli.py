@@ -117,7 +117,7 @@ def name_parser(program: str | None = None) -> CommandParser:
         default="lvis",
         metavar="NAMES",
         help="lvis|coco|objects365|openimages, names, and @FILE with one name per line, separated "
-        "by commas",
+        "by commas; or a .yaml file with names, several texts for a name, or groups of names",
     )
     add(
         "--confidence-threshold",

@@ -13,6 +13,7 @@ def add_regionspot_config(cfg: CN) -> None:
         cfg.MODEL.DEVICE = "cpu"
     _add_frozen_models(cfg)
     _add_region_head(cfg)
+    _add_naming(cfg)
     _add_search(cfg)
     _add_data(cfg)
     _add_training(cfg)
@@ -102,6 +103,27 @@ def _add_region_head(cfg: CN) -> None:
     # With ROI_HEADS.NAME RegionSpotROIHeads: the ROI heads whose detections are named, such as
     # StandardROIHeads; empty names the proposals.
     cfg.MODEL.ROI_HEADS.HOST = ""
+
+
+def _add_naming(cfg: CN) -> None:
+    # What a score is: "softmax" over the vocabulary, or "sigmoid", each name for itself.
+    cfg.MODEL.NAMING = CN()
+    cfg.MODEL.NAMING.SCORES = "softmax"
+    # Names that score less are not given: their regions are none of the vocabulary.
+    cfg.MODEL.NAMING.THRESHOLD = 0.0
+    # Names that take part beside every vocabulary and are never answered, e.g. ["sky", "wall"].
+    cfg.MODEL.NAMING.BACKGROUND = []
+    # What stands for class names: a yaml file {name: [text, ...]}. Names that it lacks stand for
+    # themselves. A predictor without another vocabulary takes the file's.
+    cfg.MODEL.NAMING.WORDS = ""
+    # Whether a predictor takes the next three from the file that tools/calibrate.py wrote beside
+    # the head, unless they are set here. Training and evaluation only read the config.
+    cfg.MODEL.NAMING.CALIBRATED = True
+    # Logits are divided by TEMPERATURE before a softmax; before a sigmoid by SIGMOID_TEMPERATURE,
+    # and SIGMOID_BIAS is added. 1, 1 and 0 leave them as they are.
+    cfg.MODEL.NAMING.TEMPERATURE = 1.0
+    cfg.MODEL.NAMING.SIGMOID_TEMPERATURE = 1.0
+    cfg.MODEL.NAMING.SIGMOID_BIAS = 0.0
 
 
 def _add_search(cfg: CN) -> None:

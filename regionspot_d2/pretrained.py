@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ from .files import WeightsNotFoundError, write_atomically
 from .hub import hub_snapshot, is_hub_id
 from .model_zoo import MODELS, get_config_file
 from .modeling.interfaces import RegionHead
+from .modeling.members import Vocabulary
+from .modeling.word_files import plain_words, words_of
 from .safe_loading import read_json, read_yaml
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def read_pretrained(
     device: str | torch.device | None = None,
     precision: str | None = None,
     zoom: float | None = None,
-) -> tuple[CfgNode, list[str] | None]:
+) -> tuple[CfgNode, Vocabulary | None]:
     """Reads what a predictor is built from.
 
     A folder may be anybody's: nothing in it can run code, and it cannot raise the limit for image
@@ -55,7 +56,7 @@ def read_pretrained(
         zoom: see :meth:`RegionSpot.answer`; None for the config's.
 
     Returns:
-        The config, frozen, and the class names, if the folder has some.
+        The config, frozen, and the vocabulary, if the folder has one.
 
     Raises:
         ValueError: there is no such model, the folder is not as it is written, or the device cannot
@@ -66,11 +67,13 @@ def read_pretrained(
     folder, path = _place(path)
     if folder is not None:
         opts += _weights_in(folder)
-        names = _names_in(folder / _VOCABULARY)
+        names = _words_in(folder / _VOCABULARY)
     keywords = {"DEVICE": device, "PRECISION": precision, "ZOOM": zoom}
     for key, value in keywords.items():
         if value is not None:
             opts += [f"MODEL.{key}", str(value)]
+    if folder is not None:
+        opts += ["MODEL.NAMING.WORDS", ""]  # a file of this machine, which no folder may name
     cfg = load_config(path, opts, training=False, testing=False)
     check_device(cfg.MODEL.DEVICE)
     return cfg if folder is None else _within_limits(cfg, path), names
@@ -172,27 +175,32 @@ def _frozen_weights_in(folder: Path, model: dict[str, Any]) -> list[str]:
     return opts
 
 
-def _names_in(file: Path) -> list[str] | None:
+def _words_in(file: Path) -> Vocabulary | None:
     if not file.is_file():
         return None
-    names = read_json(str(file))
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"'{file}': a list of class names is expected.")
-    return names
+    try:
+        return words_of(read_json(str(file)))
+    except ValueError as error:
+        raise ValueError(
+            f"'{file}': a list of class names is expected, or a dict of them. {error}"
+        ) from error
 
 
 def write_pretrained(
-    folder: str | os.PathLike[str], cfg: CfgNode | None, head: RegionHead, vocabulary: Sequence[str]
+    folder: str | os.PathLike[str],
+    cfg: CfgNode | None,
+    head: RegionHead,
+    vocabulary: Vocabulary | None,
 ) -> None:
     """Writes a model for :func:`read_pretrained`; files of the same names are replaced.
 
     ``config.yaml`` has what differs from the defaults, ``head.safetensors`` the region head, if it
-    has parameters, ``vocabulary.json`` the class names, if there are any. The frozen models stay
+    has parameters, ``vocabulary.json`` the vocabulary, if there is one. The frozen models stay
     where the config says: URLs and packages as they are; files of this machine by their paths, and
     on another machine they are looked for in the folder.
 
     Raises:
-        ValueError: there is no config.
+        ValueError: there is no config, or the vocabulary has vectors.
         OSError: it cannot be written.
     """
     if cfg is None:
@@ -200,6 +208,7 @@ def write_pretrained(
             "This predictor was made of a model, so there is no config to write: make it of a "
             "config, or by from_pretrained, and load the head into predictor.model.region_head."
         )
+    words = None if vocabulary is None else plain_words(vocabulary)
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     # A copy each: safetensors refuses tensors that share memory.
@@ -209,9 +218,9 @@ def write_pretrained(
             file.write(save(state, {"format": "pt"}))
     else:
         (folder / _HEAD).unlink(missing_ok=True)
-    if vocabulary:
+    if words:
         with write_atomically(folder / _VOCABULARY, "w") as file:
-            json.dump(list(vocabulary), file, ensure_ascii=False, indent=1)
+            json.dump(words, file, ensure_ascii=False, indent=1)
     else:
         (folder / _VOCABULARY).unlink(missing_ok=True)
     found = _differences(cfg, _defaults())
@@ -220,6 +229,7 @@ def write_pretrained(
         content.get(section, {}).pop(key, None)
     model = content.setdefault("MODEL", {})
     model["WEIGHTS"] = _HEAD if state else ""
+    model.get("NAMING", {}).pop("WORDS", None)  # a file of this machine; the vocabulary has them
     for part in _FROZEN:
         weights = cfg.MODEL[part].WEIGHTS
         if os.path.isfile(os.path.expanduser(weights)):

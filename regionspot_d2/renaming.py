@@ -40,8 +40,8 @@ def rename_detections(
 
     Returns:
         New detections in the same order: ``class_id`` is a place in ``predictor.vocabulary``,
-        ``data["class_name"]`` the name, and ``confidence`` the detector's, if it has one, times the
-        softmax over the vocabulary. Masks, ``tracker_id`` and other data are kept.
+        ``data["class_name"]`` the name (-1 and "" for none of these), and ``confidence`` the
+        detector's, if it has one, times the score. Masks, ``tracker_id`` and other data are kept.
 
     Raises:
         ValueError: a box makes no sense, or the confidence is not in 0..1.
@@ -54,7 +54,8 @@ def rename_detections(
     )
     confidence = named.scores.float().cpu().numpy()
     places = named.pred_classes.cpu().numpy()
-    names = np.array([predictor.vocabulary[place] for place in places], dtype=str)
+    # None of these is class -1, the last of the list.
+    names = np.array([*predictor.vocabulary, ""], dtype=str)[places]
     return replace(
         detections,
         class_id=places,

@@ -191,6 +191,23 @@ def _size(node: yaml.Node, known: dict[int, float]) -> float:
     return known[id(node)]
 
 
+def read_plain_yaml(path: str, what: str) -> Any:
+    """Reads plain values from a yaml file or URL; ``what`` it is, for the message.
+
+    Raises:
+        ValueError, yaml.YAMLError: it asks for more than plain values, or is too large.
+        OSError: the file is missing.
+    """
+    path = os.path.expanduser(path)
+    if not PathManager.isfile(path):
+        raise FileNotFoundError(f"{what} file '{path}' does not exist")
+    with PathManager.open(path, "rb") as file:
+        text = file.read(_MAX_BYTES + 1)
+    if len(text) > _MAX_BYTES:
+        raise ValueError(f"it has more than {_MAX_BYTES} bytes, which is no {what}")
+    return yaml.load(text, _Loader)
+
+
 def read_yaml(path: str, _inside: tuple[str, ...] = ()) -> dict[str, Any]:
     """Reads a config and those that its ``_BASE_`` names: files, or URLs.
 
@@ -201,13 +218,7 @@ def read_yaml(path: str, _inside: tuple[str, ...] = ()) -> dict[str, Any]:
     path = os.path.expanduser(path)
     if path in _inside:
         raise ValueError(f"_BASE_ leads from '{path}' back to itself")
-    if not PathManager.isfile(path):
-        raise FileNotFoundError(f"config file '{path}' does not exist")
-    with PathManager.open(path, "rb") as file:
-        text = file.read(_MAX_BYTES + 1)
-    if len(text) > _MAX_BYTES:
-        raise ValueError(f"it has more than {_MAX_BYTES} bytes, which is no config")
-    content = yaml.load(text, _Loader)
+    content = read_plain_yaml(path, "config")
     if not isinstance(content, dict):
         found = "nothing" if content is None else f"one {type(content).__name__}"
         raise ValueError(

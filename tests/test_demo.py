@@ -28,6 +28,7 @@ from regionspot_d2.modeling import REGION_HEAD_REGISTRY, PooledRegionHead
 from regionspot_d2.modeling.clip import ClipModel
 from regionspot_d2.modeling.everything import Search
 from regionspot_d2.modeling.sam import SamLocalizer
+from regionspot_d2.modeling.scoring import Scoring
 
 from .detectors import FASTER_RCNN, zoo_cfg
 from .tiny import tiny_model
@@ -214,6 +215,35 @@ def test_proposals_with_scores_and_a_threshold(demo, photos, tmp_path):
     assert demo(*arguments, "--vocabulary", "cat,dog", "--confidence-threshold", 0.1) == 0
     [annotation] = json.loads((output / "results.json").read_text())["annotations"]
     assert annotation["bbox"] == [0, 0, 9, 9] and 0.45 <= annotation["score"] <= 0.9
+
+
+def test_regions_of_no_name_are_drawn_and_left_out_of_the_results(
+    demo, photos, tmp_path, monkeypatch, capsys
+):
+    model = tiny_model(scoring=Scoring(threshold=1.0))
+    words: list = []
+
+    def predictor(cfg, vocabulary):
+        words.append(vocabulary)
+        return RegionSpotPredictor(model, vocabulary=vocabulary)
+
+    monkeypatch.setattr(app, "RegionSpotPredictor", predictor)
+    (tmp_path / "words.yaml").write_text("pet: [cat, dog]\nbird:\n")
+    boxes = ["--boxes", "5,5,50,30", "--vocabulary", tmp_path / "words.yaml"]
+    arguments = ["--input", photos / "a.png", "--output", tmp_path / "out", *boxes]
+    assert demo(*arguments, "--format", "csv") == 0
+    assert words[0].names == ("pet", "bird") and words[0].texts == ("cat", "dog", "bird")
+    assert "none of these" in capsys.readouterr().out
+    results = results_of(tmp_path / "out")
+    assert results["annotations"] == []
+    assert [category["name"] for category in results["categories"]] == ["pet", "bird"]
+    assert len((tmp_path / "out" / "results.csv").read_text().splitlines()) == 1  # its header
+    drawn = pixels(tmp_path / "out" / "a.png.png")
+    assert (drawn != pixels(photos / "a.png")).any()
+    # A continued run finds them in its journal.
+    (tmp_path / "out" / "a.png.png").unlink()
+    assert demo(*arguments, "--resume") == 0
+    assert (pixels(tmp_path / "out" / "a.png.png") == drawn).all()
 
 
 def test_the_automatic_threshold_falls_as_the_vocabulary_grows(demo, photos, tmp_path):

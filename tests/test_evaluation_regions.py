@@ -100,6 +100,16 @@ def test_accuracies_by_hand() -> None:
     assert found["decided1"] == found["decided5"] == 100
 
 
+def test_calibration_error_by_hand(tmp_path: Path) -> None:
+    # The best scores are 1 / 2 and 1 / (2 + 0.1 * region); regions come in reverse order. In ten
+    # bins each region is alone: right, wrong, wrong, right.
+    scores = np.array([1 / 2.2, 1 / 2.1, 1 / 2, 1 / 2])
+    gaps = np.abs(scores - [1, 0, 0, 1])
+    assert evaluate(output_dir=str(tmp_path))["ece"] == pytest.approx(100 * gaps.mean())
+    assert (tmp_path / "reliability.png").is_file()
+    assert np.isfinite(evaluate(keep=1)["ece"])
+
+
 def test_groups_are_selections_of_classes() -> None:
     found = evaluate(groups={"seen": [1, 6], "unseen": [0]})
     assert found["top1seen"] == pytest.approx(100 / 3) and found["top1unseen"] == 100

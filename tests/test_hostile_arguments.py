@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from itertools import tee
 from pathlib import Path
 from typing import Any
@@ -210,7 +210,8 @@ def test_vocabularies_in_any_sequence(predictor):
         assert torch.equal(predictor.predict(boxes=BOX, vocabulary=vocabulary).scores, expected)
 
 
-def test_a_vocabulary_of_one_name_is_warned_of_once(predictor, caplog):
+def test_a_vocabulary_of_one_name_is_warned_of_once(predictor, caplog, monkeypatch):
+    monkeypatch.setattr("detectron2.utils.logger._LOG_COUNTER", Counter())  # of other tests
     with caplog.at_level(logging.WARNING):
         for name in ("cat", "dog"):
             assert predictor.predict(boxes=BOX, vocabulary=[name]).scores.tolist() == [1.0]

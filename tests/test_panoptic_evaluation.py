@@ -20,7 +20,8 @@ from PIL import Image
 import train_net
 from regionspot_d2.data.datasets.panoptic import register_all_ade20k_panoptic
 from regionspot_d2.evaluation import PanopticQualityEvaluator
-from regionspot_d2.modeling.vocabulary import clean_name, dataset_stuff_classes
+from regionspot_d2.modeling.names import clean_name
+from regionspot_d2.modeling.vocabulary import dataset_stuff_classes
 
 from .tiny import tiny_cfg
 

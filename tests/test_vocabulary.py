@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from regionspot_d2.modeling.vocabulary import TextEmbedder, check_names, clean_name, raw_name
+from regionspot_d2.modeling.names import check_names, clean_name, raw_name
+from regionspot_d2.modeling.vocabulary import TextEmbedder
 
 
 class CountingModel(SimpleNamespace):

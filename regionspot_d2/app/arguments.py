@@ -19,7 +19,7 @@ _DECISIVE = (
 )
 
 
-def settings(args: argparse.Namespace, cfg: CfgNode, vocabulary: list[str]) -> dict[str, Any]:
+def settings(args: argparse.Namespace, cfg: CfgNode, vocabulary: Any) -> dict[str, Any]:
     """What the results of an image depend on, by option."""
     options = vars(args)
     is_file = Path(args.proposals or "").is_file()

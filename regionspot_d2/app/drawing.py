@@ -12,7 +12,7 @@ from detectron2.utils.colormap import colormap
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as mask_api
 
-from ..modeling.vocabulary import clean_name
+from ..modeling.names import clean_name
 from .fonts import font_of
 from .labels import Label, draw_labels, readable_on
 from .names import printable

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..data.datasets.vocabularies import VOCABULARIES, known_vocabulary
-from ..modeling.vocabulary import clean_name
+from ..modeling.members import Vocabulary
+from ..modeling.names import clean_name
+from ..modeling.word_files import read_words
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _LIST_SUFFIXES = (".csv", ".json", ".lst", ".md", ".names", ".tsv", ".txt", ".yaml", ".yml")
@@ -62,13 +64,16 @@ def _images_in(folder: Path, pattern: str) -> list[Path]:
     return images
 
 
-def read_vocabulary(names: str) -> list[str]:
+def read_vocabulary(names: str) -> list[str] | Vocabulary:
     """The class names that --vocabulary gives, as its help says.
 
-    Without a comma or "@", what is the name of a file means that file. Says in one line what it
-    understood where that may surprise. Raises a ValueError.
+    Without a comma or "@", what is the name of a file means that file; a yaml file may have groups,
+    hierarchies and background names. Says in one line what it understood where that may surprise.
+    Raises a ValueError.
     """
     path = os.path.expanduser(names)
+    if names.lower().endswith((".yaml", ".yml")) and os.path.isfile(path):
+        return read_words(path)
     is_path = names.startswith(("/", "./", "../", "~"))
     if names.lower() in VOCABULARIES:
         if os.path.exists(names):

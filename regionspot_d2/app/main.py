@@ -22,6 +22,8 @@ from ..engine.config import find_config
 from ..files import write_atomically
 from ..journal import Journal, JournalError, JournalFullError
 from ..modeling import RegionHead
+from ..modeling.word_files import plain_words
+from ..modeling.words import as_vocabulary
 from ..predictor import RegionSpotPredictor
 from ..pretrained import check_device
 from ..stopping import INTERRUPTED, stoppable
@@ -29,7 +31,7 @@ from .arguments import settings
 from .formats import FORMATS, check_formats, write_formats
 from .inputs import find_inputs, read_vocabulary, tell
 from .names import OutputFolder, one_line, printable
-from .results import OtherResults, table, to_coco
+from .results import OtherResults, table, to_coco, with_names
 from .run import Run, write_line
 from .sources import choose_source
 from .tracking import check_tracking
@@ -95,8 +97,8 @@ def prepare(args: argparse.Namespace, paths: Sequence[Path], output: Path) -> Ru
     _tell_what_stood_in(predictor.stood_in)
     if args.attention:
         _check_attention(predictor.model.region_head, paths)
-    source = choose_source(args, predictor.model, vocabulary)
-    decisive = settings(args, cfg, vocabulary)
+    source = choose_source(args, predictor.model, predictor.vocabulary)
+    decisive = settings(args, cfg, plain_words(as_vocabulary(vocabulary)))
     try:
         journal = Journal(output / "results.jsonl", decisive, resume=args.resume)
     except JournalError as error:
@@ -165,7 +167,8 @@ def _kind(error: Exception) -> str:
 def report(run: Run, outcomes: Counter[str], total: int, folder: OutputFolder) -> int:
     """Writes all results and prints the table and the outcomes; returns how many failed."""
     output = folder.path
-    results = to_coco(run.entries, run.predictor.vocabulary)
+    entries = with_names(run.entries)
+    results = to_coco(entries, run.predictor.vocabulary)
     print(table(run.entries, run.names))
     named, empty = outcomes.pop("named", 0), outcomes.pop("without regions", 0)
     failed = outcomes.total()
@@ -180,7 +183,7 @@ def report(run: Run, outcomes: Counter[str], total: int, folder: OutputFolder) -
             f"error: {output / 'results.json'} cannot be written: {error}. Results so far are in "
             "results.jsonl; the same command with --resume goes on."
         ) from error
-    write_formats(run.args.format, run.entries, run.predictor.vocabulary, folder)
+    write_formats(run.args.format, entries, run.predictor.vocabulary, folder)
     written = (
         ""
         if run.args.no_pictures

@@ -14,7 +14,7 @@ from detectron2.structures import Instances
 from pycocotools import mask as mask_api
 from tabulate import tabulate
 
-from ..modeling.vocabulary import clean_name
+from ..modeling.names import clean_name
 from ..safe_loading import read_json
 from .drawing import xyxy
 from .names import printable
@@ -22,6 +22,9 @@ from .names import printable
 # The results of one image: "file_name", "height", "width", and "annotations" in COCO format that
 # have no ids yet.
 Entry = dict[str, Any]
+# What a region is called whose names all score less than MODEL.NAMING.THRESHOLD. It is drawn; its
+# "category_id" is 0, that of no name, and files for other programs leave it out.
+NONE_OF_THESE = "none of these"
 # A mask is decoded in full; PIL's limit for images.
 _MAX_PIXELS = 2 * 89_478_485
 
@@ -71,6 +74,14 @@ def to_entry(
         if "segmentation" in annotation:
             annotation["area"] = int(mask_api.area(annotation["segmentation"]))
     return {"file_name": file_name, "height": height, "width": width, "annotations": annotations}
+
+
+def with_names(entries: Sequence[Entry]) -> list[Entry]:
+    """The same results without regions that are none of the vocabulary."""
+    return [
+        {**entry, "annotations": [a for a in entry["annotations"] if a["category_id"]]}
+        for entry in entries
+    ]
 
 
 def to_coco(entries: Sequence[Entry], names: Sequence[str]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ..modeling.everything import Search
 from ..predictor import RegionSpotPredictor
 from .drawing import draw_attention, draw_regions, side_by_side
 from .names import one_line, printable
-from .results import Entry, OtherResults, is_entry, to_entry
+from .results import NONE_OF_THESE, Entry, OtherResults, is_entry, to_entry
 from .sources import Regions, RegionSource
 from .tracking import TrackedRegions
 from .video import Video, video_writer
@@ -59,7 +59,7 @@ class Run:
         self.source = source
         self.journal = journal
         self.other = other
-        self.names = dict(enumerate(predictor.vocabulary, start=1))
+        self.names = {0: NONE_OF_THESE, **dict(enumerate(predictor.vocabulary, start=1))}
         self.entries: list[Entry] = []
 
     def photo(self, path: Path, pictures: Sequence[Path]) -> None:
@@ -161,7 +161,7 @@ class Run:
         """
         given = self.args.confidence_threshold
         if given == "auto" or (given is None and have_scores):
-            return automatic_threshold(len(self.names))
+            return automatic_threshold(len(self.predictor.vocabulary))
         return given or 0.0
 
     def draw(self, entry: Entry, image: np.ndarray, *, legend: bool = True) -> np.ndarray:

@@ -89,7 +89,7 @@ class TrackedRegions:
             ValueError: a box makes no sense.
         """
         answer = self._embed(image, regions)
-        found = self._predictor.model.name(answer, self._predictor.vocabulary, topk=self._topk)
+        found = self._predictor.model.name(answer, self._predictor.words, topk=self._topk)
         boxes, embeddings = answer.boxes.tensor.cpu(), answer.embeddings.float().cpu()
         scores = np.ones(len(boxes), np.float32) if regions.scores is None else regions.scores
         found.scores = found.scores * found.scores.new_tensor(scores)[found.region_index]
@@ -177,7 +177,7 @@ class TrackedRegions:
             mask_logits=None,
             localizer=model.localizer,
         )
-        found = model.name(answer, self._predictor.vocabulary, topk=self._topk)
+        found = model.name(answer, self._predictor.words, topk=self._topk)
         names: dict[int, list[tuple[int, float]]] = {track: [] for track in tracks}
         rows = zip(found.region_index.tolist(), found.pred_classes.tolist(), found.scores.tolist())
         for place, name, score in rows:

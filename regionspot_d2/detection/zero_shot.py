@@ -13,7 +13,7 @@ from detectron2.layers import nms
 from torch import Tensor, nn
 
 from ..files import WeightsNotFoundError
-from ..modeling.vocabulary import check_names, clean_name
+from ..modeling.names import check_names, clean_name
 from .interface import Detected, RegionDetector
 
 

@@ -60,7 +60,7 @@ def build_evaluator(
         evaluator = LVISAPEvaluator(dataset_name, fixed_ap=fixed_ap, groups=groups, **options)
     if not cfg.TEST.REGION_CLASSIFICATION:
         return evaluator
-    naming = RegionClassificationEvaluator(dataset_name, groups=groups)
+    naming = RegionClassificationEvaluator(dataset_name, groups=groups, output_dir=output_folder)
     return DatasetEvaluators([evaluator, naming])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -17,10 +18,12 @@ from detectron2.data import DatasetCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import Boxes, BoxMode
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 
 from ..data.datasets import class_names
 from ..data.datasets.vocabularies import class_groups
+from .calibration import calibration_error, draw_reliability, reliability
 from .lvis import mean_percent, rank_within
 
 logger = logging.getLogger(__name__)
@@ -44,7 +47,8 @@ class RegionClassificationEvaluator(DatasetEvaluator):
 
     Results, in percent, under ``region_classification``: ``top1``, ``top5`` (per region),
     ``mAcc1``, ``mAcc5`` (mean over classes), each also with the suffix of a group (``top1r``);
-    ``decided1``, ``decided5``; and ``regions``, the number of regions.
+    ``decided1``, ``decided5``; ``ece``, the expected calibration error of the scores of the best
+    names, see :mod:`~regionspot_d2.evaluation.calibration`; and ``regions``, the number of regions.
     """
 
     def __init__(
@@ -53,8 +57,17 @@ class RegionClassificationEvaluator(DatasetEvaluator):
         distributed: bool = True,
         *,
         groups: Mapping[str, Collection[int]] | None = None,
+        output_dir: str | None = None,
     ) -> None:
-        """Reads the annotations, without crowds; for ``groups``, see :class:`LVISAPEvaluator`."""
+        """Reads the annotations, without crowds.
+
+        Args:
+            dataset_name, distributed: as for Detectron2's evaluators.
+            groups: see :class:`LVISAPEvaluator`.
+            output_dir: for the reliability diagram, ``reliability.png``; by default none is drawn.
+        """
+        self._output_dir = output_dir
+        self._dataset_name = dataset_name
         self._distributed = distributed
         self._groups = class_groups(dataset_name) if groups is None else groups
         self._num_classes = len(class_names(dataset_name))
@@ -64,6 +77,8 @@ class RegionClassificationEvaluator(DatasetEvaluator):
     def reset(self) -> None:
         # Rows of one region each: its class, the rank of that class, how many names were ranked.
         self._regions: list[np.ndarray] = []
+        # The score of the best name of each region; NaN if it is not known.
+        self._scores: list[np.ndarray] = []
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         """Ranks the true class of each ground-truth region of some images.
@@ -85,22 +100,28 @@ class RegionClassificationEvaluator(DatasetEvaluator):
             regions, classes = instances.region_index.numpy(), instances.pred_classes.numpy()
             ranks = np.full((len(boxes), self._num_classes), _NOT_LISTED)
             ranks[regions, classes] = rank_within(regions, instances.scores.numpy())
+            best = np.full(len(boxes), np.nan)
+            np.fmax.at(best, regions, instances.scores.numpy().astype(float))
             rows = np.full((len(true_classes), 3), [0, _NOT_LISTED, 0])
             rows[:, 0] = true_classes
+            scores = np.full(len(rows), np.nan)
             if len(boxes) and len(rows):
                 distance, nearest = torch.cdist(true_boxes, boxes.tensor, p=torch.inf).min(dim=1)
                 found = (distance <= _TOLERANCE).numpy()
                 region = nearest.numpy()[found]
                 rows[found, 1] = ranks[region, true_classes[found]]
                 rows[found, 2] = np.bincount(regions, minlength=len(boxes))[region]
+                scores[found] = best[region]
             self._regions.append(rows)
+            self._scores.append(scores)
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
         """Computes the accuracies over all processes; None in all processes but the first."""
-        regions = self._regions
+        regions, scores = self._regions, self._scores
         if self._distributed:
             comm.synchronize()
             regions = list(itertools.chain(*comm.gather(regions, dst=0)))
+            scores = list(itertools.chain(*comm.gather(scores, dst=0)))
             if not comm.is_main_process():
                 return None
         classes, ranks, listed = np.concatenate([np.zeros((0, 3), np.int64), *regions]).T
@@ -115,6 +136,7 @@ class RegionClassificationEvaluator(DatasetEvaluator):
             for group, selection in selections.items():
                 metrics[f"top{k}{group}"] = mean_percent(correct[selection])
                 metrics[f"mAcc{k}{group}"] = _class_mean(correct[selection], classes[selection])
+        metrics["ece"] = 100 * self._calibration_error(ranks == 0, np.concatenate([[], *scores]))
         if min(metrics["decided1"], metrics["decided5"]) < 100:
             logger.warning(
                 f"The best name is known for {metrics['decided1']:.2f} % of the ground-truth "
@@ -124,6 +146,16 @@ class RegionClassificationEvaluator(DatasetEvaluator):
             )
         logger.info(f"Evaluation of region classification:\n{create_small_table(metrics)}")
         return {"region_classification": metrics}
+
+    def _calibration_error(self, right: np.ndarray, scores: np.ndarray) -> float:
+        """That of the regions whose best name is known, which are also drawn."""
+        known = np.isfinite(scores)
+        bins = reliability(scores[known], right[known])
+        if self._output_dir is not None and bins:
+            PathManager.mkdirs(self._output_dir)
+            path = os.path.join(self._output_dir, "reliability.png")
+            draw_reliability(path, bins, self._dataset_name)
+        return calibration_error(bins)
 
 
 def _ground_truth(record: dict[str, Any]) -> tuple[torch.Tensor, np.ndarray]:

@@ -188,7 +188,7 @@ def _classification_cells(row: Mapping[str, Any]) -> dict[str, Any]:
     columns = itertools.product(_GROUPS, ("top1", "top5", "mAcc1", "mAcc5"))
     accuracies = {f"{metric} {group}".strip(): row.get(metric + group) for group, metric in columns}
     counts = {"regions": row["regions"], "decided": row["decided5"]}
-    return {**_common_cells(row), **counts, **accuracies}
+    return {**_common_cells(row), **counts, **accuracies, "ECE": row.get("ece")}
 
 
 def _odinw_cells(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -260,3 +260,18 @@ def localize(
         kept = logits if with_masks else None
         found.append(LocalizedRegions(size, tokens, boxes, kept, head_masks))
     return found
+
+
+def attention_maps(
+    encoded: EncodedImages, head: RegionHead, prompts: Prompts, max_regions: int
+) -> Tensor:
+    """What :meth:`RegionSpot.attention` does."""
+    if len(prompts) > max_regions:
+        limit = f"{max_regions} (MODEL.REGION_HEAD.MAX_REGIONS)"
+        raise ValueError(f"There are {len(prompts)} regions; ask for at most {limit}.")
+    [regions] = localize(encoded, head, [prompts], with_masks=False)
+    with encoded.head_context():
+        maps = head.attention(regions.tokens, encoded.image_tokens).float()
+    model = encoded.vision_language
+    maps = maps[:, model.num_prefix_tokens :]
+    return maps.reshape(len(maps), *model.grid_size)

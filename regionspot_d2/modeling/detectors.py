@@ -13,11 +13,12 @@ from detectron2.structures import BitMasks, Boxes, ImageList, Instances
 from torch import Tensor, nn
 
 from ..arrays import check_channels
-from .inputs import given_image, given_regions
+from .inputs import detected_regions, given_image
 from .interfaces import to_rgb
 from .prompts import BoxPrompts
 from .regionspot import RegionSpot
-from .vocabulary import check_names, dataset_class_names
+from .vocabulary import dataset_class_names
+from .words import Words, as_vocabulary, checked_words
 
 # Side of the masks handed to Detectron2's paste, as large as its PointRend's.
 _MASK_SIDE = 112
@@ -47,7 +48,7 @@ class RegionSpotROIHeads(nn.Module):
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
         input_format: str,
-        vocabulary: Sequence[str] | None = None,
+        vocabulary: Words | None = None,
         max_detections: int = 100,
     ) -> None:
         """
@@ -66,14 +67,12 @@ class RegionSpotROIHeads(nn.Module):
         super().__init__()
         _check_regionspot(regionspot)
         check_channels(input_format, "INPUT.FORMAT")
-        if vocabulary is not None:
-            check_names(vocabulary)
         self.regionspot = regionspot
         self.host = host
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
         self.input_format = input_format
-        self.vocabulary = None if vocabulary is None else list(vocabulary)
+        self.vocabulary = None if vocabulary is None else checked_words(vocabulary)
         self.max_detections = max_detections
 
     @classmethod
@@ -138,7 +137,11 @@ class RegionSpotROIHeads(nn.Module):
 
     @property
     def class_names(self) -> list[str]:
-        """The vocabulary in use."""
+        """The class names in use."""
+        return list(as_vocabulary(self._words, repeats=True).names)
+
+    @property
+    def _words(self) -> Words:
         if self.vocabulary is not None:
             return self.vocabulary
         return dataset_class_names(self.regionspot.default_dataset)
@@ -181,7 +184,7 @@ class RegionSpotROIHeads(nn.Module):
         prompts = [BoxPrompts(instances.pred_boxes) for instances in found]
         answers = model.answer(model.encode(pixels), prompts, with_masks=with_masks)
         for instances, answer in zip(found, answers):
-            named = model.name(answer, self.class_names, region_scores=instances.scores, topk=1)
+            named = model.name(answer, self._words, region_scores=instances.scores, topk=1)
             if instances.has("pred_classes"):
                 instances.host_classes = instances.pred_classes
             instances.scores, instances.pred_classes = named.scores, named.pred_classes
@@ -192,7 +195,8 @@ class RegionSpotROIHeads(nn.Module):
                 for crop, mask, box in zip(crops, named.pred_masks, boxes):
                     crop[:] = BitMasks(mask[None]).crop_and_resize(box[None], _MASK_SIDE)
                 instances.pred_masks = crops
-        return found
+        # Whoever reads a detector's classes knows none but those of the vocabulary.
+        return [instances[instances.pred_classes >= 0] for instances in found]
 
 
 class OpenVocabularyDetector(nn.Module):
@@ -206,7 +210,7 @@ class OpenVocabularyDetector(nn.Module):
         self,
         detector: nn.Module,
         regionspot: RegionSpot,
-        vocabulary: Sequence[str],
+        vocabulary: Words,
         *,
         input_format: str = "BGR",
     ) -> None:
@@ -234,12 +238,15 @@ class OpenVocabularyDetector(nn.Module):
         self.set_vocabulary(vocabulary)
         self.eval()
 
-    def set_vocabulary(self, vocabulary: Sequence[str]) -> None:
+    def set_vocabulary(self, vocabulary: Words) -> None:
         """Changes the class names; ``pred_classes`` are places in this list."""
-        check_names(vocabulary)
+        words = checked_words(vocabulary)
+        self.regionspot.scoring.warn_of_one_name(
+            self.regionspot.scoring.joined(as_vocabulary(words))
+        )
         # Which names the text side cannot read, it tells now.
-        self.regionspot.text_embedder(vocabulary, self.regionspot.device)
-        self.vocabulary = list(vocabulary)
+        self.regionspot.text_embedder(words, self.regionspot.device)
+        self.vocabulary = words
 
     def train(self, mode: bool = True) -> OpenVocabularyDetector:
         """Stays in eval mode: only a finished detector is wrapped."""
@@ -261,7 +268,7 @@ class OpenVocabularyDetector(nn.Module):
         images, prompts = [], []
         for i, (pixels, output) in enumerate(zip(given, outputs)):
             image = to_rgb(pixels.to(self.regionspot.device), self.input_format)
-            found = _detections(i, batched_inputs[i], output)
+            found = detected_regions(i, batched_inputs[i], output)
             boxes = Boxes(found.pred_boxes.tensor.clone())
             # Results have the size that was asked for, the image the size that the detector saw.
             height, width = found.image_size
@@ -279,6 +286,7 @@ class OpenVocabularyDetector(nn.Module):
             renamed = Instances(found.image_size, **found.get_fields())
             renamed.scores = named.scores.to(found.scores)
             renamed.pred_classes = named.pred_classes.to(found.scores.device)
+            renamed = renamed[renamed.pred_classes >= 0]
             best_first = renamed.scores.argsort(descending=True)
             results.append({**output, "instances": renamed[best_first]})
         return results
@@ -292,19 +300,11 @@ def _check_regionspot(model: Any) -> None:
         )
 
 
-def _detections(i: int, x: dict[str, Any], output: Any) -> Instances:
-    found = output.get("instances") if isinstance(output, dict) else None
-    if not isinstance(found, Instances) or not found.has("scores"):
-        raise ValueError("The detector gives no {'instances': Instances} with 'scores'.")
-    given_regions(i, x, found)
-    return found
-
-
 def wrap(
     detector: nn.Module,
     regionspot: RegionSpot,
     *,
-    vocabulary: Sequence[str],
+    vocabulary: Words,
     input_format: str = "BGR",
 ) -> OpenVocabularyDetector:
     """Lets a finished detector name what it finds in any vocabulary.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,8 @@ from .encoded import EncodedImages
 from .grouping import GROUPING_VIEWS, regions_of_tokens
 from .prompts import BoxPrompts
 from .questions import as_count
+from .scoring import Scoring
+from .words import Words
 
 if TYPE_CHECKING:
     from .regionspot import RegionSpot
@@ -75,9 +76,10 @@ class Search:
 def name_everything(
     model: RegionSpot,
     encoded: EncodedImages,
-    class_names: Sequence[str],
+    words: Words,
     search: Search,
     *,
+    scoring: Scoring | None = None,
     with_masks: bool,
     topk: int = 1,
     score_thresh: float = 0.0,
@@ -115,9 +117,10 @@ def name_everything(
     )
     if with_masks and regions.mask_logits is not None:
         answer = replace(answer, mask_logits=regions.mask_logits.__getitem__)
-    best = model.name(
-        replace(answer, mask_logits=None), class_names, region_scores=regions.scores, topk=1
-    )
+    rules = {"scoring": scoring or model.scoring, "region_scores": regions.scores}
+    best = model.name(replace(answer, mask_logits=None), words, topk=1, **rules)
+    if best.has("group_index"):  # duplicates are told by the names of the first group
+        best = best[best.group_index == 0]
     boxes, scores = best.pred_boxes.tensor, best.scores
     rule = (search.name_nms_thresh, _INSIDE) if by_masks else (_GROUPED_IOU, _GROUPED_INSIDE)
     kept = distinct_regions(best.pred_boxes, scores, best.pred_classes, *rule)
@@ -127,9 +130,8 @@ def name_everything(
     if answer.mask_logits is not None:
         read = answer.mask_logits
         answer = replace(answer, mask_logits=lambda places: read(kept[places]))
-    return model.name(
-        answer, class_names, region_scores=regions.scores[kept], topk=topk, output_size=output_size
-    )
+    rules["region_scores"] = regions.scores[kept]
+    return model.name(answer, words, topk=topk, output_size=output_size, **rules)
 
 
 def distinct_regions(

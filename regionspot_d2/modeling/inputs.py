@@ -98,3 +98,12 @@ def given_regions(
 
 def _place(i: int, x: Mapping[str, Any]) -> str:
     return f"{i} ({x.get('file_name', 'no file name')})"
+
+
+def detected_regions(i: int, x: dict[str, Any], output: Any) -> Instances:
+    """What a detector found on input ``i``; ValueError if it is not what Detectron2's find."""
+    found = output.get("instances") if isinstance(output, dict) else None
+    if not isinstance(found, Instances) or not found.has("scores"):
+        raise ValueError("The detector gives no {'instances': Instances} with 'scores'.")
+    given_regions(i, x, found)
+    return found

@@ -31,7 +31,8 @@ def panoptic_segments(
     """Gives each pixel to the best of the regions that claim it.
 
     Args:
-        found: one name per region: ``pred_masks``, ``scores`` and ``pred_classes``.
+        found: one name per region: ``pred_masks``, ``scores`` and ``pred_classes``; those of class
+            -1 get no pixels.
         stuff_classes: classes whose regions become one segment; each other region stays a segment
             of its own.
         overlap_thresh: a region that keeps no more than this share of its pixels is dropped.
@@ -48,6 +49,7 @@ def panoptic_segments(
     seg = torch.zeros(found.image_size, dtype=torch.int32, device=found.scores.device)
     segments: list[dict[str, Any]] = []
     of_stuff: dict[int, dict[str, Any]] = {}
+    found = found[found.pred_classes >= 0]
     order = found.scores.argsort(descending=True, stable=True)
     # One by one: there may be more masks than memory.
     for mask, row in zip(found.pred_masks[order], order.tolist()):
@@ -178,5 +180,6 @@ class PanopticRegionSpot(RegionSpot):
                 overlap_thresh=self.overlap_thresh,
                 stuff_area_limit=self.stuff_area_limit,
             )
-            results.append({"instances": found, "panoptic_seg": segments})
+            named = found[found.pred_classes >= 0]
+            results.append({"instances": named, "panoptic_seg": segments})
         return results

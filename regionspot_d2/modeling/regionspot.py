@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..arrays import check_channels
 from ..files import local_weights
 from . import naming
-from .answers import Answer, answer_regions, localize
+from .answers import Answer, answer_regions, attention_maps
 from .encoded import EncodedImages
 from .inputs import input_images, input_regions
 from .interfaces import (
@@ -28,8 +28,10 @@ from .interfaces import (
 from .precision import check_precision, precisions
 from .prompts import BoxPrompts, Prompts
 from .region_head import FocalLoss
+from .scoring import Scoring
 from .views import Zoom, check_zoom
 from .vocabulary import TextEmbedder, dataset_class_names
+from .words import Words, as_vocabulary
 
 
 @META_ARCH_REGISTRY.register()
@@ -64,6 +66,7 @@ class RegionSpot(nn.Module):
         zoom_max_views: int = 64,
         zoom_in_training: bool = False,
         precision: str = "float32",
+        scoring: Scoring | None = None,
     ) -> None:
         """
         Args:
@@ -80,6 +83,7 @@ class RegionSpot(nn.Module):
             zoom, zoom_in_training: by default for :meth:`answer`, and whether in training too.
             zoom_max_views: of an image, see :class:`~regionspot_d2.modeling.views.ViewFinder`.
             precision: of the frozen models, "float32", "bfloat16", "float16" or "auto".
+            scoring: what a score is, by default a softmax over the vocabulary.
         """
         super().__init__()
         check_channels(input_format, "INPUT.FORMAT")
@@ -97,6 +101,7 @@ class RegionSpot(nn.Module):
         self.region_head = region_head
         self.text_embedder = text_embedder
         self.loss = loss or FocalLoss()
+        self.scoring = scoring or Scoring()
         self.with_masks = with_masks
         self.nearest_masks = nearest_masks
         self.score_thresh = score_thresh
@@ -114,7 +119,6 @@ class RegionSpot(nn.Module):
         localizer = LOCALIZER_REGISTRY.get(cfg.MODEL.LOCALIZER.NAME)(cfg)
         vision_language = VISION_LANGUAGE_REGISTRY.get(cfg.MODEL.VISION_LANGUAGE.NAME)(cfg)
         build_head = REGION_HEAD_REGISTRY.get(cfg.MODEL.REGION_HEAD.NAME)
-        datasets = (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)
         return {
             "localizer": localizer,
             "vision_language": vision_language,
@@ -127,12 +131,13 @@ class RegionSpot(nn.Module):
             "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
             "keep_before_proposal_score": cfg.TEST.KEEP_BEFORE_PROPOSAL_SCORE,
             "input_format": cfg.INPUT.FORMAT,
-            "default_dataset": datasets[0] if datasets else None,
+            "default_dataset": next(iter((*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)), None),
             "max_regions": cfg.MODEL.REGION_HEAD.MAX_REGIONS,
             "zoom": cfg.MODEL.ZOOM,
             "zoom_max_views": cfg.MODEL.ZOOM_MAX_VIEWS,
             "zoom_in_training": cfg.INPUT.ZOOM_TRAIN,
             "precision": cfg.MODEL.PRECISION,
+            "scoring": Scoring.from_config(cfg),
         }
 
     @property
@@ -270,51 +275,45 @@ class RegionSpot(nn.Module):
             sums to 1, less what a class token takes.
 
         Raises:
-            ValueError: the region head has no attention to the image, or there are more than
-                ``max_regions``.
+            ValueError: the region head has no attention, or there are more than ``max_regions``.
         """
-        if len(prompts) > self.max_regions:
-            limit = f"{self.max_regions} (MODEL.REGION_HEAD.MAX_REGIONS)"
-            raise ValueError(f"There are {len(prompts)} regions; ask for at most {limit}.")
-        [regions] = localize(encoded, self.region_head, [prompts.to(self.device)], with_masks=False)
-        with encoded.head_context():
-            maps = self.region_head.attention(regions.tokens, encoded.image_tokens).float()
-        maps = maps[:, self.vision_language.num_prefix_tokens :]
-        return maps.reshape(len(maps), *self.vision_language.grid_size)
+        return attention_maps(encoded, self.region_head, prompts.to(self.device), self.max_regions)
 
-    def score(self, embeddings: Tensor, class_names: Sequence[str]) -> Tensor:
-        """Compares regions (R, D), rows of unit length, with C class names.
+    def score(self, embeddings: Tensor, words: Words) -> Tensor:
+        """Compares regions (R, D), rows of unit length, with a vocabulary of M members.
 
         Returns:
-            Logits (R, C), float32: cosines times the vision-language model's temperature.
+            Logits (R, M), float32: cosines times the vision-language model's temperature, of a
+            member with several vectors the largest.
         """
-        texts = self.text_embedder(class_names, embeddings.device)
-        # A cosine times 100 needs more digits than half precision has.
-        with torch.autocast(embeddings.device.type, enabled=False):
+        vocabulary = as_vocabulary(words, repeats=True)
+        vectors = self.text_embedder(vocabulary, embeddings.device)
+        with torch.autocast(embeddings.device.type, enabled=False):  # a cosine x 100 needs digits
             scale = self.vision_language.logit_scale.float().exp()
-            return embeddings.float() @ texts.T * scale
+            return vocabulary.reduce(embeddings.float() @ vectors.T * scale)
 
-    def name(self, answer: Answer, class_names: Sequence[str], **rules: Any) -> Instances:
+    def name(self, answer: Answer, words: Words, **rules: Any) -> Instances:
         """Names the regions of an image.
 
         Args:
             answer: from :meth:`answer`.
-            class_names: the vocabulary.
-            **rules: which names to keep, see :func:`~regionspot_d2.modeling.naming.name_regions`.
+            words: the vocabulary, see :func:`~regionspot_d2.modeling.words.as_vocabulary`.
+            **rules: of :func:`~regionspot_d2.modeling.naming.name_regions`; the ``scoring`` is by
+                default that of the model.
 
         Returns:
             What that function returns, with ``pred_masks`` if the answer has masks.
         """
-        together = max(1, naming.MAX_PAIRS_TOGETHER // max(1, len(class_names)))
-        parts = answer.embeddings.split(together)
-        logits = (self.score(part, class_names) for part in parts)
-        masks = None if answer.mask_logits is None else answer.masks
-        rules = {"masks": masks, "masks_by_nearest": self.nearest_masks, **rules}
+        rules = {"scoring": self.scoring, "masks_by_nearest": self.nearest_masks, **rules}
+        vocabulary = rules["scoring"].joined(as_vocabulary(words, repeats=True))
+        together = max(1, naming.MAX_PAIRS_TOGETHER // len(vocabulary.members))
+        logits = (self.score(part, vocabulary) for part in answer.embeddings.split(together))
+        rules = {"masks": answer.mask_logits and answer.masks, **rules, "vocabulary": vocabulary}
         return naming.name_regions(logits, answer.boxes, answer.image_size, **rules)
 
     def losses(self, logits: list[Tensor], gt_classes: list[Tensor]) -> dict[str, Tensor]:
         """See :class:`~regionspot_d2.modeling.region_head.FocalLoss`."""
         return {"loss_cls": self.loss(logits, gt_classes)}
 
-    def _class_names(self, x: dict[str, Any]) -> Sequence[str]:
+    def _class_names(self, x: dict[str, Any]) -> list[str]:
         return dataset_class_names(x.get("dataset_name", self.default_dataset))

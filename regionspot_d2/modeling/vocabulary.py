@@ -7,21 +7,17 @@ import json
 import logging
 import os
 import re
-import unicodedata
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.utils.logger import log_first_n
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -29,18 +25,17 @@ from tqdm import tqdm
 
 from ..files import cache_dir, fingerprint, private_folder, write_atomically
 from .interfaces import VisionLanguageModel
+from .members import Member
+from .names import clean_name, raw_name
+from .words import MAX_VOCABULARIES, Words, as_vocabulary
 
 logger = logging.getLogger(__name__)
 
 # Texts encoded at a time: 81 templates of one name fill about a third of it.
 _BATCH_SIZE = 256
-# Vocabularies kept in memory, and bytes kept on disk. LVIS with ViT-L/14 takes 3.7 MB.
-_MAX_VOCABULARIES = 32
+# Bytes kept on disk. LVIS with ViT-L/14 takes 3.7 MB.
 _MAX_DISK_BYTES = 1_000_000_000
-_MAX_LETTERS = 1000  # of a name; CLIP reads about 300
 _TEMPLATE = re.compile(r"[^{}]*\{\}[^{}]*", re.DOTALL)
-# What the published code takes off a name, such as COCO's "wall-other-merged".
-_ENDINGS = re.compile("(?<=.)(-other|-merged|-stuff)+$")
 
 
 def dataset_class_names(name: str | None) -> list[str]:
@@ -68,23 +63,6 @@ def dataset_stuff_classes(name: str | None) -> set[int]:
             "stuff_classes must both list all names, as those of coco_2017_val_panoptic do."
         )
     return set(metadata.stuff_dataset_id_to_contiguous_id.values())
-
-
-def clean_name(name: str) -> str:
-    """Writes a class name as words: ``"aerosol_can"`` becomes ``"aerosol can"``.
-
-    COCO's names of stuff lose what only tells them from others: ``"sky-other-merged"`` becomes
-    ``"sky"``.
-    """
-    return " ".join(_ENDINGS.sub("", name).replace("_", " ").split())
-
-
-def raw_name(name: str) -> str:
-    """A class name as the published code encodes it: ``"aerosol_can"`` stays as it is.
-
-    Only the endings ``-other``, ``-merged`` and ``-stuff`` are taken off.
-    """
-    return _ENDINGS.sub("", name)
 
 
 class TextEmbedder:
@@ -120,9 +98,10 @@ class TextEmbedder:
         self._templates = tuple(templates) or vision_language.templates
         self._folder = cache_folder
         self._max_disk_bytes = max_disk_bytes
-        self._recent: OrderedDict[tuple[torch.device, tuple[str, ...]], Tensor] = OrderedDict()
+        self._recent: OrderedDict[tuple[torch.device, str], Tensor] = OrderedDict()
         self._lock = Lock()
-        self._stood_in: OrderedDict[tuple[str, ...], dict[str, str]] = OrderedDict()
+        self._stood_in: OrderedDict[str, dict[str, str]] = OrderedDict()
+        self._apart: OrderedDict[str, bool] = OrderedDict()
 
     @classmethod
     def from_config(cls, cfg: CfgNode, vision_language: VisionLanguageModel) -> TextEmbedder:
@@ -134,27 +113,37 @@ class TextEmbedder:
             templates=cfg.MODEL.VISION_LANGUAGE.TEMPLATES,
         )
 
-    def __call__(self, names: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
-        """Embeds C class names as (C, D) float32 on ``device``, rows of unit length.
+    def __call__(self, words: Words, device: torch.device | str = "cpu") -> Tensor:
+        """Embeds class names, or the texts of a vocabulary, with the vectors that it has besides.
+
+        Returns:
+            (T, D) float32 on ``device``, rows of unit length: one for each of C class names; for a
+            vocabulary of another kind see :meth:`Vocabulary.vectors`.
 
         Raises:
             ValueError: there are none, or one is empty or too long for the model. A name may occur
                 twice, as in the class lists of some datasets.
         """
-        key = (torch.device(device), tuple(names))
+        vocabulary = as_vocabulary(words, repeats=True)
+        key = (torch.device(device), vocabulary.key)
+        vectors = self._recall(self._recent, key)
+        if vectors is None:  # not locked: threads with other vocabularies need not wait
+            texts = tuple(map(self._words, vocabulary.texts))
+            embeddings = self._load(texts) if texts else torch.zeros(0, self._model.text_dim)
+            vectors = vocabulary.vectors(embeddings).to(device)
+            self._remember(self._recent, key, vectors)
+        return vectors
+
+    def _recall(self, recent: OrderedDict[Any, Any], key: Any) -> Any:
         with self._lock:
-            words = self._recent.get(key)
-        if words is None:  # not locked: threads with other vocabularies need not wait
-            check_names(names, repeats=True)
-            words = self._load(tuple(map(self._words, names))).to(device)
-        self._remember(self._recent, key, words)
-        return words
+            if key in recent:
+                recent.move_to_end(key)  # the last to go
+            return recent.get(key)
 
     def _remember(self, recent: OrderedDict[Any, Any], key: Any, value: Any) -> None:
         with self._lock:
             recent[key] = value
-            recent.move_to_end(key)  # the last to go
-            if len(recent) > _MAX_VOCABULARIES:
+            if len(recent) > MAX_VOCABULARIES:
                 recent.popitem(last=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -163,39 +152,53 @@ class TextEmbedder:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=Lock())
 
-    def stood_in(self, names: Sequence[str]) -> dict[str, str]:
-        """The names that the model does not know, each with the known one that stands in for it.
+    def stood_in(self, words: Words) -> dict[str, str]:
+        """The texts that the model does not know, each with the known one that stands in for it.
 
         Raises:
-            ValueError: the model cannot encode a name.
+            ValueError: the model cannot encode one.
         """
-        key = tuple(names)
-        with self._lock:
-            found = self._stood_in.get(key)
+        vocabulary = as_vocabulary(words, repeats=True)
+        found = self._recall(self._stood_in, vocabulary.key)
         if found is None:
-            words = list(map(self._words, names))
-            pairs = zip(names, words, self._model.known_names(words))
-            found = {name: known for name, word, known in pairs if known != word}
-        self._remember(self._stood_in, key, found)
+            texts = vocabulary.texts
+            cleaned = list(map(self._words, texts))
+            pairs = zip(texts, cleaned, self._model.known_names(cleaned))
+            found = {text: known for text, word, known in pairs if known != word}
+            self._remember(self._stood_in, vocabulary.key, found)
         return dict(found)
 
-    def check_apart(self, names: Sequence[str]) -> None:
-        """Checks that no name has the embedding of another because a known one stands in for it.
+    def check_apart(self, words: Words) -> None:
+        """Checks that no text has the embedding of another because a known one stands in for it.
+
+        Two texts of one class may have the same: the nearest decides, whichever it is.
 
         Raises:
-            ValueError: two names would share every score, or the model cannot encode a name.
+            ValueError: two classes would share every score, or the model cannot encode a text.
         """
-        stood_in = self.stood_in(names)
-        embeddings = self(names) if stood_in else None
-        for place, name in enumerate(names):
-            if embeddings is None or name not in stood_in:
+        vocabulary = as_vocabulary(words, repeats=True)
+        if self._recall(self._apart, vocabulary.key):
+            return
+        for group in vocabulary.groups:
+            compared = (*group.members, *vocabulary.background)
+            self._check_group([vocabulary.members[place] for place in compared])
+        self._remember(self._apart, vocabulary.key, True)
+
+    def _check_group(self, members: Sequence[Member]) -> None:
+        owners = {text: place for place, member in enumerate(members) for text in member.texts}
+        texts = list(owners)
+        stood_in = self.stood_in(texts) if texts else {}
+        embeddings = self(texts) if stood_in else None
+        for place, text in enumerate(texts):
+            if embeddings is None or text not in stood_in:
                 continue
             same = (embeddings == embeddings[place]).all(1).nonzero().flatten().tolist()
-            for other in (names[index] for index in same if index != place):
-                raise ValueError(
-                    f"The vocabulary has '{other}' and '{name}', which both go by "
-                    f"'{stood_in[name]}' and would share every score. Remove one."
-                )
+            for other in (texts[index] for index in same):
+                if owners[other] != owners[text]:
+                    raise ValueError(
+                        f"The vocabulary has '{other}' and '{text}', which both go by "
+                        f"'{stood_in[text]}' and would share every score. Remove one."
+                    )
 
     def _load(self, names: tuple[str, ...]) -> Tensor:
         if self._folder is None:
@@ -271,50 +274,3 @@ def _drop_oldest(folder: Path, max_bytes: int) -> None:
         total += size
         if total > max_bytes:
             path.unlink(missing_ok=True)
-
-
-def check_names(names: Sequence[str], *, repeats: bool = False) -> None:
-    """Checks that a vocabulary is a list of class names, none of them empty; ValueError if not.
-
-    With ``repeats`` a name may occur twice, as in the class lists of some datasets. In a vocabulary
-    that a person typed it is a slip.
-    """
-    if isinstance(names, str):
-        raise ValueError(f"A vocabulary is a list of names, not one string ('{names:.60}').")
-    if not isinstance(names, Sequence | np.ndarray):
-        kind = type(names).__name__
-        raise ValueError(f"A vocabulary is a list of names, not a {kind}: pass list(...) of it.")
-    if isinstance(names, np.ndarray) and names.ndim != 1:
-        raise ValueError(f"A vocabulary is a list of names, not an array of shape {names.shape}.")
-    if len(names) == 0:
-        raise ValueError("The vocabulary is empty; give at least one name.")
-    for place, name in enumerate(names):
-        if not isinstance(name, str):
-            raise ValueError(f"Name {place} of the vocabulary is {name!r}: give non-empty text.")
-    _check_texts(tuple(names), repeats)
-    if len(names) == 1 and not repeats:
-        log_first_n(
-            logging.WARNING,
-            f"The vocabulary has one name, '{names[0]:.60}', so its score is 1.0 for every region: "
-            "a score compares names. Add names of what else may be there.",
-            name=__name__,
-        )
-
-
-# Reading a thousand names takes longer than naming a box, so each vocabulary is read once.
-@lru_cache(maxsize=_MAX_VOCABULARIES)
-def _check_texts(names: tuple[str, ...], repeats: bool) -> None:
-    places: dict[str, int] = {}
-    for place, name in enumerate(names):
-        if len(name) > _MAX_LETTERS:
-            found = f"Name {place} of the vocabulary, '{name:.30}...', has {len(name)} characters"
-            raise ValueError(f"{found}; a class name of at most {_MAX_LETTERS} is expected.")
-        words = clean_name("".join(c for c in name if unicodedata.category(c) != "Cf"))  # unseen
-        if not words:
-            raise ValueError(f"Name {place} of the vocabulary is {name!r}: give non-empty text.")
-        first = places.setdefault(words.lower(), place)
-        if first != place and not repeats:
-            raise ValueError(
-                f"The vocabulary has '{name}' twice (places {first} and {place}); "
-                "two equal names would share every score. Remove one."
-            )

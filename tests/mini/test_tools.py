@@ -194,6 +194,16 @@ def test_measuring_prints_a_table_for_each_dataset(dataset, monkeypatch, capsys)
     assert len(rows) == 2
 
 
+@pytest.mark.slow
+def test_measuring_scores_prints_calibration_and_unknown_names(dataset, monkeypatch, capsys):
+    tool = load_tool("evaluate_scores", monkeypatch)
+    options = ("--splits", 1, "--folds", 2, "--boxes-per-photo", 1)
+    run(tool, "--coco", *dataset, *options, monkeypatch=monkeypatch)
+    printed = capsys.readouterr().out
+    assert "| both | " in printed and "| best softmax | " in printed
+    assert "MODEL.NAMING.TEMPERATURE" in printed and "Written" not in printed
+
+
 def test_mistakes_end_in_a_line(dataset, monkeypatch, tmp_path):
     train = load_tool("train_mini_head", monkeypatch)
     evaluate = load_tool("evaluate_mini", monkeypatch)

@@ -22,31 +22,16 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from head_settings import Settings, add_settings, settings_of
+from head_settings import Settings, add_cross_validation, settings_of
 
 from regionspot_cli import CommandParser, begin
 
 
 def argument_parser() -> CommandParser:
     parser = CommandParser(text=__doc__)
-    for option, names in (("--coco", "its own names"), ("--lvis-names", "LVIS's names")):
-        parser.add_argument(
-            option,
-            nargs=2,
-            action="append",
-            default=[],
-            metavar=("JSON", "IMAGES"),
-            help=f"a dataset in COCO format, named with {names}; may be repeated",
-        )
-    parser.add_argument(
-        "--photos", type=Path, nargs="*", default=[], help="folders of photos without labels"
-    )
-    parser.add_argument("--folds", type=int, default=4)
-    parser.add_argument("--splits", type=int, default=5, help="number of random splits into folds")
+    add_cross_validation(parser)
     parser.add_argument("--timing-boxes", type=int, default=20)
-    add_settings(parser)
     return parser
 
 
@@ -74,7 +59,7 @@ from regionspot_d2.data.datasets.validation import read_annotations
 from regionspot_d2.data.datasets.vocabularies import known_vocabulary
 from regionspot_d2.engine.config import told_in_a_line
 from regionspot_d2.modeling import RegionSpot
-from regionspot_d2.modeling.vocabulary import clean_name
+from regionspot_d2.modeling.names import clean_name
 
 METHODS = ("PooledRegionHead", "crop and classify", "trained head")
 
@@ -114,20 +99,20 @@ def cross_validate(
     model: RegionSpot,
     measured: list[Measured],
     extra: tuple[list[Photo], list[Prepared]],
-    text: list[Tensor],
     settings: Settings,
     folds: int,
     split: int,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Scores each photo by a head that was fitted to the other folds.
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Embeds the boxes of each photo by a head that was fitted to the other folds.
 
     Returns:
-        Per photo the hits of its boxes (R, 2), and which of them have names unseen in the fit (R,).
+        Per photo the embeddings of its boxes (R, D), and which of them have names unseen in the fit
+        (R,); the fold of each photo.
     """
     order = torch.randperm(len(measured), generator=torch.Generator().manual_seed(split))
     fold_of = torch.empty(len(measured), dtype=torch.long)
     fold_of[order] = torch.arange(len(measured)) % folds
-    right: list[Tensor] = [torch.empty(0)] * len(measured)
+    regions: list[Tensor] = [torch.empty(0)] * len(measured)
     unseen: list[Tensor] = [torch.empty(0)] * len(measured)
     for fold in range(folds):
         inside = [m for m, f in zip(measured, fold_of) if f != fold]
@@ -137,10 +122,9 @@ def cross_validate(
         for i in (fold_of == fold).nonzero().flatten().tolist():
             m = measured[i]
             with torch.no_grad():
-                regions = model.region_head.embed(m.prepared.baseline, m.prepared.descriptions)
-            right[i] = hits(regions, text[m.dataset], m.labels)
+                regions[i] = model.region_head.embed(m.prepared.baseline, m.prepared.descriptions)
             unseen[i] = torch.tensor([clean_name(name) not in seen for name in m.photo.names])
-    return right, unseen
+    return regions, unseen, fold_of
 
 
 def seconds(run: Callable[[], object], repeats: int = 5) -> float:
@@ -294,8 +278,10 @@ def main() -> None:
         by_method["PooledRegionHead"].append(hits(m.prepared.baseline, text[m.dataset], m.labels))
     splits: list[list[dict[str, list[float]]]] = [[] for _ in datasets]
     for split in range(args.splits):
-        trained, unseen = cross_validate(model, measured, extra, text, settings, args.folds, split)
-        by_method["trained head"] = trained
+        trained, unseen, _ = cross_validate(model, measured, extra, settings, args.folds, split)
+        by_method["trained head"] = [
+            hits(regions, text[m.dataset], m.labels) for regions, m in zip(trained, measured)
+        ]
         for number, rows in enumerate(splits):
             rows.append(accuracies(measured, number, by_method, unseen))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass
@@ -30,6 +31,25 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     """Adds one option per hyperparameter."""
     for name, value in vars(Settings()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+
+
+def add_cross_validation(parser: argparse.ArgumentParser) -> None:
+    """Adds the photos and the folds of a cross-validation, and the hyperparameters."""
+    for option, names in (("--coco", "its own names"), ("--lvis-names", "LVIS's names")):
+        parser.add_argument(
+            option,
+            nargs=2,
+            action="append",
+            default=[],
+            metavar=("JSON", "IMAGES"),
+            help=f"a dataset in COCO format, named with {names}; may be repeated",
+        )
+    parser.add_argument(
+        "--photos", type=Path, nargs="*", default=[], help="folders of photos without labels"
+    )
+    parser.add_argument("--folds", type=int, default=4)
+    parser.add_argument("--splits", type=int, default=5, help="number of random splits into folds")
+    add_settings(parser)
 
 
 def settings_of(args: argparse.Namespace) -> Settings:

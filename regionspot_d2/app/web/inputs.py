@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.datasets.vocabularies import VOCABULARIES, known_vocabulary
-from ...modeling.vocabulary import clean_name
+from ...modeling.names import clean_name
 from ..names import printable
 from ..results import is_number
 

@@ -17,11 +17,11 @@ from pycocotools import mask as mask_api
 
 from ...data.images import ImageReadError, read_image
 from ...modeling import RegionSpot
-from ...modeling.vocabulary import clean_name
+from ...modeling.names import clean_name
 from ...predictor import RegionSpotPredictor
 from ..drawing import Annotation, draw_attention, draw_regions, xyxy
 from ..names import printable
-from ..results import Entry, to_coco, to_entry
+from ..results import NONE_OF_THESE, Entry, to_coco, to_entry, with_names
 from ..run import MAX_GROUPED, MAX_MASKS
 from .inputs import MAX_REGIONS, Box
 
@@ -52,6 +52,11 @@ class Answer:
     attention: Callable[[], np.ndarray]
 
     @property
+    def shown(self) -> dict[int, str]:
+        """:attr:`names`, and what a region is called that none of them fits."""
+        return {0: NONE_OF_THESE, **self.names}
+
+    @property
     def annotations(self) -> list[Annotation]:
         return self.entry["annotations"]
 
@@ -60,7 +65,7 @@ class Answer:
         return [
             [
                 each["region"],
-                printable(clean_name(self.names[each["category_id"]])),
+                printable(clean_name(self.shown[each["category_id"]])),
                 round(each["score"], 3),
                 ", ".join(f"{value:.0f}" for value in xyxy(each)),
             ]
@@ -69,7 +74,7 @@ class Answer:
 
     def coco(self) -> dict[str, Any]:
         """The best name of each region as a dataset in COCO format."""
-        return to_coco([self.entry], list(self.names.values()))
+        return to_coco(with_names([self.entry]), list(self.names.values()))
 
 
 class Session:
@@ -195,7 +200,7 @@ class Session:
     def picture(self) -> np.ndarray:
         """The photo with the regions and their names, (H, W, 3), uint8, RGB."""
         answer = self._answer()
-        return draw_regions(self._photo(), self._small(answer.annotations), answer.names)
+        return draw_regions(self._photo(), self._small(answer.annotations), answer.shown)
 
     def points_picture(self) -> np.ndarray:
         """The photo with the points that were clicked."""
@@ -225,7 +230,7 @@ class Session:
         answer = self._answer()
         of_region = [each for each in answer.annotations if each["region"] == region]
         maps = answer.attention()
-        return draw_attention(self._photo(), maps, self._small(of_region), answer.names)
+        return draw_attention(self._photo(), maps, self._small(of_region), answer.shown)
 
     @property
     def _scale(self) -> float:
@@ -243,18 +248,20 @@ class Session:
         return self.answer
 
     def _keep(self, found: Instances, regions: Mapping[str, Any]) -> None:
-        predictor, names = self.predictor, self.predictor.vocabulary
+        predictor = self.predictor
+        names = dict(enumerate(predictor.vocabulary, start=1))
+        shown = {0: NONE_OF_THESE, **names}
         # Only a point can leave an empty mask, and with it nothing to name.
         found = found[found.pred_boxes.nonempty()]
         tops: dict[int, dict[str, float]] = {}
         for region, place, score in zip(
             *(values.tolist() for values in (found.region_index, found.pred_classes, found.scores))
         ):
-            tops.setdefault(region, {})[printable(clean_name(names[place]))] = score
+            tops.setdefault(region, {})[printable(clean_name(shown[place + 1]))] = score
         pairs = [f"'{known}' for '{name}'" for name, known in predictor.stood_in.items()]
         self.answer = Answer(
             entry=to_entry(self._name, found[_first(found)]),
-            names=dict(enumerate(names, start=1)),
+            names=names,
             tops=tops,
             note=f"Known names stand in: {', '.join(pairs[:8])}." if pairs else "",
             attention=lambda: predictor.attention_maps(**regions).float().cpu().numpy(),
