@@ -103,7 +103,10 @@ RULES = (
     Rule("data", "files arrays logits safe_loading journal stopping data"),
     Rule("evaluation", "files safe_loading data evaluation"),
     # What runs them all.
-    Rule("engine", "files safe_loading stopping config checkpoint modeling data evaluation engine"),
+    Rule(
+        "engine",
+        "files safe_loading stopping config checkpoint model_zoo modeling data evaluation engine",
+    ),
     Rule("pretrained", "files config safe_loading model_zoo modeling.interfaces engine.config"),
     Rule("predictor", "files checkpoint data.images modeling pretrained"),
     Rule(
