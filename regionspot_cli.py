@@ -113,7 +113,7 @@ def name_parser(program: str | None = None) -> CommandParser:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="photos, videos, globs, or folders of photos, with the folders in them",
+        help="photos, videos, globs, or folders of photos",
     )
     _add_outputs(parser)
     _add_sources(parser)
@@ -177,10 +177,9 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--proposals",
-        metavar="FILE|FOLDER|sam",
-        help='boxes of each image: COCO json, csv, a folder of YOLO text files, or json {"file '
-        'name": {"boxes": [[x0, y0, x1, y1], ...], "scores": [...]}}; or "sam": the masks that '
-        "the localizer finds under a grid of points",
+        metavar="FILE|sam",
+        help='json {"file name": {"boxes": [[x0, y0, x1, y1], ...], "scores": [...]}}, or "sam": '
+        "the masks that the localizer finds under a grid of points",
     )
     add(
         "--detector-config",

@@ -78,7 +78,8 @@ RULES = (
     Rule("modeling.grouping", "modeling.encoded modeling.views", TORCH),
     Rule(
         "modeling.everything",
-        f"{CONTRACTS} modeling.encoded modeling.naming modeling.grouping",
+        f"arrays {CONTRACTS} modeling.encoded modeling.naming modeling.grouping "
+        "modeling.questions",
         TORCH,
     ),
     Rule(

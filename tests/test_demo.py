@@ -21,6 +21,7 @@ from regionspot_d2 import RegionSpotPredictor
 from regionspot_d2.app import main as app
 from regionspot_d2.app.drawing import draw_attention, draw_regions, side_by_side
 from regionspot_d2.app.results import OtherResults
+from regionspot_d2.app.run import automatic_threshold
 from regionspot_d2.app.video import video_writer
 from regionspot_d2.modeling import REGION_HEAD_REGISTRY, PooledRegionHead
 from regionspot_d2.modeling.clip import ClipModel
@@ -211,6 +212,22 @@ def test_proposals_with_scores_and_a_threshold(demo, photos, tmp_path):
     assert demo(*arguments, "--vocabulary", "cat,dog", "--confidence-threshold", 0.1) == 0
     [annotation] = json.loads((output / "results.json").read_text())["annotations"]
     assert annotation["bbox"] == [0, 0, 9, 9] and 0.45 <= annotation["score"] <= 0.9
+
+
+def test_the_automatic_threshold_falls_as_the_vocabulary_grows(demo, photos, tmp_path):
+    assert [round(automatic_threshold(n), 4) for n in (1, 2, 80, 1203)] == [0, 0.3, 0.25, 0.0166]
+    file = tmp_path / "boxes.json"
+    entry = {"boxes": [[0, 0, 9, 9], [5, 5, 20, 20]], "scores": [0.9, 0.01]}
+    file.write_text(json.dumps({"a.png": entry}))
+    arguments = ["--input", photos / "a.png", "--vocabulary", "cat,dog"]
+
+    def named(output: str, *options: object) -> int:
+        assert demo(*arguments, "--output", tmp_path / output, *options) == 0
+        return len(results_of(tmp_path / output)["annotations"])
+
+    assert named("scored", "--proposals", file) == 1
+    assert named("all", "--proposals", file, "--confidence-threshold", 0) == 2
+    assert named("given", "--boxes", "0,0,9,9", "5,5,20,20") == 2
 
 
 def test_an_unreadable_image_is_reported_and_the_others_are_named(demo, photos, tmp_path, capsys):
