@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ METHODS = ("auto", "exact", "faiss")
 _KIND = "index of regions"
 _CHUNK = 65536  # rows that are held as float32 at a time
 _QUERIES = 16  # that share one pass over the embeddings
+_MORE = 1000  # that are looked at besides the regions asked for, before all of them are
 # FAISS: 4 bits for 2 numbers. On random vectors, the hardest, the 10 nearest are among the 1000
 # that it finds in 99.6 of 100 cases; on real ones in more.
 _TRAINING_ROWS, _CANDIDATES = 50_000, 1000
@@ -104,6 +105,43 @@ class RegionIndex:
         except (LookupError, TypeError, ValueError, RecursionError, AttributeError) as error:
             raise VectorFileError(f"{os.fspath(path)} is not an index: {error}") from error
 
+    @classmethod
+    def of_images(
+        cls,
+        found: Iterable[tuple[str, Tensor, Tensor]],
+        *,
+        folder: str | os.PathLike[str],
+        model: str,
+        made_with: str = "",
+    ) -> RegionIndex:
+        """Makes an index, image by image.
+
+        Args:
+            found: of each image its path in ``folder``, the boxes of its R regions (R, 4), and
+                their embeddings (R, D), as ``RegionSpotPredictor.region_embeddings`` gives them.
+            folder, model, made_with: see above.
+
+        Raises:
+            ValueError: there is no region at all, or they are not as the attributes say.
+        """
+        images, boxes, embeddings, places = list[str](), [], [], []
+        for image, own_boxes, own_embeddings in found:
+            places.append(torch.full((len(own_boxes),), len(images)))
+            images.append(image)
+            boxes.append(own_boxes.float().cpu())
+            embeddings.append(own_embeddings.half().cpu())
+        if not sum(map(len, boxes)):
+            raise ValueError("There is no region to put into an index.")
+        columns = map(torch.cat, (embeddings, boxes, places))
+        return cls(*columns, images, folder=folder, model=model, made_with=made_with)
+
+    def by_image(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Of each image its path, boxes and embeddings, as :meth:`of_images` takes them."""
+        order = self.image_places.argsort(stable=True)
+        counts = self.image_places.bincount(minlength=len(self.images))
+        for image, own in zip(self.images, order.split(counts.tolist())):
+            yield image, self.boxes[own], self.embeddings[own]
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the index to a safetensors file; a million regions of width 512 take 1 GB."""
         images = bytearray(json.dumps(self.images).encode())
@@ -178,8 +216,13 @@ class RegionIndex:
             # One product with a vector is faster than that with a matrix of one column.
             rough = scanned @ (batch[0] if len(batch) == 1 else batch.T)
             for scores in rough.reshape(len(scanned), len(batch)).T.float().contiguous():
-                last = scores.topk(topk).values[-1:]
-                found.append((scores >= last - 2 * error).nonzero()[:, 0])
+                # Far faster than to compare all with the limit, and most often enough.
+                best = scores.topk(min(len(scores), topk + _MORE))
+                close = best.values >= best.values[topk - 1] - 2 * error
+                if close[-1]:
+                    found.append((scores >= best.values[topk - 1] - 2 * error).nonzero()[:, 0])
+                else:
+                    found.append(best.indices[close].sort().values)
         return found
 
     def _near(self, queries: Tensor, topk: int) -> list[Tensor]:
@@ -223,8 +266,15 @@ def _is_inside(name: Any) -> bool:
 
 def _faiss_index(embeddings: Tensor) -> Any:
     """Compresses the embeddings to 2 bits a number, by FAISS's product quantizer."""
-    import faiss
-
+    try:
+        import faiss
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{len(embeddings):,} regions: a search by FAISS, which is for more than "
+            f"{MAX_EXACT:,}, needs the package faiss-cpu: pip install regionspot_d2[search]. "
+            "The method 'exact' does without.",
+            name=error.name,
+        ) from error
     count, width = embeddings.shape
     parts = width // 2 if width % 2 == 0 else width
     index = faiss.index_factory(width, f"PQ{parts}x4fs", faiss.METRIC_INNER_PRODUCT)

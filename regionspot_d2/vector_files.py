@@ -84,7 +84,7 @@ def read_vectors(
         found, version = about["kind"], about["format"]
     except (SafetensorError, LookupError, TypeError, ValueError, RecursionError) as error:
         reason = textwrap.shorten(str(error) or type(error).__name__, 200)
-        raise VectorFileError(f"{path} is not an {kind}, or is damaged: {reason}.") from error
+        raise VectorFileError(f"{path} is no {kind}, or is damaged: {reason}.") from error
     if (found, version) != (kind, _FORMAT):
         raise VectorFileError(
             f"{path} holds {str(found)[:40]!r} of format {str(version)[:10]}; {kind!r} of format "

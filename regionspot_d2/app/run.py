@@ -26,7 +26,7 @@ from .video import Video, video_writer
 
 # Regions that are named where none are given: masks of a localizer, and boxes that are grouped from
 # what a vision-language model sees, of which the first are the good ones.
-_MAX_MASKS, _MAX_GROUPED = 100, 8
+MAX_MASKS, MAX_GROUPED = 100, 8
 # Of --confidence-threshold auto: times the score of a guess, and the most. On 284 boxes of COCO it
 # keeps nine of ten right names with the 80 names of COCO, and nearly all with the 1,203 of LVIS,
 # of which a fixed 0.3 keeps one of ten.
@@ -110,7 +110,7 @@ class Run:
         regions = self.source(Path(file_name).name, image)
         self.predictor.set_image(image)
         if isinstance(regions, Search):
-            limit = _MAX_MASKS if regions.by_masks else _MAX_GROUPED
+            limit = MAX_MASKS if regions.by_masks else MAX_GROUPED
             found = self.predictor.everything(
                 search=regions, topk=self.args.topk, max_regions=limit
             )
