@@ -59,6 +59,7 @@ EXTRAS = {
         "supervision",
     ],
     "onnx": ["onnx", "onnxruntime", "onnxscript"],
+    "search": ["faiss-cpu"],  # of more than a million regions
     "slurm": ["submitit"],
     "transformers": ["transformers>=5"],  # SAM-HQ, SAM 2, EdgeTAM, SAM 3; tokenizers of SigLIP
 }

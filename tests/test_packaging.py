@@ -37,6 +37,7 @@ DISTRIBUTIONS = {
 }
 # Imported only where needed, with an error that names what to install.
 OPTIONAL_MODULES = {
+    "faiss",
     "lvis",
     "mobile_sam",
     "onnx",
@@ -180,7 +181,7 @@ def test_what_is_installed_names_a_photo_from_an_empty_folder(
 
 
 def test_extras(metadata) -> None:
-    extras = {"all", "demo", "dev", "onnx", "slurm", "transformers"}
+    extras = {"all", "demo", "dev", "onnx", "search", "slurm", "transformers"}
     assert set(metadata.metadata.get_all("Provides-Extra")) == extras
     wanted: dict[str, set[str]] = {extra: set() for extra in extras}
     for requirement in metadata.requires:
