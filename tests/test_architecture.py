@@ -22,8 +22,8 @@ from .source import (
 MODULES = package_modules()
 
 # Without mini/ and app/, which stand on their own. A larger number needs a reason that is as large.
-MAX_MODULES = 72
-MAX_LINES = 13350
+MAX_MODULES = 73
+MAX_LINES = 13500
 MAX_MODULE_LINES = 320
 MAX_FUNCTION_LINES = 60
 
@@ -112,6 +112,7 @@ RULES = (
     # Embeddings of regions in files.
     Rule("vector_files", "files", "torch safetensors"),
     Rule("region_index", "arrays modeling.precision modeling.questions vector_files", "torch faiss"),
+    Rule("exemplars", "data.images vector_files", "torch"),
     Rule("predictor", "files checkpoint data.images modeling pretrained"),
     Rule(
         "app",

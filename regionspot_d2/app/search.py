@@ -216,7 +216,8 @@ def _report(args: argparse.Namespace, results: list[dict[str, Any]], folder: Out
     with write_atomically(folder.path / "results.json", "w") as file:
         json.dump(results, file, indent=1)
     print(tabulate(rows, headers=["search", "rank", "score", "box (x0, y0, x1, y1)", "image"]))
-    print(f"\nIn {printable(folder.path)}: results.json and {len(results)} sheets.")
+    sheets = "" if args.no_pictures else " and a sheet of pictures for each search"
+    print(f"\nIn {printable(folder.path)}: results.json{sheets}.")
     if failed:
         tell(f"{failed} regions cannot be shown; if the photos have moved, give --images.")
     return 1 if failed else 0

@@ -75,11 +75,11 @@ def measure(index: RegionIndex, queries: Tensor, method: str) -> tuple[Tensor, l
     first = seconds(lambda: index.search(queries[0], _TOPK, method=method))
     found: list[Tensor] = []
     alone = [
-        seconds(lambda: found.append(index.search(query, _TOPK, method=method).places))
+        seconds(lambda query=query: found.append(index.search(query, _TOPK, method=method).places))
         for query in queries
     ]
     together = [
-        seconds(lambda: index.search(part, _TOPK, method=method)) / len(part)
+        seconds(lambda part=part: index.search(part, _TOPK, method=method)) / len(part)
         for part in queries.split(_TOGETHER)
     ]
     return torch.cat(found), [first, statistics.median(alone), statistics.median(together)]
