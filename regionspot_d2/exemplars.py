@@ -45,7 +45,9 @@ class Exemplars:
 
         examples = Exemplars(predictor)
         examples.add("our logo", "box.jpg", boxes=[[10, 20, 60, 80]])
-        predictor.predict(boxes=boxes, vocabulary=["cup", *examples.members()])
+        predictor.set_image("shelf.jpg")
+        vectors = predictor.region_embeddings(boxes=boxes)
+        names = [list(examples.vectors)[i] for i in examples.similarities(vectors).argmax(1)]
 
     Attributes:
         vectors: by name (K, D), the embeddings of its K examples, rows of unit length.
@@ -82,7 +84,7 @@ class Exemplars:
         self.vectors[name] = found if known is None else torch.cat([known, found])
 
     def members(self) -> list[Exemplar]:
-        """The names with the mean of their examples each, to stand in a vocabulary."""
+        """The names, each with the mean of its examples."""
         return [
             Exemplar(name, F.normalize(vectors.mean(0), dim=0))
             for name, vectors in self.vectors.items()
