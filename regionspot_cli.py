@@ -390,7 +390,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Names any region of an image with any words.",
         epilog=f"commands:\n{commands}\n\nregionspot COMMAND --help lists the options of each.",
     )
-    parser.add_argument("command", choices=list(_COMMANDS), metavar="COMMAND")
+    # Its choices stand below; a heading of its own would only lengthen the help.
+    parser.add_argument(
+        "command", choices=list(_COMMANDS), metavar="COMMAND", help=argparse.SUPPRESS
+    )
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments:

@@ -125,11 +125,12 @@ class Exemplars:
             OSError: there is no such file.
         """
         arrays, about = read_vectors(path, _KIND)
-        examples, names = cls(predictor), about.get("names")
+        examples, names = cls(predictor), about.get("names", [])
         check_model(path, about.get("model"), examples.model, None)
         width = predictor.model.vision_language.text_dim
-        is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
-        if not is_list or len(set(names)) != len(names) or len(names) != len(arrays):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            names = []
+        if not names or len(set(names)) != len(names) or len(names) != len(arrays):
             raise VectorFileError(f"{os.fspath(path)} does not name its examples one by one.")
         for i, name in enumerate(names):
             rows = arrays.get(str(i), torch.zeros(0)).float()

@@ -100,8 +100,8 @@ class RegionIndex:
         try:
             images = json.loads(arrays["images"].numpy().tobytes())
             about = {key: str(about[key]) for key in ("folder", "model", "made_with")}
-            regions = (arrays[key] for key in ("embeddings", "boxes", "image_places"))
-            return cls(*regions, images=images, **about)
+            embeddings, boxes = arrays["embeddings"], arrays["boxes"]
+            return cls(embeddings, boxes, arrays["image_places"], images, **about)
         except (LookupError, TypeError, ValueError, RecursionError, AttributeError) as error:
             raise VectorFileError(f"{os.fspath(path)} is not an index: {error}") from error
 
@@ -132,8 +132,8 @@ class RegionIndex:
             embeddings.append(own_embeddings.half().cpu())
         if not sum(map(len, boxes)):
             raise ValueError("There is no region to put into an index.")
-        columns = map(torch.cat, (embeddings, boxes, places))
-        return cls(*columns, images, folder=folder, model=model, made_with=made_with)
+        rows, corners, owners = map(torch.cat, (embeddings, boxes, places))
+        return cls(rows, corners, owners, images, folder=folder, model=model, made_with=made_with)
 
     def by_image(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Of each image its path, boxes and embeddings, as :meth:`of_images` takes them."""
