@@ -177,7 +177,10 @@ def _search(args: argparse.Namespace) -> int:
         {"query": query, "regions": _regions(index, scores, places)}
         for query, scores, places in zip(queries, hits.scores.tolist(), hits.places.tolist())
     ]
-    return _report(args, results, folder)
+    try:
+        return _report(args, results, folder)
+    except OSError as error:
+        raise SystemExit(f"error: --output {output}: {error}") from error
 
 
 def _regions(
