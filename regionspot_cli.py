@@ -17,12 +17,21 @@ from typing import Any, NoReturn
 _COMMANDS = {
     "name": "name regions of photos and videos: regionspot name --input photo.jpg",
     "web": "serve a web page on which regions are drawn and named",
+    "index": "note what is in photos, for search: regionspot index --input photos/ --output FILE",
+    "search": 'find regions in an index: regionspot search "red mug" --index FILE',
     "models": "list the models by name, for --config-file and from_pretrained",
 }
 _NAME_EXAMPLES = """examples:
   regionspot name --input photo.jpg
   regionspot name --input photos/ --vocabulary coco,forklift --boxes 10,20,200,300
   regionspot name --input photos/ --proposals detections.json --vocabulary @words.txt --topk 3"""
+_INDEX_EXAMPLES = """examples:
+  regionspot index --input photos/ --output photos.index
+  regionspot index --input photos/ --output photos.index --resume
+  regionspot index --input photos/ --output photos.index --proposals detections.json"""
+_SEARCH_EXAMPLES = """examples:
+  regionspot search "red mug" --index photos.index
+  regionspot search mug dog bicycle --index photos.index --topk 32 --output found"""
 
 # What libraries say of lines of their own, which nobody who runs a command can change: fvcore
 # compiles a loss in a way that torch gives up; Detectron2's model zoo and CLIP import a part of
@@ -174,18 +183,19 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_sources(parser: argparse.ArgumentParser) -> None:
+def _add_sources(parser: argparse.ArgumentParser, *, prompts: bool = True) -> None:
     add = parser.add_argument_group(
         "regions, from one source; without one, whatever is found in the image"
     ).add_argument
-    add("--boxes", nargs="+", metavar="X0,Y0,X1,Y1", help="regions, in pixels of each image")
-    add(
-        "--points",
-        nargs="+",
-        metavar="X,Y[,LABEL][;...]",
-        help="regions by their points, in pixels of each image, with ; between those of one "
-        "region; label 1 (default) is on the region, 0 beside it; may be given with --boxes",
-    )
+    if prompts:
+        add("--boxes", nargs="+", metavar="X0,Y0,X1,Y1", help="regions, in pixels of each image")
+        add(
+            "--points",
+            nargs="+",
+            metavar="X,Y[,LABEL][;...]",
+            help="regions by their points, in pixels of each image, with ; between those of one "
+            "region; label 1 (default) is on the region, 0 beside it; may be given with --boxes",
+        )
     add(
         "--proposals",
         metavar="FILE|sam",
@@ -219,16 +229,11 @@ def parse_name(arguments: Iterable[str], program: str | None = None) -> argparse
     parser = name_parser(program)
     # argparse takes "-5,10,20,30" for an option; a leading space avoids that, and float() skips it.
     args = parser.parse_args([re.sub(r"^(-[\d.]+,)", r" \1", text) for text in arguments])
-    sources = [args.boxes or args.points, args.proposals, args.detector, args.detector_config]
-    if sum(bool(source) for source in sources) > 1:
-        parser.error(
-            "regions come from one source: --boxes and --points, --proposals, --detector, or "
-            "--detector-config"
-        )
-    if args.track and (not any(sources[1:]) or args.proposals == "sam"):
+    _check_sources(parser, args)
+    if args.track and (
+        not (args.proposals or args.detector or args.detector_config) or args.proposals == "sam"
+    ):
         parser.error("--track follows boxes that --proposals FILE or a detector has of each frame")
-    if args.detector_weights and not (args.detector or args.detector_config):
-        parser.error("--detector-weights needs --detector")
     for option, value in [("every", args.every), ("topk", args.topk)]:
         if value < 1:
             parser.error(f"--{option} {value}: 1 or more is expected")
@@ -237,10 +242,21 @@ def parse_name(arguments: Iterable[str], program: str | None = None) -> argparse
             parser.error(f"--{option} is a picture, and --no-pictures draws none")
     if not args.output:
         parser.error("--output is empty; a folder is expected")
-    for option in ("config_file", "output", "proposals", "detector_weights"):
-        value = vars(args)[option]
-        vars(args)[option] = value and os.path.expanduser(value)
+    _expand(args, "config_file", "output", "proposals", "detector_weights")
     return args
+
+
+def _check_sources(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    given = vars(args)
+    sources = [given.get("boxes") or given.get("points"), args.proposals]
+    sources += [args.detector, args.detector_config]
+    if sum(bool(source) for source in sources) > 1:
+        parser.error(
+            "regions come from one source: --boxes and --points, --proposals, --detector, or "
+            "--detector-config"
+        )
+    if args.detector_weights and not (args.detector or args.detector_config):
+        parser.error("--detector-weights needs --detector")
 
 
 def _threshold(text: str) -> float | str:
@@ -290,6 +306,40 @@ def web_parser(program: str | None = "regionspot web") -> CommandParser:
     return parser
 
 
+def index_parser() -> CommandParser:
+    """The parser of ``regionspot index``."""
+    parser = CommandParser(
+        "regionspot index",
+        description="Notes what the regions of photos look like, in a file for regionspot search.",
+        epilog=_INDEX_EXAMPLES,
+    )
+    add = parser.add_argument
+    add(
+        "--input",
+        required=True,
+        metavar="FOLDER",
+        help="folder of photos, with the folders in it; --proposals names photos by their paths "
+        "in it",
+    )
+    add("--output", required=True, metavar="FILE", help="index to write, in safetensors format")
+    add(
+        "--resume",
+        action="store_true",
+        help="keep what --output has, and add the photos that are new",
+    )
+    _add_sources(parser, prompts=False)
+    add(
+        "--vocabulary",
+        default="lvis",
+        metavar="NAMES",
+        help="what regions are looked for by, where none are given: as for regionspot name, by "
+        "default lvis; a search takes any words",
+    )
+    _add_model(parser)
+    add("--opts", nargs=argparse.REMAINDER, default=[], help="config changes: KEY VALUE ...")
+    return parser
+
+
 def parse_web(arguments: Iterable[str]) -> argparse.Namespace:
     """The command line of ``regionspot web``, checked; raises as :func:`parse_name` does."""
     parser = web_parser()
@@ -312,6 +362,78 @@ def web(arguments: Sequence[str]) -> int:
             raise
         sys.exit(f"error: the package {error.name} is missing: pip install regionspot_d2[web]")
     return serve(arguments)
+
+
+def parse_index(arguments: Iterable[str]) -> argparse.Namespace:
+    """The command line of ``regionspot index``, checked; raises as :func:`parse_name` does."""
+    parser = index_parser()
+    args = parser.parse_args(list(arguments))
+    _check_sources(parser, args)
+    _expand(args, "input", "output", "config_file", "proposals", "detector_weights")
+    return args
+
+
+def search_parser() -> CommandParser:
+    """The parser of ``regionspot search``."""
+    parser = CommandParser(
+        "regionspot search",
+        description="Finds the regions of an index that words fit best.",
+        epilog=_SEARCH_EXAMPLES,
+    )
+    add = parser.add_argument
+    add("query", nargs="+", metavar="WORDS", help="what to look for; each is a search of its own")
+    add("--index", required=True, metavar="FILE", help="what regionspot index wrote")
+    add("--topk", type=int, default=16, help="regions per search, by default 16")
+    add(
+        "--output",
+        default="output/search",
+        metavar="FOLDER",
+        help="for a sheet of pictures per search and results.json, by default output/search",
+    )
+    add("--no-pictures", action="store_true", help="draw no sheets")
+    add("--images", metavar="FOLDER", help="where the photos are now, if they have moved")
+    add(
+        "--method",
+        choices=["auto", "exact", "faiss"],
+        default="auto",
+        help="compare all regions, or have FAISS find the nearest, which may miss some; auto, the "
+        "default, is exact up to a million regions",
+    )
+    _add_model(parser)
+    add("--opts", nargs=argparse.REMAINDER, default=[], help="config changes: KEY VALUE ...")
+    return parser
+
+
+def parse_search(arguments: Iterable[str]) -> argparse.Namespace:
+    """The command line of ``regionspot search``, checked; raises as :func:`parse_name` does."""
+    parser = search_parser()
+    args = parser.parse_args(list(arguments))
+    if args.topk < 1:
+        parser.error(f"--topk {args.topk}: 1 or more is expected")
+    if not args.output:
+        parser.error("--output is empty; a folder is expected")
+    _expand(args, "index", "output", "images", "config_file")
+    return args
+
+
+def _expand(args: argparse.Namespace, *options: str) -> None:
+    for option in options:
+        value = vars(args)[option]
+        vars(args)[option] = value and os.path.expanduser(value)
+
+
+def _index(arguments: Sequence[str]) -> int:
+    parse_index(arguments)  # before imports of seconds
+    from regionspot_d2.app.search import index_photos
+
+    return index_photos(arguments)
+
+
+def _search(arguments: Sequence[str]) -> int:
+    parse_search(arguments)  # before imports of seconds
+    from regionspot_d2.app.search import search_photos
+
+    return search_photos(arguments)
 
 
 def _models(arguments: Sequence[str]) -> int:
@@ -337,6 +459,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Names any region of an image with any words.",
         epilog=f"commands:\n{commands}\n\nregionspot COMMAND --help lists the options of each.",
     )
+    # Its choices stand below; a heading of its own would only lengthen the help.
     parser.add_argument(
         "command", choices=list(_COMMANDS), metavar="COMMAND", help=argparse.SUPPRESS
     )
@@ -347,7 +470,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     args = parser.parse_args(arguments)
     silence_foreign_warnings()
-    run = {"name": name, "web": web, "models": _models}[args.command]
+    run = {"name": name, "web": web, "index": _index, "search": _search, "models": _models}[
+        args.command
+    ]
     try:
         return run(args.arguments)
     except ModuleNotFoundError as error:

@@ -63,6 +63,7 @@ EXTRAS = {
     "hub": ["huggingface_hub", "sentencepiece", "transformers>=5"],
     "notebook": ["ipykernel", "matplotlib", "nbclient", "nbformat", "scikit-image"],
     "onnx": ["onnx", "onnxruntime", "onnxscript"],
+    "search": ["faiss-cpu"],  # of more than a million regions
     "slurm": ["submitit"],
     # For trackers, which would install a second OpenCV: pip install --no-deps trackers
     "track": ["pydeprecate", "requests", "rich", "scipy", "supervision"],

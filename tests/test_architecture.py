@@ -129,6 +129,12 @@ RULES = (
         "files hub config safe_loading model_zoo modeling.interfaces modeling.members "
         "modeling.word_files engine.config",
     ),
+    # Embeddings of regions in files.
+    Rule("vector_files", "files", "torch safetensors"),
+    Rule(
+        "region_index", "arrays modeling.precision modeling.questions vector_files", "torch faiss"
+    ),
+    Rule("exemplars", "data.images vector_files", "torch"),
     Rule("calibration", "files safe_loading modeling.scoring"),
     Rule("image_session", "data.images modeling"),
     Rule(
@@ -144,7 +150,7 @@ RULES = (
     Rule(
         "app",
         "files logits safe_loading stopping config checkpoint model_zoo journal predictor "
-        "pretrained modeling data engine detection app",
+        "pretrained region_index vector_files modeling data engine detection app",
     ),
     # The embedded default: nobody but the package itself, which registers it, imports it.
     Rule("mini", f"files data.datasets {CONTRACTS} modeling.region_head modeling.sam mini"),

@@ -38,6 +38,7 @@ DISTRIBUTIONS = {
 # Imported only where needed, with an error that names what to install.
 OPTIONAL_MODULES = {
     "av",
+    "faiss",
     "gradio",
     "gradio_image_annotation",
     "huggingface_hub",
@@ -188,7 +189,18 @@ def test_what_is_installed_names_a_photo_from_an_empty_folder(
 
 
 def test_extras(metadata) -> None:
-    extras = {"all", "demo", "dev", "hub", "notebook", "onnx", "slurm", "track", "transformers"}
+    extras = {
+        "all",
+        "demo",
+        "dev",
+        "hub",
+        "notebook",
+        "onnx",
+        "search",
+        "slurm",
+        "track",
+        "transformers",
+    }
     extras |= {"video", "web"}
     assert set(metadata.metadata.get_all("Provides-Extra")) == extras
     wanted: dict[str, set[str]] = {extra: set() for extra in extras}

@@ -7,10 +7,11 @@ import io
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 
+from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
@@ -23,7 +24,6 @@ from ..files import write_atomically
 from ..journal import Journal, JournalError, JournalFullError
 from ..modeling import RegionHead
 from ..modeling.word_files import plain_words
-from ..modeling.words import as_vocabulary
 from ..predictor import RegionSpotPredictor
 from ..pretrained import check_device
 from ..stopping import INTERRUPTED, stoppable
@@ -49,13 +49,13 @@ def _check_attention(head: RegionHead, paths: Sequence[Path]) -> None:
         raise SystemExit(f"error: --attention: {path} is a video; only photos show attention.")
 
 
-def _tell_what_stood_in(names: dict[str, str]) -> None:
+def tell_what_stood_in(option: str, names: dict[str, str]) -> None:
     """Says in one line which known names stand in for those that the model does not know."""
     pairs = [f"'{known}' for '{name}'" for name, known in islice(names.items(), 8)]
     if len(names) > len(pairs):
         pairs.append(f"and {len(names) - len(pairs)} more")
     if pairs:
-        tell(one_line(f"--vocabulary: known names stand in: {', '.join(pairs)}."))
+        tell(one_line(f"{option}: known names stand in: {', '.join(pairs)}."))
 
 
 def output_folder(args: argparse.Namespace, paths: Sequence[Path]) -> OutputFolder:
@@ -78,14 +78,13 @@ def output_folder(args: argparse.Namespace, paths: Sequence[Path]) -> OutputFold
     return folder
 
 
-def prepare(args: argparse.Namespace, paths: Sequence[Path], output: Path) -> Run:
-    """Builds everything a run needs, or exits with one line that says what is wrong."""
-    other = OtherResults(args.compare) if args.compare else None
+def build_predictor(args: argparse.Namespace) -> tuple[CfgNode, RegionSpotPredictor]:
+    """Builds the model that the command line names, or exits with one line that says why not."""
     try:
         cfg = load_config(args.config_file, args.opts, training=False)
         check_device(cfg.MODEL.DEVICE)
-        vocabulary = read_vocabulary(args.vocabulary)
-        predictor = RegionSpotPredictor(cfg, vocabulary=vocabulary)
+        vocabulary = None if args.vocabulary is None else read_vocabulary(args.vocabulary)
+        return cfg, RegionSpotPredictor(cfg, vocabulary=vocabulary)
     except (KeyError, OSError, RuntimeError, ValueError) as error:
         # str() of a KeyError is the repr of its message.
         reason = error.args[0] if isinstance(error, KeyError) else error
@@ -94,11 +93,17 @@ def prepare(args: argparse.Namespace, paths: Sequence[Path], output: Path) -> Ru
         raise SystemExit(
             f"error: the package {error.name} is missing: pip install regionspot_d2[demo]"
         ) from error
-    _tell_what_stood_in(predictor.stood_in)
+
+
+def prepare(args: argparse.Namespace, paths: Sequence[Path], output: Path) -> Run:
+    """Builds everything a run needs, or exits with one line that says what is wrong."""
+    other = OtherResults(args.compare) if args.compare else None
+    cfg, predictor = build_predictor(args)
+    tell_what_stood_in("--vocabulary", predictor.stood_in)
     if args.attention:
         _check_attention(predictor.model.region_head, paths)
     source = choose_source(args, predictor.model, predictor.vocabulary)
-    decisive = settings(args, cfg, plain_words(as_vocabulary(vocabulary)))
+    decisive = settings(args, cfg, plain_words(predictor.words))
     try:
         journal = Journal(output / "results.jsonl", decisive, resume=args.resume)
     except JournalError as error:
@@ -234,16 +239,28 @@ def main(arguments: Sequence[str] | None = None, *, program: str | None = None) 
     Raises:
         SystemExit: the command makes no sense, with one line that says why.
     """
+    args = parse_name(sys.argv[1:] if arguments is None else arguments, program)
+    return run_command(run_demo, args)
+
+
+def run_command(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Runs what a command line asks for; its messages are single lines.
+
+    Returns:
+        The exit status: 130 after Ctrl-C or SIGTERM.
+
+    Raises:
+        SystemExit: as :func:`main`.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not so in a notebook
             # A terminal that has no letter for a name shows its number.
             stream.reconfigure(errors="backslashreplace")
-    args = parse_name(sys.argv[1:] if arguments is None else arguments, program)
-    args.config_file = find_config(args.config_file)
     setup_logger(name="regionspot_d2")
     try:
+        args.config_file = find_config(args.config_file)
         with stoppable():
-            return run_demo(args)
+            return run(args)
     except KeyboardInterrupt:
         tell("Stopped before the first image; nothing was done.")
         return INTERRUPTED
