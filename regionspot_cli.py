@@ -1,4 +1,4 @@
-"""The command ``regionspot``.
+"""The command ``regionspot``, and what all command lines of the project share.
 
 It stands beside the package, which takes seconds to import: help and mistakes are told at once.
 """
@@ -6,56 +6,282 @@ It stands beside the package, which takes seconds to import: help and mistakes a
 from __future__ import annotations
 
 import argparse
+import math
+import os
+import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
 
 _COMMANDS = {
     "name": "name regions of photos and videos: regionspot name --input photo.jpg",
     "models": "list the models by name, for --config-file and from_pretrained",
 }
+_NAME_EXAMPLES = """examples:
+  regionspot name --input photo.jpg
+  regionspot name --input photos/ --vocabulary coco,forklift --boxes 10,20,200,300
+  regionspot name --input photos/ --proposals detections.json --vocabulary @words.txt --topk 3"""
+
+# What libraries say of lines of their own, which nobody who runs a command can change: fvcore
+# compiles a loss in a way that torch gives up; Detectron2's model zoo and CLIP import a part of
+# setuptools that setup.py keeps; more workers than cores, Detectron2's default, only take turns.
+_FOREIGN_WARNINGS = (
+    ("`torch.jit.script` is deprecated", FutureWarning),
+    ("pkg_resources is deprecated as an API", UserWarning),
+    ("This DataLoader will create", UserWarning),
+    ("torch.meshgrid: in an upcoming release", UserWarning),
+)
 
 
-def _name(arguments: Sequence[str]) -> int:
+class CommandParser(argparse.ArgumentParser):
+    """Tells a mistake in one line, and shows descriptions and examples as they are written."""
+
+    def __init__(self, *args: Any, text: str = "", **options: Any) -> None:
+        """
+        Args:
+            *args: as for ``argparse.ArgumentParser``.
+            text: a script's docstring. Its first paragraph says what the script does; the rest,
+                which has examples, stands below the options.
+            **options: as for ``argparse.ArgumentParser``.
+        """
+        if text:
+            first, _, rest = text.partition("\n\n")
+            options = {"description": first, "epilog": rest, **options}
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} ({self.prog} --help lists the options)\n")
+
+
+def begin(parser: argparse.ArgumentParser, *, others: bool = False) -> None:
+    """Answers ``--help`` and tells wrong options, before a script's imports, which take seconds.
+
+    The script parses its command line again when they are done.
+
+    Args:
+        parser: the script's.
+        others: whether options that the parser does not know are for another program.
+    """
+    silence_foreign_warnings()
+    (parser.parse_known_args if others else parser.parse_args)()
+
+
+def silence_foreign_warnings() -> None:
+    """Hides, in this process, what libraries say of themselves at each start."""
+    for message, category in _FOREIGN_WARNINGS:
+        warnings.filterwarnings("ignore", re.escape(message), category)
+
+
+def launch_parser(text: str) -> CommandParser:
+    """A parser with the options of Detectron2's ``default_argument_parser``, without its imports.
+
+    Processes of one machine find a free port; several machines need ``--dist-url``.
+
+    Args:
+        text: as for :class:`CommandParser`.
+    """
+    parser = CommandParser(text=text)
+    add = parser.add_argument
+    add("--config-file", default="", metavar="FILE", help="path of the config")
+    add("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
+    add("--eval-only", action="store_true", help="only evaluate")
+    add("--num-gpus", type=int, default=1, help="processes per machine, also on a CPU")
+    add("--num-machines", type=int, default=1)
+    add("--machine-rank", type=int, default=0, help="number of this machine, from 0")
+    add("--dist-url", default="auto", help="needed with several machines: tcp://HOST:PORT")
+    add("opts", nargs=argparse.REMAINDER, help="config changes: KEY VALUE ...")
+    return parser
+
+
+def name_parser(program: str | None = None) -> CommandParser:
+    """The parser of ``regionspot name``."""
+    parser = CommandParser(
+        program, description="Names regions of photos and videos.", epilog=_NAME_EXAMPLES
+    )
+    add = parser.add_argument
+    add(
+        "--config-file",
+        default="mini",
+        metavar="FILE|NAME",
+        help="model to use: a config, or a name that 'regionspot models' lists; by default mini, "
+        "the small one that needs no download from a model hub",
+    )
+    add(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="photos, videos, globs, or folders of photos",
+    )
+    _add_outputs(parser)
+    _add_sources(parser)
+    add(
+        "--vocabulary",
+        default="lvis",
+        metavar="NAMES",
+        help="lvis|coco|objects365|openimages, names, and @FILE with one name per line, separated "
+        "by commas",
+    )
+    add(
+        "--confidence-threshold",
+        type=_threshold,
+        metavar="T|auto",
+        help="drop names with a lower score; auto, the default for regions that come with scores: "
+        "twenty times the score of a guess, at most 0.3",
+    )
+    add("--topk", type=int, default=1, help="names per region")
+    add(
+        "--attention",
+        action="store_true",
+        help="also draw where a trained head looks to name each region",
+    )
+    add("--compare", metavar="RESULTS.json", help="draw the results of another run on the left")
+    add("--every", type=int, default=1, metavar="N", help="name only every N-th frame of a video")
+    add("--resume", action="store_true", help="continue a run that was stopped in --output")
+    add("--opts", nargs=argparse.REMAINDER, default=[], help="config changes: KEY VALUE ...")
+    return parser
+
+
+def _add_outputs(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("results, besides results.json in COCO format").add_argument
+    add(
+        "--output",
+        default="output/demo",
+        metavar="FOLDER",
+        help="for pictures and results, by default output/demo",
+    )
+    add("--no-pictures", action="store_true", help="draw nothing: no picture, no video")
+    add(
+        "--format",
+        nargs="+",
+        choices=["yolo", "voc", "csv"],
+        default=[],
+        help="also write the boxes as YOLO (data.yaml, labels/), Pascal VOC (annotations/) or "
+        "results.csv",
+    )
+
+
+def _add_sources(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group(
+        "regions, from one source; without one, whatever is found in the image"
+    ).add_argument
+    add("--boxes", nargs="+", metavar="X0,Y0,X1,Y1", help="regions, in pixels of each image")
+    add(
+        "--points",
+        nargs="+",
+        metavar="X,Y[,LABEL][;...]",
+        help="regions by their points, in pixels of each image, with ; between those of one "
+        "region; label 1 (default) is on the region, 0 beside it; may be given with --boxes",
+    )
+    add(
+        "--proposals",
+        metavar="FILE|sam",
+        help='json {"file name": {"boxes": [[x0, y0, x1, y1], ...], "scores": [...]}}, or "sam": '
+        "the masks that the localizer finds under a grid of points",
+    )
+    add(
+        "--detector-config",
+        metavar="FILE|NAME",
+        help="a Detectron2 detector: its config, or its name in the model zoo "
+        "(COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml)",
+    )
+    add("--detector-weights", metavar="FILE|URL", help="by default the zoo's, for a name in it")
+
+
+def parse_name(arguments: Iterable[str], program: str | None = None) -> argparse.Namespace:
+    """The command line of ``regionspot name``, checked as far as no file need be opened.
+
+    Args:
+        arguments: what follows the command.
+        program: how the command is called, for its messages.
+
+    Raises:
+        SystemExit: the options make no sense; standard error has one line that says why.
+    """
+    parser = name_parser(program)
+    # argparse takes "-5,10,20,30" for an option; a leading space avoids that, and float() skips it.
+    args = parser.parse_args([re.sub(r"^(-[\d.]+,)", r" \1", text) for text in arguments])
+    sources = [args.boxes or args.points, args.proposals, args.detector_config]
+    if sum(bool(source) for source in sources) > 1:
+        parser.error(
+            "regions come from one source: --boxes and --points, --proposals, or --detector-config"
+        )
+    if args.detector_weights and not args.detector_config:
+        parser.error("--detector-weights needs --detector-config")
+    for option, value in [("every", args.every), ("topk", args.topk)]:
+        if value < 1:
+            parser.error(f"--{option} {value}: 1 or more is expected")
+    for option in ("attention", "compare"):
+        if args.no_pictures and vars(args)[option]:
+            parser.error(f"--{option} is a picture, and --no-pictures draws none")
+    if not args.output:
+        parser.error("--output is empty; a folder is expected")
+    for option in ("config_file", "output", "proposals", "detector_weights"):
+        value = vars(args)[option]
+        vars(args)[option] = value and os.path.expanduser(value)
+    return args
+
+
+def _threshold(text: str) -> float | str:
+    if text == "auto":
+        return text
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: scores are in 0..1, so is the threshold")
+    return value
+
+
+def name(arguments: Sequence[str], program: str = "regionspot name") -> int:
+    """Runs ``regionspot name``; returns the exit status."""
+    silence_foreign_warnings()
+    parse_name(arguments, program)  # before imports of seconds
     from regionspot_d2.app.main import main as name_regions
 
-    return name_regions(arguments, program="regionspot name")
+    return name_regions(arguments, program=program)
 
 
 def _models(arguments: Sequence[str]) -> int:
-    argparse.ArgumentParser(
-        "regionspot models", description="Lists the models by name."
+    CommandParser(
+        "regionspot models",
+        description="Lists the models by name.",
+        epilog="example:\n  regionspot models",
     ).parse_args(arguments)
     from regionspot_d2.model_zoo import MODELS
 
-    for name, (_, what) in MODELS.items():
-        print(f"{name:<18}{what}")
+    for model, (_, what) in MODELS.items():
+        print(f"{model:<18}{what}")
     print("\nAll but mini and mini_pooled need a trained head: --opts MODEL.WEIGHTS FILE")
     return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line, by default that of this process; returns the exit status."""
-    commands = "\n".join(f"  {name:<10}{what}" for name, what in _COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    commands = "\n".join(f"  {command:<10}{what}" for command, what in _COMMANDS.items())
+    parser = CommandParser(
         "regionspot",
         description="Names any region of an image with any words.",
         epilog=f"commands:\n{commands}\n\nregionspot COMMAND --help lists the options of each.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=list(_COMMANDS), metavar="COMMAND")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return 2
     args = parser.parse_args(arguments)
-    # Of libraries that others import; nothing that a reader could do about them.
-    for message in ("`torch.jit.script` is deprecated", "pkg_resources is deprecated"):
-        warnings.filterwarnings("ignore", message)
-    run = {"name": _name, "models": _models}[args.command]
+    silence_foreign_warnings()
+    run = {"name": name, "models": _models}[args.command]
     try:
         return run(args.arguments)
     except ModuleNotFoundError as error:
         sys.exit(f"error: the package {error.name} is missing: pip install regionspot_d2[demo]")
     except KeyboardInterrupt:
-        print("Stopped before the first image; nothing was done.", file=sys.stderr)
+        print("Stopped; nothing was done.", file=sys.stderr)
         return 130
 
 

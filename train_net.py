@@ -29,8 +29,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from regionspot_cli import begin, launch_parser
+
+if __name__ == "__main__":
+    begin(launch_parser(__doc__))
+
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -67,7 +72,7 @@ def main(args: argparse.Namespace) -> Mapping[str, Any] | None:
 
 def invoke_main() -> None:
     """Reads the command line and starts the processes."""
-    args = default_argument_parser(epilog=__doc__).parse_args()
+    args = launch_parser(__doc__).parse_args()
     cfg, start = None, time.time()
     with told_in_a_line("train_net.py", lambda: _what_is_done(args, cfg, start)):
         # Check here first: a mistake is reported once, before any process starts.

@@ -3,12 +3,7 @@
 
 import sys
 
+from regionspot_cli import main
+
 if __name__ == "__main__":
-    try:
-        from regionspot_d2.app.main import main
-    except ModuleNotFoundError as error:
-        sys.exit(f"error: the package {error.name} is missing: pip install regionspot_d2[demo]")
-    except KeyboardInterrupt:
-        print("Stopped before the first image; nothing was done.", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(main())
+    sys.exit(main(["name", *sys.argv[1:]]))

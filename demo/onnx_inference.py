@@ -16,7 +16,46 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} ({self.prog} --help lists the options)\n")
+
+
+def _box(text: str) -> list[float]:
+    try:
+        x0, y0, x1, y1 = map(float, text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text}': X0,Y0,X1,Y1 is expected") from error
+    return [x0, y0, x1, y1]
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line; ends the program with one line if it makes no sense."""
+    description, _, examples = str(__doc__).partition("\n\n")
+    parser = _Parser(
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", type=Path, required=True, metavar="FOLDER", help="of tools/export_onnx.py")
+    add("--input", nargs="+", type=Path, required=True, metavar="PHOTO")
+    add("--boxes", nargs="+", type=_box, required=True, metavar="X0,Y0,X1,Y1", help="in pixels")
+    add("--topk", type=int, default=1, help="names per box")
+    # argparse takes "-5,10,20,30" for an option; float() skips a leading space.
+    args = parser.parse_args([re.sub(r"^(-[\d.]+,)", r" \1", text) for text in arguments])
+    if args.topk < 1:
+        parser.error(f"--topk {args.topk}: 1 or more is expected")
+    return args
+
+
+if __name__ == "__main__":
+    parse(sys.argv[1:])  # help and mistakes, before the imports below
 
 try:
     import numpy as np
@@ -257,25 +296,8 @@ def read_image(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def _box(text: str) -> list[float]:
-    try:
-        x0, y0, x1, y1 = map(float, text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"'{text}': X0,Y0,X1,Y1 is expected") from error
-    return [x0, y0, x1, y1]
-
-
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description="Names boxes of photos with an exported model.")
-    add = parser.add_argument
-    add("--model", type=Path, required=True, metavar="FOLDER", help="of tools/export_onnx.py")
-    add("--input", nargs="+", type=Path, required=True, metavar="PHOTO")
-    add("--boxes", nargs="+", type=_box, required=True, metavar="X0,Y0,X1,Y1", help="in pixels")
-    add("--topk", type=int, default=1, help="names per box")
-    # argparse takes "-5,10,20,30" for an option; float() skips a leading space.
-    args = parser.parse_args([re.sub(r"^(-[\d.]+,)", r" \1", text) for text in arguments])
-    if args.topk < 1:
-        parser.error(f"--topk {args.topk}: 1 or more is expected")
+    args = parse(arguments)
     model = OnnxRegionSpot(args.model)
     for path in args.input:
         for box, found in zip(args.boxes, model.name(read_image(path), args.boxes, args.topk)):

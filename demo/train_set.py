@@ -5,10 +5,21 @@ python demo/train_set.py --output output/demo_photos
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from pathlib import Path
+
+from regionspot_cli import CommandParser, begin
+
+
+def argument_parser() -> CommandParser:
+    parser = CommandParser(text=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("output/demo_photos"))
+    return parser
+
+
+if __name__ == "__main__":
+    begin(argument_parser())
 
 from photos import photo_paths
 from PIL import Image
@@ -19,9 +30,7 @@ BOXES = Path(__file__).with_name("boxes.json")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("output/demo_photos"))
-    args = parser.parse_args()
+    args = argument_parser().parse_args()
     folder = args.output / "images"
     folder.mkdir(parents=True, exist_ok=True)
     regions = json.loads(BOXES.read_text())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -65,6 +67,16 @@ def _has_range(values: Any, depth: int = 4) -> bool:
     if isinstance(values, list | tuple) and depth:
         return any(_has_range(value, depth - 1) for value in values)
     return isinstance(values, range)
+
+
+def check_number(value: Any, name: str, low: float, high: float) -> None:
+    """Checks that an argument is a number in ``low``..``high``, not NaN and not True."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not (number and low <= value <= high):
+        least = "" if low == -math.inf else f"at least {low:g} and "
+        raise ValueError(
+            f"{name} is {value!r:.60}; a number of {least}at most {high:g} is expected."
+        )
 
 
 def check_channels(channels: Any, name: str) -> None:

@@ -16,7 +16,7 @@ from .checkpoint import build_regionspot
 from .data.images import MAX_PIXELS, ImageLike, as_image_tensor
 from .modeling.encoded import EncodedImages
 from .modeling.everything import Search, name_everything
-from .modeling.panoptic import panoptic_segments
+from .modeling.panoptic import panoptic_segments, stuff_places
 from .modeling.questions import as_count, as_prompts, box_batches
 from .modeling.regionspot import RegionSpot
 from .modeling.vocabulary import check_names
@@ -203,13 +203,12 @@ class RegionSpotPredictor:
         topk = as_count(topk, "topk", "name per region")
         max_regions = as_count(max_regions, "max_regions", "region")
         names = self._names(vocabulary)
-        if unknown := [name for name in stuff if name not in names]:
-            raise ValueError(f"stuff: '{unknown[0]}' is not in the vocabulary; add it there too.")
+        places = stuff_places(stuff, names, panoptic)
         found = name_everything(
             self.model,
             self._image(),
             names,
-            search or Search(),
+            Search() if search is None else search,
             with_masks=panoptic or self.model.with_masks,
             topk=1 if panoptic else topk,
             score_thresh=score_thresh,
@@ -217,7 +216,7 @@ class RegionSpotPredictor:
             zoom=zoom,
         )
         self.vocabulary = names
-        return panoptic_segments(found, {names.index(s) for s in stuff}) if panoptic else found
+        return panoptic_segments(found, places) if panoptic else found
 
     @torch.no_grad()
     def region_embeddings(

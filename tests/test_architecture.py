@@ -78,7 +78,8 @@ RULES = (
     Rule("modeling.grouping", "modeling.encoded modeling.views", TORCH),
     Rule(
         "modeling.everything",
-        f"{CONTRACTS} modeling.encoded modeling.naming modeling.grouping",
+        f"arrays {CONTRACTS} modeling.encoded modeling.naming modeling.grouping "
+        "modeling.questions",
         TORCH,
     ),
     Rule(
@@ -103,7 +104,10 @@ RULES = (
     Rule("data", "files arrays logits safe_loading journal stopping data"),
     Rule("evaluation", "files safe_loading data evaluation"),
     # What runs them all.
-    Rule("engine", "files safe_loading stopping config checkpoint modeling data evaluation engine"),
+    Rule(
+        "engine",
+        "files safe_loading stopping config checkpoint model_zoo modeling data evaluation engine",
+    ),
     Rule("pretrained", "files config safe_loading model_zoo modeling.interfaces engine.config"),
     Rule("predictor", "files checkpoint data.images modeling pretrained"),
     Rule(

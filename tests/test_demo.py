@@ -21,6 +21,7 @@ from regionspot_d2 import RegionSpotPredictor
 from regionspot_d2.app import main as app
 from regionspot_d2.app.drawing import draw_attention, draw_regions, side_by_side
 from regionspot_d2.app.results import OtherResults
+from regionspot_d2.app.run import automatic_threshold
 from regionspot_d2.app.video import video_writer
 from regionspot_d2.modeling import REGION_HEAD_REGISTRY, PooledRegionHead
 from regionspot_d2.modeling.clip import ClipModel
@@ -213,6 +214,22 @@ def test_proposals_with_scores_and_a_threshold(demo, photos, tmp_path):
     assert annotation["bbox"] == [0, 0, 9, 9] and 0.45 <= annotation["score"] <= 0.9
 
 
+def test_the_automatic_threshold_falls_as_the_vocabulary_grows(demo, photos, tmp_path):
+    assert [round(automatic_threshold(n), 4) for n in (1, 2, 80, 1203)] == [0, 0.3, 0.25, 0.0166]
+    file = tmp_path / "boxes.json"
+    entry = {"boxes": [[0, 0, 9, 9], [5, 5, 20, 20]], "scores": [0.9, 0.01]}
+    file.write_text(json.dumps({"a.png": entry}))
+    arguments = ["--input", photos / "a.png", "--vocabulary", "cat,dog"]
+
+    def named(output: str, *options: object) -> int:
+        assert demo(*arguments, "--output", tmp_path / output, *options) == 0
+        return len(results_of(tmp_path / output)["annotations"])
+
+    assert named("scored", "--proposals", file) == 1
+    assert named("all", "--proposals", file, "--confidence-threshold", 0) == 2
+    assert named("given", "--boxes", "0,0,9,9", "5,5,20,20") == 2
+
+
 def test_an_unreadable_image_is_reported_and_the_others_are_named(demo, photos, tmp_path, capsys):
     (photos / "broken.jpg").write_bytes((photos / "b.jpg").read_bytes()[:200])
     arguments = ["--input", photos, "--output", tmp_path / "out", "--boxes", "0,0,9,9"]
@@ -256,6 +273,7 @@ def test_a_vocabulary_file_that_is_not_utf8(demo, photos, tmp_path):
         (["--boxes", "1,2,3,x"], "four numbers"),
         (["--points", "1,2;3"], "--points 1,2;3: x,y or x,y,label"),
         (["--points", "1,2,2"], "label 1 is on the region, 0 beside it"),
+        (["--points", "1,2,0;3,4,0"], "--points 1,2,0;3,4,0: at least one point on the region"),
         (["--boxes", "0,0,9,9", "--input", "nowhere/*.jpg"], "nowhere.*no image"),
         (["--boxes", "0,0,9,9", "--vocabulary", "cat,,dog"], "Name 1"),
         (["--boxes", "0,0,9,9", "--vocabulary", "cat,cat"], "twice"),
@@ -331,18 +349,15 @@ def test_boxes_and_points_are_one_question(demo, photos, tmp_path, capsys):
     np.testing.assert_allclose(boxes, expected.pred_boxes.tensor, atol=1e-4)
 
 
-def test_background_points_without_a_mask_are_left_out(demo, photos, tmp_path, monkeypatch, capsys):
+def test_an_empty_mask_leaves_the_point(demo, photos, tmp_path, monkeypatch):
     def empty_masks(self, mask_logits, image_size, output_size=None):
         return torch.zeros(len(mask_logits), *(output_size or image_size), dtype=torch.bool)
 
     monkeypatch.setattr(SamLocalizer, "full_size_masks", empty_masks)
-    arguments = ["--input", photos / "a.png", "--output", tmp_path / "out", "--topk", 2]
-    points = ["--boxes", "2,3,20,25", "--points", "9,9,0", "30,9;5,35,0"]
-    assert demo(*arguments, *points, "--vocabulary", "cat,dog") == 0
-    assert capsys.readouterr().err.count("region 1 is left out") == 1
-    annotations = results_of(tmp_path / "out")["annotations"]
-    assert [a["region"] for a in annotations] == [0, 0, 2, 2]
-    assert annotations[2]["bbox"] == [30, 9, 1, 1]  # the point on the region, without a mask
+    arguments = ["--input", photos / "a.png", "--output", tmp_path / "out"]
+    assert demo(*arguments, "--points", "30,9;5,35,0", "--vocabulary", "cat,dog") == 0
+    [annotation] = results_of(tmp_path / "out")["annotations"]
+    assert annotation["bbox"] == [30, 9, 1, 1]
 
 
 def test_a_detector_finds_the_regions(demo, photos, tmp_path, detector):

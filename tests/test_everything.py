@@ -97,9 +97,8 @@ def test_tokens_and_masks_are_those_of_the_points(predictor, image):
         assert box.tolist() == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
 
 
-@pytest.mark.parametrize("threshold", [{"pred_iou_thresh": 100.0}, {"stability_thresh": 1.01}])
-def test_no_region_passes(predictor, image, threshold):
-    search = Search(by_masks=True, points_per_side=2, **threshold)
+def test_no_region_passes(predictor, image):
+    search = Search(by_masks=True, points_per_side=2, stability_thresh=1)
     found = predictor.everything(search=search)
     assert len(found) == 0 and found.pred_masks.shape == (0, 90, 120)
     segmentation, segments = predictor.everything(search=search, panoptic=True)
@@ -282,11 +281,30 @@ def test_panoptic_output_is_consistent_and_can_be_drawn(predictor, image, stuff)
     assert drawn.get_image().shape == (90, 120, 3)
 
 
-def test_stuff_that_is_no_name(predictor):
-    with pytest.raises(ValueError, match="stuff: 'sky' is not in the vocabulary"):
-        predictor.everything(panoptic=True, stuff=["sky"])
-    with pytest.raises(ValueError, match="max_regions is 0"):
-        predictor.everything(max_regions=0)
-    for threshold in (float("nan"), "a"):
-        with pytest.raises(ValueError, match="score_thresh is"):
-            predictor.everything(score_thresh=threshold)
+@pytest.mark.parametrize(
+    "question, message",
+    [
+        ({"stuff": ["sky"]}, "stuff: 'sky' is not in the vocabulary"),
+        ({"stuff": "cat"}, "stuff is 'cat'; a list of class names"),
+        ({"stuff": None}, "stuff is None; a list"),
+        ({"stuff": [["cat"]]}, "is not in the vocabulary"),
+        ({"stuff": ["cat"], "panoptic": False}, "panoptic is False"),
+        ({"search": {}}, "search is of the type dict; a Search"),
+        ({"search": True}, "search is of the type bool; a Search"),
+        ({"score_thresh": np.nan}, "score_thresh is nan; a number of at most 1"),
+        ({"score_thresh": True}, "score_thresh is True; a number"),
+    ],
+)
+def test_searches_that_cannot_be_meant(predictor, question, message):
+    with pytest.raises(ValueError, match=message):
+        predictor.everything(**{"panoptic": True, **question})
+
+
+@pytest.mark.parametrize("name", ["points_per_side", "box_nms_thresh", "name_nms_thresh"])
+@pytest.mark.parametrize("value", ["much", 2.5, np.nan, [], -np.inf, 10**9, -4, True])
+def test_numbers_that_no_search_has(name, value):
+    with pytest.raises(ValueError, match=f"^{name} is "):
+        Search(**{name: value})
+    for threshold in ["pred_iou_thresh", "stability_thresh"] if value not in (-np.inf, -4) else []:
+        with pytest.raises(ValueError, match=f"^{threshold} is "):
+            Search(**{threshold: value})

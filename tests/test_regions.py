@@ -80,6 +80,7 @@ def test_one_point_a_region():
         ([[[1, 2]], []], None, "Region 3 has 0 points"),
         ([[[1, 2]], [[1, 2]]], [[1], [1, 0]], "Region 3 has 1 points and 2 labels"),
         ([[[1, 2]], [[1, 2]]], [[1], [2]], "Region 3 has the labels .2."),
+        ([[[1, 2]], [[1, 2], [3, 4]]], [[1], [0, 0]], "Region 3 has only points beside it"),
         ([[[1, 2]]], [[1], [1]], "labels of 2"),
         ([[[1, float("nan")]]], None, "Region 2 .* outside"),
         ([[[1, 2]]], [[0.5]], "Region 2 has the labels .0.5."),
@@ -154,10 +155,6 @@ def test_the_box_of_points_holds_them_and_their_mask():
     assert corner.boxes(size, nothing[:1]).tensor.tolist() == [[119, 79, 120, 80]]
     # All of the image is found.
     assert prompts.boxes(size, ~nothing).tensor.tolist() == [[0, 0, 120, 80]] * 2
-    # Points outside a region say nothing about it without a mask.
-    prompts = PointPrompts(points, torch.zeros(2, 2, dtype=torch.long))
-    assert not prompts.boxes(size, nothing).tensor.any()
-    assert not prompts.boxes(size).tensor.any()
 
 
 def test_without_masks_points_stand_for_what_is_around_them():

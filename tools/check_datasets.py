@@ -17,6 +17,23 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from regionspot_cli import CommandParser, begin
+
+
+def argument_parser() -> CommandParser:
+    parser = CommandParser(text=__doc__)
+    parser.add_argument("--config-file", default="", help="a config with your own data")
+    parser.add_argument(
+        "--dataset", action="append", default=[], help="check only this one; repeatable"
+    )
+    parser.add_argument("--sample", type=int, default=20, help="images to open, per dataset")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
+    return parser
+
+
+if __name__ == "__main__":
+    begin(argument_parser())
+
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
@@ -139,15 +156,7 @@ def table(reports: Sequence[Report]) -> str:
 
 @told_in_a_line("check_datasets.py")
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", default="", help="a config with your own data")
-    parser.add_argument(
-        "--dataset", action="append", default=[], help="check only this one; repeatable"
-    )
-    parser.add_argument("--sample", type=int, default=20, help="images to open, per dataset")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
+    parser = argument_parser()
     args = parser.parse_args()
     # The report below says which datasets of the config are missing.
     cfg = load_config(args.config_file, args.opts, training=False, testing=False)

@@ -13,10 +13,25 @@ Example::
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from regionspot_cli import CommandParser, begin
+
+
+def argument_parser() -> CommandParser:
+    parser = CommandParser(text=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="the authors' file (.pth)")
+    parser.add_argument("output", type=Path, help="the head to write (.safetensors)")
+    parser.add_argument(
+        "--keys", action="store_true", help="print every key, and whether it was used"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    begin(argument_parser())
 
 import torch
 from safetensors.torch import save_file
@@ -156,13 +171,7 @@ def report(conversion: Conversion) -> str:
 
 @told_in_a_line("convert_checkpoint.py")
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path, help="the authors' file (.pth)")
-    parser.add_argument("output", type=Path, help="the head to write (.safetensors)")
-    parser.add_argument(
-        "--keys", action="store_true", help="print every key, and whether it was used"
-    )
-    args = parser.parse_args()
+    args = argument_parser().parse_args()
     conversion = convert(read_state_dict(args.checkpoint))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"source": args.checkpoint.name, "license": "CC BY-NC 4.0 (RegionSpot's authors)"}

@@ -23,7 +23,6 @@ folder is kept. ``demo/onnx_inference.py`` reads the folder with onnxruntime, Nu
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -33,6 +32,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from regionspot_cli import CommandParser, begin
+
+
+def argument_parser() -> CommandParser:
+    parser = CommandParser(text=__doc__)
+    parser.add_argument("--config-file", required=True, help="a config, or its name")
+    parser.add_argument("--vocabulary", default="lvis", help="as of regionspot name")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--with-localizer",
+        action="store_true",
+        help="export the localizer too if the head reads no mask tokens, for its masks",
+    )
+    parser.add_argument("opts", nargs="*", help="config changes: KEY VALUE ...")
+    return parser
+
+
+if __name__ == "__main__":
+    begin(argument_parser())
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -41,7 +60,6 @@ from torch import Tensor, nn
 import regionspot_d2
 from regionspot_d2 import RegionSpotPredictor
 from regionspot_d2.app.inputs import read_vocabulary
-from regionspot_d2.data.datasets.vocabularies import VOCABULARIES
 from regionspot_d2.engine import load_config
 from regionspot_d2.engine.config import told_in_a_line
 from regionspot_d2.modeling import RegionSpot, RegionSpotHead, SamLocalizer
@@ -388,17 +406,7 @@ def manifest(model: RegionSpot, head: ScoredHead, localized: bool) -> dict[str, 
 
 @told_in_a_line("export_onnx.py")
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config-file", required=True)
-    parser.add_argument("--vocabulary", default="lvis", help=f"{'|'.join(VOCABULARIES)} or a,b,c")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument(
-        "--with-localizer",
-        action="store_true",
-        help="export the localizer too if the head reads no mask tokens, for its masks",
-    )
-    parser.add_argument("opts", nargs="*", help="config changes: KEY VALUE ...")
-    args = parser.parse_args()
+    args = argument_parser().parse_args()
     output = args.output.expanduser()
     cfg = load_config(args.config_file, [*args.opts, "MODEL.DEVICE", "cpu"], training=False)
     if output.suffix == ".onnx":

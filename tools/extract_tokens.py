@@ -22,22 +22,11 @@ if __name__ in ("__main__", "__mp_main__"):
 import argparse
 import datetime
 
-from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, launch
-from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
-
-from regionspot_d2.data.datasets import register_coco_format
-from regionspot_d2.data.token_extraction import extract_tokens
-from regionspot_d2.engine import ConfigError, load_config
-from regionspot_d2.engine.config import told_in_a_line
-from regionspot_d2.modeling.interfaces import LOCALIZER_REGISTRY
-
-_GO_ON = "What is written stays; the same command goes on from there."
+from regionspot_cli import CommandParser, begin, launch_parser
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    parser = default_argument_parser(epilog=__doc__)
+def argument_parser() -> CommandParser:
+    parser = launch_parser(__doc__)
     parser.add_argument(
         "--dataset", nargs="+", help="registered datasets; by default those of DATASETS.TRAIN"
     )
@@ -52,6 +41,23 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--amp", action="store_true", help="run the localizer in half precision")
     return parser
+
+
+if __name__ == "__main__":
+    begin(argument_parser())
+
+from detectron2.config import CfgNode
+from detectron2.engine import launch
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from regionspot_d2.data.datasets import register_coco_format
+from regionspot_d2.data.token_extraction import extract_tokens
+from regionspot_d2.engine import ConfigError, load_config
+from regionspot_d2.engine.config import told_in_a_line
+from regionspot_d2.modeling.interfaces import LOCALIZER_REGISTRY
+
+_GO_ON = "What is written stays; the same command goes on from there."
 
 
 def main(args: argparse.Namespace, cfg: CfgNode) -> None:

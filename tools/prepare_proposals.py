@@ -41,6 +41,58 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from regionspot_cli import CommandParser, begin
+
+_SOURCES = ("gt", "glip", "results", "proposals", "sam", "detector")
+# SAM's own, AUTOMATIC_MASK_SETTINGS, which would take seconds to import.
+_SAM_OPTIONS: dict[str, int | float] = {
+    "points-per-side": 32,
+    "points-per-batch": 64,
+    "pred-iou-thresh": 0.88,
+    "stability-score-thresh": 0.95,
+    "stability-score-offset": 1.0,
+    "box-nms-thresh": 0.7,
+    "crop-n-layers": 0,
+    "crop-nms-thresh": 0.7,
+    "crop-overlap-ratio": 512 / 1500,
+    "crop-n-points-downscale-factor": 1,
+    "min-mask-region-area": 0,
+}
+
+
+def argument_parser() -> CommandParser:
+    parser = CommandParser(text=__doc__)
+    parser.add_argument("--dataset", required=True, help="a registered dataset")
+    parser.add_argument("--source", required=True, choices=_SOURCES)
+    parser.add_argument("--output", required=True, help="the proposal file (.pkl) to write")
+    parser.add_argument("--boxes", help="the file of --source glip, results or proposals")
+    parser.add_argument("--topk", type=int, help="keep this many boxes per image")
+    parser.add_argument("--min-score", type=float, help="drop boxes with a lower score")
+    parser.add_argument(
+        "--nms", type=float, help="drop boxes that overlap a better one by more than this IoU"
+    )
+
+    models = parser.add_argument_group("models (--source sam, detector)")
+    models.add_argument("--config-file", default="", help="config of the model")
+    models.add_argument(
+        "--num-gpus", type=int, default=1, help="processes per machine, also on a CPU"
+    )
+    models.add_argument("--num-machines", type=int, default=1)
+    models.add_argument("--machine-rank", type=int, default=0)
+    models.add_argument("--dist-url", default="auto", help="needed with several machines")
+
+    sam = parser.add_argument_group("SAM's automatic mask generator (--source sam)")
+    for option, default in _SAM_OPTIONS.items():
+        sam.add_argument(
+            f"--{option}", type=type(default), default=default, help=f"default {default:.4g}"
+        )
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
+    return parser
+
+
+if __name__ == "__main__":
+    begin(argument_parser())
+
 import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
@@ -91,41 +143,6 @@ _FILES = {
 _MODELS = ("sam", "detector")
 
 FindRegions = Callable[[DatasetDict], Instances]
-
-
-def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--dataset", required=True, help="a registered dataset")
-    parser.add_argument("--source", required=True, choices=["gt", *_FILES, *_MODELS])
-    parser.add_argument("--output", required=True, help="the proposal file (.pkl) to write")
-    parser.add_argument("--boxes", help="the file of --source glip, results or proposals")
-    parser.add_argument("--topk", type=int, help="keep this many boxes per image")
-    parser.add_argument("--min-score", type=float, help="drop boxes with a lower score")
-    parser.add_argument(
-        "--nms", type=float, help="drop boxes that overlap a better one by more than this IoU"
-    )
-
-    models = parser.add_argument_group("models (--source sam, detector)")
-    models.add_argument("--config-file", default="", help="config of the model")
-    models.add_argument(
-        "--num-gpus", type=int, default=1, help="processes per machine, also on a CPU"
-    )
-    models.add_argument("--num-machines", type=int, default=1)
-    models.add_argument("--machine-rank", type=int, default=0)
-    models.add_argument("--dist-url", default="auto", help="needed with several machines")
-
-    sam = parser.add_argument_group("SAM's automatic mask generator (--source sam)")
-    for name, default in AUTOMATIC_MASK_SETTINGS.items():
-        sam.add_argument(
-            "--" + name.replace("_", "-"),
-            type=type(default),
-            default=default,
-            help=f"default {default:.4g}",
-        )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
-    return parser
 
 
 def setup(args: argparse.Namespace) -> CfgNode:

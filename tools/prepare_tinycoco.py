@@ -9,11 +9,25 @@ writes tinycoco/instances.json and tinycoco/images/ there.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from pathlib import Path
 from typing import Any
+
+from regionspot_cli import CommandParser, begin
+
+
+def argument_parser() -> CommandParser:
+    parser = CommandParser(text=__doc__)
+    add = parser.add_argument
+    add("--json", type=Path, metavar="FILE", help="by default the one named below")
+    add("--images", type=Path, metavar="FOLDER", help="by default the one named below")
+    add("--output", type=Path, metavar="FOLDER", help="by default tinycoco/, as below")
+    return parser
+
+
+if __name__ == "__main__":
+    begin(argument_parser())
 
 from regionspot_d2.data.datasets.validation import read_annotations
 from regionspot_d2.engine.config import told_in_a_line
@@ -40,37 +54,32 @@ def subset(annotations: dict[str, Any]) -> dict[str, Any]:
 
 @told_in_a_line("prepare_tinycoco.py")
 def main() -> None:
+    args = argument_parser().parse_args()
     root = Path(data_root())
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--json", type=Path, default=root / "coco" / "annotations" / "instances_val2017.json"
-    )
-    parser.add_argument("--images", type=Path, default=root / "coco" / "val2017")
-    parser.add_argument("--output", type=Path, default=root / "tinycoco")
-    args = parser.parse_args()
+    json_file = args.json or root / "coco" / "annotations" / "instances_val2017.json"
+    photos = args.images or root / "coco" / "val2017"
+    output = args.output or root / "tinycoco"
 
-    if not args.json.is_file():
+    if not json_file.is_file():
         raise FileNotFoundError(
-            f"{args.json} does not exist; datasets/README.md says where COCO goes."
+            f"{json_file} does not exist; datasets/README.md says where COCO goes."
         )
-    kept = subset(read_annotations(str(args.json)))
+    kept = subset(read_annotations(str(json_file)))
     missing = set(IMAGE_IDS) - {image["id"] for image in kept["images"]}
     if missing:
         raise ValueError(
-            f"{args.json} lacks image {min(missing)}; is it COCO's instances_val2017.json?"
+            f"{json_file} lacks image {min(missing)}; is it COCO's instances_val2017.json?"
         )
-    folder = args.output / "images"
+    folder = output / "images"
     folder.mkdir(parents=True, exist_ok=True)
     for image in kept["images"]:
-        photo = args.images / image["file_name"]
+        photo = photos / image["file_name"]
         if not photo.is_file():
             raise FileNotFoundError(f"{photo} does not exist.")
         shutil.copy(photo, folder)
-    with write_atomically(args.output / "instances.json", "w") as file:
+    with write_atomically(output / "instances.json", "w") as file:
         json.dump(kept, file)
-    print(f"{args.output}: {len(kept['images'])} images, {len(kept['annotations'])} annotations")
+    print(f"{output}: {len(kept['images'])} images, {len(kept['annotations'])} annotations")
 
 
 if __name__ == "__main__":

@@ -7,16 +7,35 @@
 Every node runs train_net.py once, which starts a process for each GPU. A job that is preempted or
 reaches its time limit is requeued and resumes from its last checkpoint. Slurm's logs are in
 ``--log-folder``, those of the training in ``OUTPUT_DIR``. ``--cluster local`` runs on this machine
-without Slurm, ``--cluster debug`` in this process; both take one node.
+without Slurm, ``--cluster debug`` in this process; both take one node. Arguments that are not below
+go to train_net.py.
 """
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from regionspot_cli import CommandParser, begin
+
+
+def argument_parser() -> CommandParser:
+    parser = CommandParser(text=__doc__, allow_abbrev=False)
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--num-gpus", type=int, default=8, help="on each node")
+    parser.add_argument("--cpus-per-gpu", type=int, default=8, help="for the loader's workers")
+    parser.add_argument("--hours", type=float, default=24.0, help="time limit")
+    parser.add_argument("--partition")
+    parser.add_argument("--port", type=int, default=29517, help="a free port on the first node")
+    parser.add_argument("--log-folder", type=Path, default=Path("output/slurm"))
+    parser.add_argument("--cluster", choices=["slurm", "local", "debug"], default="slurm")
+    return parser
+
+
+if __name__ == "__main__":
+    begin(argument_parser(), others=True)
 
 import submitit
 
@@ -61,24 +80,6 @@ class Training:
         return submitit.helpers.DelayedSubmission(
             Training(arguments, self.nodes, self.num_gpus, self.port)
         )
-
-
-def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="All other arguments go to train_net.py.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--num-gpus", type=int, default=8, help="on each node")
-    parser.add_argument("--cpus-per-gpu", type=int, default=8, help="for the loader's workers")
-    parser.add_argument("--hours", type=float, default=24.0, help="time limit")
-    parser.add_argument("--partition")
-    parser.add_argument("--port", type=int, default=29517, help="a free port on the first node")
-    parser.add_argument("--log-folder", type=Path, default=Path("output/slurm"))
-    parser.add_argument("--cluster", choices=["slurm", "local", "debug"], default="slurm")
-    return parser
 
 
 def submit(arguments: list[str]) -> submitit.Job[None]:

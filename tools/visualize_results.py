@@ -22,6 +22,28 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from regionspot_cli import CommandParser, begin
+
+
+def argument_parser() -> CommandParser:
+    parser = CommandParser(text=__doc__)
+    parser.add_argument("--dataset", required=True, help="a registered dataset")
+    parser.add_argument("--input", required=True, help="results json of an evaluation")
+    parser.add_argument("--compare", help="a second results json on the same dataset")
+    parser.add_argument("--output", required=True, help="folder for pictures and plots")
+    parser.add_argument("--images", type=int, default=20, help="how many to draw, at random")
+    parser.add_argument("--image-id", action="append", default=[], help="draw this one; repeatable")
+    parser.add_argument("--threshold", type=float, default=0.2, help="lowest score that is drawn")
+    parser.add_argument(
+        "--task", choices=["bbox", "segm"], default="bbox", help="task of the plots"
+    )
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
+    return parser
+
+
+if __name__ == "__main__":
+    begin(argument_parser())
+
 import hotcoco
 import hotcoco.plot
 import numpy as np
@@ -246,26 +268,8 @@ def read_results(path: str) -> list[dict[str, Any]]:
     return results
 
 
-def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--dataset", required=True, help="a registered dataset")
-    parser.add_argument("--input", required=True, help="results json of an evaluation")
-    parser.add_argument("--compare", help="a second results json on the same dataset")
-    parser.add_argument("--output", required=True, help="folder for pictures and plots")
-    parser.add_argument("--images", type=int, default=20, help="how many to draw, at random")
-    parser.add_argument("--image-id", action="append", default=[], help="draw this one; repeatable")
-    parser.add_argument("--threshold", type=float, default=0.2, help="lowest score that is drawn")
-    parser.add_argument(
-        "--task", choices=["bbox", "segm"], default="bbox", help="task of the plots"
-    )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
-    return parser
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = get_parser()
+    parser = argument_parser()
     args = parser.parse_args(arguments)
     if args.images < 0 or not 0 <= args.threshold <= 1:
         parser.error("--images must be 0 or more, --threshold in 0..1")

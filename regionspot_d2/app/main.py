@@ -1,4 +1,4 @@
-"""The demo's command line, and the run it starts."""
+"""The run that the demo's command line starts."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from pathlib import Path
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
+from regionspot_cli import parse_name
+
 from ..data.images import ImageReadError
 from ..engine import load_config
+from ..engine.config import find_config
 from ..files import write_atomically
 from ..journal import Journal, JournalError, JournalFullError
 from ..modeling import RegionHead
 from ..predictor import RegionSpotPredictor
 from ..pretrained import check_device
 from ..stopping import INTERRUPTED, stoppable
-from .arguments import parse_arguments, settings
+from .arguments import settings
 from .formats import FORMATS, check_formats, write_formats
 from .inputs import find_inputs, read_vocabulary, tell
 from .names import OutputFolder, one_line, printable
@@ -227,7 +230,8 @@ def main(arguments: Sequence[str] | None = None, *, program: str | None = None) 
         if isinstance(stream, io.TextIOWrapper):  # not so in a notebook
             # A terminal that has no letter for a name shows its number.
             stream.reconfigure(errors="backslashreplace")
-    args = parse_arguments(sys.argv[1:] if arguments is None else arguments, program)
+    args = parse_name(sys.argv[1:] if arguments is None else arguments, program)
+    args.config_file = find_config(args.config_file)
     setup_logger(name="regionspot_d2")
     try:
         with stoppable():

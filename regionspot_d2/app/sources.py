@@ -94,6 +94,8 @@ def _parse_points(text: str) -> list[list[float]]:
             f"error: --points {text}: x,y or x,y,label is expected, with ';' between the points of "
             "one region; label 1 is on the region, 0 beside it."
         )
+    if not any(label for _, _, label in points):
+        raise SystemExit(f"error: --points {text}: at least one point on the region is expected.")
     if any(is_fraction(point[:2]) and any(v % 1 for v in point[:2]) for point in points):
         raise SystemExit(f"error: --points {text}: these are fractions of the image; {_PIXELS}")
     return points

@@ -25,6 +25,7 @@ from ..data.datasets import (
 )
 from ..data.proposals import proposals_exist
 from ..files import data_root, expand_data_root
+from ..model_zoo import MODELS, get_config_file
 from ..safe_loading import read_yaml
 from ..stopping import INTERRUPTED, stoppable
 
@@ -53,8 +54,10 @@ def load_config(
     """Reads a config, registers its own datasets, checks that files are there, and freezes it.
 
     Args:
-        config_file: a yaml file, or "" for the defaults. ``$DETECTRON2_DATASETS`` in its paths
-            stands for the folder of all datasets.
+        config_file: a yaml file, or "" for the defaults. What is not there is looked for among the
+            configs of the package, by a name of :mod:`~regionspot_d2.model_zoo` or a path that
+            starts with ``configs/``. ``$DETECTRON2_DATASETS`` in the paths of a config stands for
+            the folder of all datasets.
         opts: alternating keys and values, as on a command line.
         training: whether ``DATASETS.TRAIN`` is needed.
         testing: True if ``DATASETS.TEST`` is needed; None if it may be empty, but must exist if
@@ -65,6 +68,7 @@ def load_config(
     """
     cfg = get_cfg()
     add_regionspot_config(cfg)
+    config_file = find_config(config_file)
     with explained(cfg, config_file):
         if config_file:
             merge_config_file(cfg, config_file)
@@ -95,6 +99,18 @@ def load_config(
         check_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
     cfg.freeze()
     return cfg
+
+
+def find_config(config_file: str) -> str:
+    """The path of a config, so that the names in the documents work in any folder.
+
+    A name of a model comes first. What nothing has is returned as it is; opening it will tell.
+    """
+    path = os.path.expanduser(config_file)
+    if path and (path in MODELS or not PathManager.isfile(path)):
+        with contextlib.suppress(ValueError):
+            return get_config_file(os.path.normpath(path).removeprefix(f"configs{os.sep}"))
+    return path
 
 
 def merge_config_file(cfg: CfgNode, path: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,10 +13,12 @@ from detectron2.structures import BitMasks, Boxes, Instances, pairwise_iou
 from detectron2.structures.boxes import pairwise_intersection
 from torch import Tensor
 
+from ..arrays import check_number
 from .encoded import EncodedImages
 from .grouping import GROUPING_VIEWS, regions_of_tokens
 from .interfaces import Embedding, Localizer
 from .prompts import BoxPrompts
+from .questions import as_count
 
 if TYPE_CHECKING:
     from .regionspot import RegionSpot
@@ -31,6 +34,7 @@ _GROUPED_IOU, _GROUPED_INSIDE = 0.15, 0.5
 _GROUPING_ZOOM = 1.5
 # Points decoded together, and the pixels of their masks.
 _POINTS, _PIXELS = 64, 2**26
+_MAX_POINTS_PER_SIDE = 1000
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,9 @@ class Search:
         stability_thresh: masks whose area changes more with the threshold are dropped.
         box_nms_thresh: of two regions with a larger IoU the worse one is dropped.
         name_nms_thresh: the same among regions of one name, where masks were found.
+
+    Raises:
+        ValueError: a number makes no sense; the message names it.
     """
 
     by_masks: bool | None = None
@@ -53,6 +60,19 @@ class Search:
     stability_thresh: float = 0.95
     box_nms_thresh: float = 0.7
     name_nms_thresh: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not (self.by_masks is None or isinstance(self.by_masks, bool)):
+            raise ValueError(f"by_masks is {self.by_masks!r:.60}; True, False or None is expected.")
+        if as_count(self.points_per_side, "points_per_side", "point") > _MAX_POINTS_PER_SIDE:
+            raise ValueError(
+                f"points_per_side is {self.points_per_side}; at most {_MAX_POINTS_PER_SIDE} is "
+                "expected: each point of the grid is decoded."
+            )
+        for name in ("pred_iou_thresh", "stability_thresh", "box_nms_thresh", "name_nms_thresh"):
+            # A negative threshold lets every mask pass, and drops every box that overlaps another.
+            low = 0 if "nms" in name else -math.inf
+            check_number(getattr(self, name), name, low, 1)
 
 
 class FoundRegions(NamedTuple):
@@ -92,8 +112,9 @@ def name_everything(
         ``region_index`` counts the regions in this order. A score is that of the name times that
         of the region. Of regions that share a name and a place the best is left.
     """
-    if not isinstance(score_thresh, int | float) or not score_thresh <= 1:  # nor NaN
-        raise ValueError(f"score_thresh is {score_thresh!r:.60}; scores are in 0..1.")
+    if not isinstance(search, Search):
+        raise ValueError(f"search is of the type {type(search).__name__}; a Search is expected.")
+    check_number(score_thresh, "score_thresh", -math.inf, 1)
     by_masks = model.localizer.masks_are_fine if search.by_masks is None else search.by_masks
     if by_masks:
         place = encoded.embeddings[0], encoded.image_sizes[0], encoded.device

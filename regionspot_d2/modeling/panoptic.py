@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -77,6 +77,22 @@ def panoptic_segments(
     return numbers[seg.long()], kept
 
 
+def stuff_places(stuff: Any, class_names: Sequence[str], panoptic: bool) -> set[int]:
+    """The places in a vocabulary of the names whose regions are merged.
+
+    Raises:
+        ValueError: they are no list of names, one is not in the vocabulary, or there are some but
+            no segments to merge, because ``panoptic`` is False.
+    """
+    if isinstance(stuff, str | bytes) or not isinstance(stuff, Collection):
+        raise ValueError(f"stuff is {stuff!r:.60}; a list of class names is expected.")
+    if unknown := [name for name in stuff if name not in class_names]:
+        raise ValueError(f"stuff: {unknown[0]!r:.60} is not in the vocabulary; add it there too.")
+    if len(stuff) and not panoptic:
+        raise ValueError("stuff is given, but panoptic is False: only segments are merged.")
+    return {list(class_names).index(name) for name in stuff}
+
+
 @META_ARCH_REGISTRY.register()
 class PanopticRegionSpot(RegionSpot):
     """RegionSpot that needs no proposals: it names every region of an image, pixel by pixel.
@@ -133,9 +149,13 @@ class PanopticRegionSpot(RegionSpot):
             :func:`panoptic_segments` gives it.
 
         Raises:
-            ValueError: the dataset does not say what is stuff.
+            ValueError: the dataset does not say what is stuff, or an argument is not as above.
         """
-        assert detected_instances is None and do_postprocess
+        if detected_instances is not None or not do_postprocess:
+            raise ValueError(
+                "PanopticRegionSpot finds regions itself, at the size of the output: "
+                "detected_instances must be None and do_postprocess True."
+            )
         results = []
         for x, image in zip(
             batched_inputs, input_images(batched_inputs, self.input_format, self.device)

@@ -72,7 +72,7 @@ class BoxPrompts(Prompts):
 
 @dataclass(frozen=True)
 class PointPrompts(Prompts):
-    """Regions given by points on and beside them.
+    """Regions given by points on and beside them, at least one on each.
 
     Attributes:
         points: (R, P, 2) XY, pixels of the image.
@@ -95,9 +95,8 @@ class PointPrompts(Prompts):
     def boxes(self, image_size: tuple[int, int], masks: Tensor | None = None) -> Boxes:
         """The boxes of the masks, widened to hold the points on their regions.
 
-        A poor mask leaves such points out. Where a mask is empty, the points are all that is known;
-        where there are only background points besides, the box is all zero. Without masks, it is
-        the box of the points, widened to a share of the image.
+        A poor mask leaves such points out. Where a mask is empty, the points are all that is known.
+        Without masks, it is the box of the points, widened to a share of the image.
         """
         height, width = image_size
         if masks is None:
@@ -105,8 +104,7 @@ class PointPrompts(Prompts):
             first = self.points.masked_fill(~on_region, torch.inf).amin(1)
             last = self.points.masked_fill(~on_region, -torch.inf).amax(1)
             least = (_CLICK_SHARE * max(image_size) - (last - first)).clamp(min=0) / 2
-            around = torch.cat([first - least, last + least], dim=1)
-            boxes = Boxes(around.where(around.isfinite(), around.new_zeros(())))
+            boxes = Boxes(torch.cat([first - least, last + least], dim=1))
             boxes.clip(image_size)
             return boxes
         found = BitMasks(masks).get_bounding_boxes().to(masks.device)
@@ -120,8 +118,7 @@ class PointPrompts(Prompts):
         last = pixels.masked_fill(~on_region, -torch.inf).amax(1) + 1
         start = torch.where(has_mask, torch.minimum(found.tensor[:, :2], first), first)
         end = torch.where(has_mask, torch.maximum(found.tensor[:, 2:], last), last)
-        around = torch.cat([start, end], dim=1)
-        boxes = Boxes(around.where(around.isfinite(), around.new_zeros(())))
+        boxes = Boxes(torch.cat([start, end], dim=1))
         boxes.clip(image_size)
         return boxes
 

@@ -107,8 +107,8 @@ def as_points(
         first_region: number of the first region, for the messages.
 
     Raises:
-        ValueError: a region has no point, or one outside the image; or all of them look like
-            fractions of the image.
+        ValueError: a region has no point on it, or one outside the image; or all of them look
+            like fractions of the image.
     """
     rows = [_numbers(region, "points").float() for region in _each(points, "points")]
     for i, row in enumerate(rows):
@@ -142,6 +142,8 @@ def _check_points(row: Tensor, mark: Tensor, image_size: tuple[int, int], region
         raise ValueError(f"{region} has {counts}; as many of both are expected, at least one.")
     if not set(mark.tolist()) <= {0, 1}:
         raise ValueError(f"{region} has the labels {mark.tolist()}; 1 is on it, 0 beside it.")
+    if not mark.any():
+        raise ValueError(f"{region} has only points beside it (label 0); give one that is on it.")
     height, width = image_size
     inside = (row >= 0).all(1) & (row[:, 0] <= width) & (row[:, 1] <= height)
     if not inside.all():

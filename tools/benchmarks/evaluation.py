@@ -12,7 +12,6 @@ reliable than wall time. The exit status is 1 if a metric differs by more than 1
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -20,6 +19,21 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from regionspot_cli import CommandParser, begin
+
+
+def argument_parser() -> CommandParser:
+    parser = CommandParser(text=__doc__)
+    lvis = parser.add_subparsers(dest="command", required=True).add_parser("lvis")
+    lvis.add_argument("--images", type=int, default=500)
+    lvis.add_argument("--detections-per-image", type=int, default=300)
+    lvis.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+if __name__ == "__main__":
+    begin(argument_parser())
 
 import numpy as np
 import torch
@@ -116,19 +130,8 @@ def measure(build: Callable[[], DatasetEvaluator], outputs: dict[int, Instances]
     return Measurement(metrics, time.perf_counter() - clock, time.process_time() - processor)
 
 
-def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    lvis = parser.add_subparsers(dest="command", required=True).add_parser("lvis")
-    lvis.add_argument("--images", type=int, default=500)
-    lvis.add_argument("--detections-per-image", type=int, default=300)
-    lvis.add_argument("--seed", type=int, default=0)
-    return parser
-
-
 def main(arguments: list[str] | None = None) -> int:
-    args = get_parser().parse_args(arguments)
+    args = argument_parser().parse_args(arguments)
     rng = np.random.default_rng(args.seed)
     content = make_annotations(args.images, rng)
     boxes = np.array([a["bbox"] for a in content["annotations"]]).reshape(args.images, -1, 4)

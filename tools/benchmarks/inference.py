@@ -29,6 +29,64 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
+from regionspot_cli import CommandParser, begin
+
+
+def argument_parser() -> CommandParser:
+    parser = CommandParser(text=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, text: str, repeats: int) -> Any:
+        one = commands.add_parser(name, help=text, description=text)
+        one.add_argument("--repeats", type=int, default=repeats)
+        one.add_argument("--threads", type=int, help="by default all cores")
+        return one.add_argument
+
+    add = command(
+        "image",
+        "Prints the time outside encoders and mask decoder, and how the peak memory grows.",
+        3,
+    )
+    add("--config-file", default="configs/regionspot_L_336.yaml")
+    add("--boxes", type=int, nargs="+", default=[50, 300])
+    add("--no-masks", action="store_true")
+    add("--zoom", type=float, default=0.0, help="MODEL.ZOOM")
+    add("--precision", default="float32", help="MODEL.PRECISION")
+    add = command(
+        "plain",
+        "Prints times, peak memory and ratios of ours to the plain way, each in its own process.",
+        3,
+    )
+    add("--config-file", default="configs/regionspot_L_336.yaml")
+    add("--boxes", type=int, default=300)
+    add("--no-masks", action="store_true", help="ours gives none; the stock predictor always does")
+    add("--sides", nargs="+", default=["plain", "float32", "bfloat16"])
+    add = command(
+        "mask-tokens",
+        "Prints how fast our decoder is against the stock one, each with its best chunk size.",
+        3,
+    )
+    add("--boxes", type=int, default=96, help="box prompts of the image")
+    add("--others", type=int, default=8, help="point prompts, and mask prompts")
+    add("--chunk-sizes", type=int, nargs="+", default=[1, 4, 24], help="sizes each side tries")
+    add = command(
+        "predictor",
+        "Prints the time against the bare modules; fails above ``LIMIT`` or ``TOLERANCE``.",
+        5,
+    )
+    add("--config-file", default="configs/mini/regionspot_mini.yaml")
+    add("--random", action="store_true", help="random weights and text embeddings")
+    add("--calls", type=int, default=20)
+    add("--boxes", type=int, default=20, help="in each call")
+    add("--names", type=int, default=1000, help="in each vocabulary")
+    add("--size", type=int, nargs=2, default=[480, 640], metavar=("H", "W"))
+    add("opts", nargs="*", help="config changes: KEY VALUE ...")
+    return parser
+
+
+if __name__ == "__main__":
+    begin(argument_parser())
+
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
@@ -363,45 +421,14 @@ def largest_difference(
     return worst
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name: str, run: Callable[[argparse.Namespace], None], repeats: int) -> Any:
-        one = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
-        one.set_defaults(run=run)
-        one.add_argument("--repeats", type=int, default=repeats)
-        one.add_argument("--threads", type=int, default=torch.get_num_threads())
-        return one.add_argument
-
-    add = command("image", run_image, 3)
-    add("--config-file", default="configs/regionspot_L_336.yaml")
-    add("--boxes", type=int, nargs="+", default=[50, 300])
-    add("--no-masks", action="store_true")
-    add("--zoom", type=float, default=0.0, help="MODEL.ZOOM")
-    add("--precision", default="float32", help="MODEL.PRECISION")
-    add = command("plain", run_plain, 3)
-    add("--config-file", default="configs/regionspot_L_336.yaml")
-    add("--boxes", type=int, default=300)
-    add("--no-masks", action="store_true", help="ours gives none; the stock predictor always does")
-    add("--sides", nargs="+", default=["plain", "float32", "bfloat16"])
-    add = command("mask-tokens", run_mask_tokens, 3)
-    add("--boxes", type=int, default=96, help="box prompts of the image")
-    add("--others", type=int, default=8, help="point prompts, and mask prompts")
-    add("--chunk-sizes", type=int, nargs="+", default=[1, 4, 24], help="sizes each side tries")
-    add = command("predictor", run_predictor, 5)
-    add("--config-file", default="configs/mini/regionspot_mini.yaml")
-    add("--random", action="store_true", help="random weights and text embeddings")
-    add("--calls", type=int, default=20)
-    add("--boxes", type=int, default=20, help="in each call")
-    add("--names", type=int, default=1000, help="in each vocabulary")
-    add("--size", type=int, nargs=2, default=[480, 640], metavar=("H", "W"))
-    add("opts", nargs="*", help="config changes: KEY VALUE ...")
-    return parser
-
+RUN = {
+    "image": run_image,
+    "plain": run_plain,
+    "mask-tokens": run_mask_tokens,
+    "predictor": run_predictor,
+}
 
 if __name__ == "__main__":
     arguments = argument_parser().parse_args()
-    arguments.run(arguments)
+    arguments.threads = arguments.threads or torch.get_num_threads()
+    RUN[arguments.command](arguments)

@@ -104,10 +104,3 @@ def run(args: argparse.Namespace) -> None:
     """Compares both in a temporary folder."""
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         compare(Path(name), args.images, args.boxes, args.images_per_shard)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--boxes", type=int, default=12, help="per image, on average")
-    parser.add_argument("--images-per-shard", type=int, default=1024)
-    parser.add_argument("--folder", help="disk to measure on; by default that of temporary files")

@@ -7,8 +7,18 @@
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+from regionspot_cli import CommandParser, begin
+
+
+def argument_parser() -> CommandParser:
+    parser = CommandParser(text=__doc__)
+    parser.add_argument("--coco", nargs=2, required=True, metavar=("JSON", "IMAGES"))
+    parser.add_argument("--config-file", default="mini", metavar="FILE|NAME")
+    return parser
+
+
+if __name__ == "__main__":
+    begin(argument_parser())
 
 import torch
 from detectron2.data import MetadataCatalog
@@ -21,18 +31,8 @@ from tqdm import tqdm
 from regionspot_d2 import RegionSpotPredictor
 from regionspot_d2.engine import load_config
 
-CONFIG = Path(__file__).parents[2] / "configs" / "mini" / "regionspot_mini.yaml"
 KEPT = (5, 10, 20, 50, 100)
 LARGE = 96 * 96  # COCO's
-
-
-def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--coco", nargs=2, required=True, metavar=("JSON", "IMAGES"))
-    parser.add_argument("--config-file", default=str(CONFIG))
-    return parser
 
 
 def hits(predictor: RegionSpotPredictor, record: dict) -> tuple[Tensor, Tensor]:

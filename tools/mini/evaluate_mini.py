@@ -24,14 +24,41 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from head_settings import Settings, add_settings, settings_of
+
+from regionspot_cli import CommandParser, begin
+
+
+def argument_parser() -> CommandParser:
+    parser = CommandParser(text=__doc__)
+    for option, names in (("--coco", "its own names"), ("--lvis-names", "LVIS's names")):
+        parser.add_argument(
+            option,
+            nargs=2,
+            action="append",
+            default=[],
+            metavar=("JSON", "IMAGES"),
+            help=f"a dataset in COCO format, named with {names}; may be repeated",
+        )
+    parser.add_argument(
+        "--photos", type=Path, nargs="*", default=[], help="folders of photos without labels"
+    )
+    parser.add_argument("--folds", type=int, default=4)
+    parser.add_argument("--splits", type=int, default=5, help="number of random splits into folds")
+    parser.add_argument("--timing-boxes", type=int, default=20)
+    add_settings(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    begin(argument_parser())
+
 import torch
 from torch import Tensor
 from train_mini_head import (
     CropClassifier,
     Photo,
     Prepared,
-    Settings,
-    add_settings,
     check_names,
     fit,
     labeled_photos,
@@ -39,7 +66,6 @@ from train_mini_head import (
     prepare,
     random_boxes,
     read,
-    settings_of,
     unlabeled_photos,
 )
 
@@ -76,29 +102,6 @@ class Measured:
     prepared: Prepared
     dataset: int
     labels: Tensor
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for option, names in (("--coco", "its own names"), ("--lvis-names", "LVIS's names")):
-        parser.add_argument(
-            option,
-            nargs=2,
-            action="append",
-            default=[],
-            metavar=("JSON", "IMAGES"),
-            help=f"a dataset in COCO format, named with {names}; may be repeated",
-        )
-    parser.add_argument(
-        "--photos", type=Path, nargs="*", default=[], help="folders of photos without labels"
-    )
-    parser.add_argument("--folds", type=int, default=4)
-    parser.add_argument("--splits", type=int, default=5, help="number of random splits into folds")
-    parser.add_argument("--timing-boxes", type=int, default=20)
-    add_settings(parser)
-    return parser.parse_args()
 
 
 def hits(regions: Tensor, text: Tensor, labels: Tensor) -> Tensor:
@@ -273,7 +276,7 @@ def print_table(
 
 @told_in_a_line("evaluate_mini.py")
 def main() -> None:
-    args = parse_args()
+    args = argument_parser().parse_args()
     settings = settings_of(args)
     model = load_model()
     crop_classifier = CropClassifier(model)

@@ -11,7 +11,6 @@ each photo is checked against its sha256.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
@@ -23,6 +22,18 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from regionspot_cli import CommandParser, begin
+
+
+def argument_parser() -> CommandParser:
+    parser = CommandParser(text=__doc__)
+    parser.add_argument("--output", type=Path, required=True)
+    return parser
+
+
+if __name__ == "__main__":
+    begin(argument_parser())
 
 from PIL import Image
 
@@ -87,11 +98,7 @@ def verified(read: Callable[[str], bytes], photo: dict[str, Any], package: dict[
 
 @told_in_a_line("prepare_package_photos.py")
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args()
+    args = argument_parser().parse_args()
     labeled, unlabeled = args.output / "labelled" / "images", args.output / "unlabelled"
     for folder in (labeled, unlabeled):
         folder.mkdir(parents=True, exist_ok=True)

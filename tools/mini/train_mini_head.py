@@ -15,11 +15,36 @@ data has another number of regions, ``MODEL.REGION_HEAD.NUM_CENTERS``, which the
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
+
+from head_settings import Settings, add_settings, settings_of
+
+from regionspot_cli import CommandParser, begin
+
+
+def argument_parser() -> CommandParser:
+    parser = CommandParser(text=__doc__)
+    parser.add_argument(
+        "--coco",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("JSON", "IMAGES"),
+        help="labeled boxes in COCO format and their image folder; may be repeated",
+    )
+    parser.add_argument(
+        "--photos", type=Path, nargs="*", default=[], help="folders of photos without labels"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
+    add_settings(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    begin(argument_parser())
 
 import torch
 import torch.nn.functional as F
@@ -47,26 +72,6 @@ CROP_SIDE = 260
 
 
 @dataclass
-class Settings:
-    """Hyperparameters, chosen by cross-validation; the defaults are those of the shipped head."""
-
-    share: float = 0.4
-    ridge: float = 2.0
-    width: float = 0.2
-    radial_share: float = 0.5
-    reserve: float = 3.0
-    # Weight of a random box; a labeled one has 1.
-    teacher_weight: float = 0.9
-    # Share of the crop in the teacher's answer; the rest is the baseline's.
-    crop_share: float = 0.5
-    boxes_per_photo: int = 4
-    # The view in which a labeled box is seen, as MODEL.ZOOM. Random boxes are seen in the whole
-    # photo: that keeps what the head knows of whole photos.
-    zoom: float = 2.0
-    seed: int = 0
-
-
-@dataclass
 class Photo:
     """A photo, and its labeled boxes (R, 4), XYXY in 0..1, with their names; possibly none."""
 
@@ -84,41 +89,6 @@ class Prepared:
     teacher_baseline: Tensor
     teacher_descriptions: Tensor
     crops: Tensor
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--coco",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("JSON", "IMAGES"),
-        help="labeled boxes in COCO format and their image folder; may be repeated",
-    )
-    parser.add_argument(
-        "--photos", type=Path, nargs="*", default=[], help="folders of photos without labels"
-    )
-    parser.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
-    add_settings(parser)
-    return parser.parse_args()
-
-
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Adds one option per hyperparameter."""
-    for name, value in vars(Settings()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-
-
-def settings_of(args: argparse.Namespace) -> Settings:
-    if not 0 <= args.teacher_weight < 1:
-        raise SystemExit(
-            f"error: --teacher-weight is {args.teacher_weight}; it must be from 0 to below 1, "
-            "the weight of a labeled box"
-        )
-    return Settings(**{name: getattr(args, name) for name in vars(Settings())})
 
 
 def load_model() -> RegionSpot:
@@ -274,7 +244,7 @@ def fit(
 
 @told_in_a_line("train_mini_head.py")
 def main() -> None:
-    args = parse_args()
+    args = argument_parser().parse_args()
     settings = settings_of(args)
     photos = [photo for each in args.coco for photo in labeled_photos(*each)]
     photos += unlabeled_photos(args.photos)

@@ -197,8 +197,11 @@ def install(constraints: list[str]) -> None:
 
 
 def main() -> None:
+    description, _, rest = str(__doc__).partition("\n\n")
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--constraint", metavar="FILE", action="append", default=[], help="as pip's own option"
