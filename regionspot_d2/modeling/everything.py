@@ -72,7 +72,7 @@ class Search:
         for name in ("pred_iou_thresh", "stability_thresh", "box_nms_thresh", "name_nms_thresh"):
             # A negative threshold lets every mask pass, and drops every box that overlaps another.
             low = 0 if "nms" in name else -math.inf
-            check_number(getattr(self, name), name, low, 1)
+            check_number(vars(self)[name], name, low, 1)
 
 
 class FoundRegions(NamedTuple):
