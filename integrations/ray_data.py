@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Names regions of millions of images with Ray Data: a model per actor, results as Parquet.
 
     python integrations/ray_data.py --input photos/ --vocabulary cat,dog --output named/ \\
@@ -17,7 +16,25 @@ is found becomes a row. In a program, the boxes may be given::
 
 from __future__ import annotations
 
-import argparse
+from regionspot_cli import CommandParser, begin
+
+
+def argument_parser() -> CommandParser:
+    parser = CommandParser(text=__doc__)
+    add = parser.add_argument
+    add("--input", required=True, metavar="FOLDER|URL", help="where the images are")
+    add("--output", required=True, metavar="FOLDER|URL", help="for Parquet files; new or empty")
+    add("--vocabulary", required=True, metavar="NAMES", help="coco|lvis|..., or names with commas")
+    add("--model", default="mini", metavar="NAME|FILE|FOLDER", help="by default mini")
+    add("--actors", type=int, default=1, help="models at work at once")
+    add("--gpus-per-actor", type=float, default=0.0, help="0.25 lets four share a GPU")
+    add("--batch-size", type=int, default=8, help="images at a time")
+    return parser
+
+
+if __name__ == "__main__":
+    begin(argument_parser())
+
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -139,22 +156,6 @@ def read(path: str, content: bytes | None) -> np.ndarray:
             raise ImageReadError(str(error).replace(file.name, path)) from error
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--input", required=True, help="a folder, or a URL of one")
-    parser.add_argument("--output", required=True, help="the folder for Parquet files, or a URL")
-    parser.add_argument(
-        "--vocabulary", required=True, help="names with commas, or one of a dataset"
-    )
-    parser.add_argument("--model", default="mini", help="a name, a config or a folder")
-    parser.add_argument("--actors", type=int, default=1, help="models at work at once")
-    parser.add_argument("--gpus-per-actor", type=float, default=0.0, help="0.25: four on a GPU")
-    parser.add_argument("--batch-size", type=int, default=8, help="images at a time")
-    return parser
-
-
 def main() -> None:
     args = argument_parser().parse_args()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -172,7 +173,8 @@ def main() -> None:
         compute=ray.data.ActorPoolStrategy(size=args.actors),
         num_gpus=args.gpus_per_actor,
     )
-    named.write_parquet(args.output)
+    # Run twice, the default would add all rows again.
+    named.write_parquet(args.output, mode=ray.data.SaveMode.CREATE)
 
 
 if __name__ == "__main__":
