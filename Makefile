@@ -14,7 +14,7 @@ PY = $(VENV)/bin/python
 READY = $(VENV)/.regionspot_d2-ready
 PIP_INSTALL = $(PY) -m pip --disable-pip-version-check install
 WITH_CONSTRAINTS = $(addprefix --constraint ,$(CONSTRAINTS))
-SOURCES = $(wildcard *.py datasets/*.py) regionspot_d2 demo tests tools
+SOURCES = $(wildcard *.py datasets/*.py) regionspot_d2 demo integrations tests tools
 DEMO = $(PY) demo/demo.py --input $$($(PY) demo/photos.py) --proposals demo/boxes.json \
 	--vocabulary lvis --output output/demo
 

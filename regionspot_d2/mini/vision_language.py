@@ -106,7 +106,6 @@ class MiniVisionLanguage(VisionLanguageModel):
             "side": _SIDE,
         }
 
-    @torch.no_grad()
     def forward(self, images: list[Tensor]) -> Tensor:
         rows, columns = self.grid_size
         if not images:

@@ -27,6 +27,8 @@ class EncodedImages:
         precision: what the frozen models run in, whatever the context; None leaves that to the
             context. What they find is float32.
         head_precision: the same for the region head.
+        differentiable: whether gradients go through the vision-language model to the images. The
+            localizer's mask tokens are constants all the same.
     """
 
     images: tuple[Tensor, ...]
@@ -34,6 +36,7 @@ class EncodedImages:
     localizer: Localizer = field(repr=False)
     precision: torch.dtype | None = torch.float32
     head_precision: torch.dtype | None = torch.float32
+    differentiable: bool = False
     # Per image the tokens of views that were asked for; each question puts a new dict here, for
     # other threads may be reading the old one.
     _views: dict[int, dict[View, Tensor]] = field(default_factory=dict, repr=False)
@@ -50,8 +53,7 @@ class EncodedImages:
     @cached_property
     def image_tokens(self) -> Tensor:
         """(B, L, W), what the vision-language model knows of the whole images."""
-        with torch.no_grad(), self.frozen_context():
-            return self.vision_language(list(self.images)).float()
+        return self._see(self.images)
 
     @cached_property
     def embeddings(self) -> list[Embedding]:
@@ -81,7 +83,12 @@ class EncodedImages:
             )
         return tokens.float(), None if logits is None else logits.float()
 
-    @torch.no_grad()
+    def _see(self, images: Sequence[Tensor]) -> Tensor:
+        """Runs the vision-language model: (B, L, W)."""
+        with_gradients = self.differentiable and torch.is_grad_enabled()
+        with torch.set_grad_enabled(with_gradients), self.frozen_context():
+            return self.vision_language(list(images)).float()
+
     def view_tokens(self, i: int, views: Sequence[View]) -> list[Tensor]:
         """What the vision-language model knows of views of image ``i``: (L, W) each.
 
@@ -93,7 +100,6 @@ class EncodedImages:
         for start in range(0, len(new), VIEW_BATCH):
             batch = new[start : start + VIEW_BATCH]
             crops = [crop(self.images[i], view) for view in batch]
-            with self.frozen_context():
-                found.update(zip(batch, self.vision_language(crops).float()))
+            found.update(zip(batch, self._see(crops)))
         self._views[i] = found
         return [found[view] for view in views]

@@ -41,8 +41,7 @@ class RegionSpot(nn.Module):
     A frozen localizer turns regions into mask tokens, a frozen vision-language model images into
     tokens and class names into vectors; the region head, the only trained part, joins them.
 
-    Every use takes the same three steps: :meth:`encode` images, :meth:`answer` a question about
-    their regions, :meth:`name` the answers in a vocabulary.
+    Every use takes three steps: :meth:`encode` images, :meth:`answer` a question, :meth:`name` it.
     """
 
     @configurable
@@ -216,15 +215,16 @@ class RegionSpot(nn.Module):
             results.append({"instances": found} if do_postprocess else found)
         return results
 
-    def encode(self, images: Sequence[Tensor]) -> EncodedImages:
+    def encode(self, images: Sequence[Tensor], *, differentiable: bool = False) -> EncodedImages:
         """Prepares images for questions; each frozen encoder runs when it is first needed.
 
         Args:
             images: RGB, 0..255, each (3, H, W) of its own size, on the model's device.
+            differentiable: see :class:`EncodedImages`.
         """
         parts = self.vision_language, self.localizer
-        frozen, head = precisions(self.precision, parts[0].logit_scale, training=self.training)
-        return EncodedImages(tuple(images), *parts, precision=frozen, head_precision=head)
+        dtypes = precisions(self.precision, parts[0].logit_scale, training=self.training)
+        return EncodedImages(tuple(images), *parts, *dtypes, differentiable)
 
     def answer(
         self,
