@@ -68,6 +68,7 @@ def dataset_names() -> list[str]:
     coco_and_lvis = [
         "coco_2017_train",
         "coco_2017_val",
+        "tinycoco",
         "lvis_v1_train",
         "lvis_v1_train_base",
         "lvis_v1_val",
@@ -162,7 +163,7 @@ def main() -> None:
     cfg = load_config(args.config_file, args.opts, training=False, testing=False)
 
     own = [entry[0] for entry in cfg.DATASETS.COCO_FORMAT]
-    names = args.dataset or own + dataset_names()
+    names = args.dataset or list(dict.fromkeys(own + dataset_names()))
     unknown = [name for name in names if name not in DatasetCatalog]
     if unknown:
         parser.error(f"not registered: {', '.join(unknown)}")

@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from ...files import cache_dir, private_folder, sha256_of_file, write_atomically
+from ...files import cache_dir, data_root, private_folder, sha256_of_file, write_atomically
 from ...safe_loading import json_encoding
 from .validation import read_annotations
 
@@ -84,6 +85,15 @@ class CheckedFile(NamedTuple):
     unfederated: Any
 
 
+def how_to_get(dataset: str) -> str:
+    """What to do for a dataset whose files are not there."""
+    if made_by := MetadataCatalog.get(dataset).get("made_by"):
+        how = f"python {made_by} makes them"
+    else:
+        how = "datasets/README.md says what to download"
+    return f"{how}. The folder of all datasets, DETECTRON2_DATASETS, is '{data_root()}'."
+
+
 def checked_file(
     dataset: str,
     json_file: str,
@@ -102,8 +112,8 @@ def checked_file(
     """
     if not PathManager.isfile(json_file):
         raise FileNotFoundError(
-            f"The annotations of dataset '{dataset}' are missing: {json_file}. datasets/README.md "
-            "says what to download; set DETECTRON2_DATASETS to the folder of all datasets."
+            f"The annotations of dataset '{dataset}' are missing: {json_file}. "
+            f"{how_to_get(dataset)}"
         )
     local_file = os.path.realpath(PathManager.get_local_path(json_file))
     state = os.stat(local_file)
