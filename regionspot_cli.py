@@ -177,9 +177,10 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--proposals",
-        metavar="FILE|sam",
-        help='json {"file name": {"boxes": [[x0, y0, x1, y1], ...], "scores": [...]}}, or "sam": '
-        "the masks that the localizer finds under a grid of points",
+        metavar="FILE|FOLDER|sam",
+        help='json {"file name": {"boxes": [[x0, y0, x1, y1], ...], "scores": [...]}}, COCO json, '
+        'csv, or a folder of YOLO labels; or "sam": the masks that the localizer finds under a grid '
+        "of points",
     )
     add(
         "--detector-config",

@@ -29,6 +29,7 @@ from .arguments import settings
 from .formats import FORMATS, check_formats, write_formats
 from .inputs import find_inputs, read_vocabulary, tell
 from .names import OutputFolder, one_line, printable
+from .region_formats import label_files
 from .results import OtherResults, table, to_coco
 from .run import Run, write_line
 from .sources import choose_source
@@ -60,6 +61,8 @@ def output_folder(args: argparse.Namespace, paths: Sequence[Path]) -> OutputFold
     given = [args.config_file, args.proposals, args.compare, args.vocabulary]
     given += [args.detector_config, args.detector_weights]
     given += [word.strip().removeprefix("@") for word in args.vocabulary.split(",")]
+    if args.proposals and Path(args.proposals).is_dir():
+        given += map(str, label_files(args.proposals))
     output = Path(args.output)
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -107,7 +107,7 @@ class Run:
 
     def name_regions(self, file_name: str, image: np.ndarray) -> tuple[Entry, np.ndarray | None]:
         """The names of an image's regions, and with --attention (R, rows, columns) maps."""
-        regions = self.source(Path(file_name).name, image)
+        regions = self.source(file_name, image)
         self.predictor.set_image(image)
         if isinstance(regions, Search):
             limit = _MAX_MASKS if regions.by_masks else _MAX_GROUPED
