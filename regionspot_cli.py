@@ -113,7 +113,7 @@ def name_parser(program: str | None = None) -> CommandParser:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="photos, videos, globs, or folders of photos",
+        help="photos, videos, globs, or folders of photos, with the folders in them",
     )
     _add_outputs(parser)
     _add_sources(parser)

@@ -27,7 +27,7 @@ from ..pretrained import check_device
 from ..stopping import INTERRUPTED, stoppable
 from .arguments import settings
 from .formats import FORMATS, check_formats, write_formats
-from .inputs import find_inputs, read_vocabulary, tell
+from .inputs import find_inputs, input_folders, read_vocabulary, tell
 from .names import OutputFolder, one_line, printable
 from .region_formats import label_files
 from .results import OtherResults, table, to_coco
@@ -68,7 +68,7 @@ def output_folder(args: argparse.Namespace, paths: Sequence[Path]) -> OutputFold
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SystemExit(f"error: --output: a folder is expected: {error}") from error
-    folder = OutputFolder(output, [*paths, *filter(None, given)])
+    folder = OutputFolder(output, [*paths, *filter(None, given)], input_folders(args.input))
     for name in ("results.json", "results.jsonl", *(FORMATS[each] for each in args.format)):
         if folder.is_input(output / name):
             raise SystemExit(
@@ -120,7 +120,7 @@ def name_all(
     """
     outcomes: Counter[str] = Counter()
     # Before any of them is read, so that a run that goes on finds the same names.
-    jobs = [(path, folder.claim(path.name, *_endings(path, run.args))) for path in paths]
+    jobs = [(path, folder.claim_for(path, path.name, *_endings(path, run.args))) for path in paths]
     try:
         for path, pictures in tqdm(jobs, desc="Naming regions", unit="image"):
             before = len(run.entries)
