@@ -179,8 +179,8 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
         "--proposals",
         metavar="FILE|FOLDER|sam",
         help='json {"file name": {"boxes": [[x0, y0, x1, y1], ...], "scores": [...]}}, COCO json, '
-        'csv, or a folder of YOLO labels; or "sam": the masks that the localizer finds under a grid '
-        "of points",
+        'csv, or a folder of YOLO labels; or "sam": the masks that the localizer finds under a '
+        "grid of points",
     )
     add(
         "--detector-config",

@@ -38,6 +38,7 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from tabulate import tabulate
+from tqdm import tqdm
 
 from regionspot_d2.data import ODINW_13, ODINW_35
 from regionspot_d2.data.datasets import AnnotationsError, checked_annotations, source_file
@@ -168,7 +169,8 @@ def main() -> None:
     if unknown:
         parser.error(f"not registered: {', '.join(unknown)}")
     backend, max_pixels = cfg.TEST.EVALUATION_BACKEND, cfg.INPUT.MAX_PIXELS
-    reports = [check_dataset(name, args.sample, backend, max_pixels) for name in names]
+    bar = tqdm(names, desc="Checking", unit="dataset", disable=None)
+    reports = [check_dataset(name, args.sample, backend, max_pixels) for name in bar]
     print(f"Datasets in {data_root()}")
     print(table(reports))
     if args.dataset and any(report.problems for report in reports):

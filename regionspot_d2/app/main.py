@@ -122,7 +122,7 @@ def name_all(
     # Before any of them is read, so that a run that goes on finds the same names.
     jobs = [(path, folder.claim_for(path, path.name, *_endings(path, run.args))) for path in paths]
     try:
-        for path, pictures in tqdm(jobs, desc="Naming regions", unit="image"):
+        for path, pictures in tqdm(jobs, desc="Naming regions", unit="image", disable=None):
             before = len(run.entries)
             try:
                 if path.exists() and not path.is_file() and not path.is_dir():

@@ -85,7 +85,9 @@ class Run:
         """Names the regions of a video's frames and draws them as a video."""
         video = Video(path, self.args.every)
         label = printable(path.name)
-        frames = tqdm(video, desc=label, unit="frame", total=video.expected_frames, leave=False)
+        frames = tqdm(
+            video, desc=label, unit="frame", total=video.expected_frames, leave=False, disable=None
+        )
         with video_writer(pictures[0], video.fps) if pictures else nullcontext() as write:
             for number, image in frames:
                 name = f"{path}#{number}"

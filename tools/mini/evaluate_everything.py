@@ -58,7 +58,8 @@ def main() -> None:
     cfg = load_config(args.config_file, training=False)
     names = MetadataCatalog.get("to_evaluate").thing_classes
     predictor = RegionSpotPredictor(cfg, vocabulary=names)
-    rows = [hits(predictor, record) for record in tqdm(records) if record["annotations"]]
+    bar = tqdm(records, desc="Finding regions", unit="image", disable=None)
+    rows = [hits(predictor, record) for record in bar if record["annotations"]]
     match, areas = (torch.cat(column) for column in zip(*rows))
     large = areas > LARGE
     recall, of_large = (100 * m.float().mean(0) for m in (match, match[large]))

@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from head_settings import Settings, add_settings, settings_of
 
@@ -54,6 +56,7 @@ from detectron2.structures import Boxes
 from pycocotools.coco import COCO
 from safetensors.torch import save
 from torch import Tensor
+from tqdm import tqdm
 
 from regionspot_d2 import add_regionspot_config
 from regionspot_d2.data.datasets.validation import read_annotations
@@ -66,6 +69,7 @@ from regionspot_d2.modeling import RegionSpot
 from regionspot_d2.modeling.views import ViewFinder, Zoom, boxes_in_view
 
 CONFIG = Path(__file__).parents[2] / "configs/mini/regionspot_mini.yaml"
+T = TypeVar("T")
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png")
 # EfficientNet-Lite2's native input size.
 CROP_SIDE = 260
@@ -126,6 +130,11 @@ def unlabeled_photos(folders: list[Path]) -> list[Photo]:
         for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in PHOTO_SUFFIXES):
             unique.setdefault(sha256_of_file(path), path)
     return [Photo(unique[key], torch.zeros(0, 4), []) for key in sorted(unique)]
+
+
+def progress(items: Iterable[T], label: str, unit: str = "photo") -> Iterable[T]:
+    """The items, with a bar on a terminal."""
+    return tqdm(items, desc=label, unit=unit, disable=None)
 
 
 def check_names(model: RegionSpot, photos: list[Photo]) -> None:
@@ -254,9 +263,8 @@ def main() -> None:
     check_names(model, photos)
     crop_classifier = CropClassifier(model)
     prepared = []
-    for i, photo in enumerate(photos):
+    for photo in progress(photos, "Preparing photos"):
         prepared.append(prepare(model, photo, crop_classifier, settings))
-        print(f"{i + 1}/{len(photos)} {photo.path.name}", flush=True)
     fit(model, photos, prepared, settings)
     head = {name: part.half().contiguous() for name, part in model.region_head.state_dict().items()}
     with write_atomically(args.output) as file:
