@@ -23,7 +23,7 @@ IS_NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 10))
 TORCH_WORKS = import torch, torchvision; \
 	torchvision.ops.nms(torch.rand(1, 4), torch.rand(1), 0.5)
 
-.PHONY: help setup demo train test lint clean
+.PHONY: help setup demo web train test lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -33,6 +33,9 @@ setup: $(READY)  ## set up the virtual environment, about 4 minutes and 6 GB the
 
 demo: $(READY)  ## name regions of real photos, into output/demo
 	$(DEMO)
+
+web: $(READY)  ## serve a web page on which regions are drawn and named, until Ctrl-C
+	$(PY) -m regionspot_cli web
 
 train: $(READY)  ## train a head on the photos of the demo, into output/mini/train_demo_quick
 	$(PY) demo/train_set.py --output output/demo_photos
@@ -67,7 +70,7 @@ $(READY): setup.py Makefile $(wildcard tools/setup/*)
 	$(PY) -c "import cv2" 2>/dev/null \
 		|| $(PIP_INSTALL) -q $(WITH_CONSTRAINTS) opencv-python-headless
 	$(PIP_INSTALL) -q $(WITH_CONSTRAINTS) --no-build-isolation --editable ".[all]"
-	@# lvis, a reference for the tests, would install a second OpenCV.
-	$(PIP_INSTALL) -q $(WITH_CONSTRAINTS) --no-deps lvis==0.5.3
+	@# lvis, a reference for the tests, and trackers would install a second OpenCV.
+	$(PIP_INSTALL) -q $(WITH_CONSTRAINTS) --no-deps lvis==0.5.3 trackers==2.6.1
 	$(PY) tools/setup/install_detectron2.py $(WITH_CONSTRAINTS)
 	touch $@

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 _COMMANDS = {
     "name": "name regions of photos and videos: regionspot name --input photo.jpg",
+    "web": "serve a web page on which regions are drawn and named",
     "models": "list the models by name, for --config-file and from_pretrained",
 }
 _NAME_EXAMPLES = """examples:
@@ -101,13 +102,7 @@ def name_parser(program: str | None = None) -> CommandParser:
         program, description="Names regions of photos and videos.", epilog=_NAME_EXAMPLES
     )
     add = parser.add_argument
-    add(
-        "--config-file",
-        default="mini",
-        metavar="FILE|NAME",
-        help="model to use: a config, or a name that 'regionspot models' lists; by default mini, "
-        "the small one that needs no download from a model hub",
-    )
+    _add_model(parser)
     add(
         "--input",
         nargs="+",
@@ -139,9 +134,25 @@ def name_parser(program: str | None = None) -> CommandParser:
     )
     add("--compare", metavar="RESULTS.json", help="draw the results of another run on the left")
     add("--every", type=int, default=1, metavar="N", help="name only every N-th frame of a video")
+    add(
+        "--track",
+        action="store_true",
+        help="follow the boxes of --proposals or a detector through a video; what is one thing has "
+        "one name and one track_id",
+    )
     add("--resume", action="store_true", help="continue a run that was stopped in --output")
     add("--opts", nargs=argparse.REMAINDER, default=[], help="config changes: KEY VALUE ...")
     return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config-file",
+        default="mini",
+        metavar="FILE|NAME",
+        help="model to use: a config, or a name that 'regionspot models' lists; by default mini, "
+        "the small one that needs no download from a model hub",
+    )
 
 
 def _add_outputs(parser: argparse.ArgumentParser) -> None:
@@ -183,12 +194,17 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
         "grid of points",
     )
     add(
-        "--detector-config",
-        metavar="FILE|NAME",
-        help="a Detectron2 detector: its config, or its name in the model zoo "
-        "(COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml)",
+        "--detector",
+        metavar="SOURCE",
+        help="hf:ID, a zero-shot detector on the Hugging Face hub or in a folder, which looks for "
+        "the names of --vocabulary (hf:IDEA-Research/grounding-dino-tiny); torchvision:NAME "
+        "(torchvision:fasterrcnn_resnet50_fpn_v2); or detectron2:FILE|NAME, a config or a name in "
+        "the model zoo (detectron2:COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml)",
     )
-    add("--detector-weights", metavar="FILE|URL", help="by default the zoo's, for a name in it")
+    add(
+        "--detector-config", metavar="FILE|NAME", help="the same as --detector detectron2:FILE|NAME"
+    )
+    add("--detector-weights", metavar="FILE|URL", help="by default the published ones")
 
 
 def parse_name(arguments: Iterable[str], program: str | None = None) -> argparse.Namespace:
@@ -204,13 +220,16 @@ def parse_name(arguments: Iterable[str], program: str | None = None) -> argparse
     parser = name_parser(program)
     # argparse takes "-5,10,20,30" for an option; a leading space avoids that, and float() skips it.
     args = parser.parse_args([re.sub(r"^(-[\d.]+,)", r" \1", text) for text in arguments])
-    sources = [args.boxes or args.points, args.proposals, args.detector_config]
+    sources = [args.boxes or args.points, args.proposals, args.detector, args.detector_config]
     if sum(bool(source) for source in sources) > 1:
         parser.error(
-            "regions come from one source: --boxes and --points, --proposals, or --detector-config"
+            "regions come from one source: --boxes and --points, --proposals, --detector, or "
+            "--detector-config"
         )
-    if args.detector_weights and not args.detector_config:
-        parser.error("--detector-weights needs --detector-config")
+    if args.track and (not any(sources[1:]) or args.proposals == "sam"):
+        parser.error("--track follows boxes that --proposals FILE or a detector has of each frame")
+    if args.detector_weights and not (args.detector or args.detector_config):
+        parser.error("--detector-weights needs --detector")
     for option, value in [("every", args.every), ("topk", args.topk)]:
         if value < 1:
             parser.error(f"--{option} {value}: 1 or more is expected")
@@ -246,6 +265,56 @@ def name(arguments: Sequence[str], program: str = "regionspot name") -> int:
     return name_regions(arguments, program=program)
 
 
+def web_parser(program: str | None = "regionspot web") -> CommandParser:
+    """The parser of ``regionspot web``."""
+    parser = CommandParser(
+        program,
+        description="Serves a web page on which regions of photos are drawn and named.",
+        epilog="example:\n  regionspot web --port 8000",
+    )
+    add = parser.add_argument
+    _add_model(parser)
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="what to listen on; by default only this machine, 0.0.0.0 lets others in",
+    )
+    add("--port", type=int, help="by default the first free one from 7860 on")
+    add(
+        "--max-upload",
+        type=int,
+        default=20,
+        metavar="MB",
+        help="the largest file that is taken, by default 20",
+    )
+    add("--opts", nargs=argparse.REMAINDER, default=[], help="config changes: KEY VALUE ...")
+    return parser
+
+
+def parse_web(arguments: Iterable[str]) -> argparse.Namespace:
+    """The command line of ``regionspot web``, checked; raises as :func:`parse_name` does."""
+    parser = web_parser()
+    args = parser.parse_args(list(arguments))
+    if args.max_upload < 1:
+        parser.error(f"--max-upload {args.max_upload}: 1 or more is expected")
+    if args.port is not None and not 1 <= args.port <= 65535:
+        parser.error(f"--port {args.port}: 1..65535 is expected")
+    args.config_file = os.path.expanduser(args.config_file)
+    return args
+
+
+def web(arguments: Sequence[str]) -> int:
+    """Runs ``regionspot web``; returns the exit status."""
+    parse_web(arguments)  # before imports of seconds
+    try:
+        from regionspot_d2.app.web.main import main as serve
+    except ModuleNotFoundError as error:
+        if error.name not in ("gradio", "gradio_image_annotation"):
+            raise
+        sys.exit(f"error: the package {error.name} is missing: pip install regionspot_d2[web]")
+    return serve(arguments)
+
+
 def _models(arguments: Sequence[str]) -> int:
     CommandParser(
         "regionspot models",
@@ -265,10 +334,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = "\n".join(f"  {command:<10}{what}" for command, what in _COMMANDS.items())
     parser = CommandParser(
         "regionspot",
+        usage="regionspot COMMAND ...",
         description="Names any region of an image with any words.",
         epilog=f"commands:\n{commands}\n\nregionspot COMMAND --help lists the options of each.",
     )
-    parser.add_argument("command", choices=list(_COMMANDS), metavar="COMMAND")
+    parser.add_argument(
+        "command", choices=list(_COMMANDS), metavar="COMMAND", help=argparse.SUPPRESS
+    )
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments:
@@ -276,7 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     args = parser.parse_args(arguments)
     silence_foreign_warnings()
-    run = {"name": name, "models": _models}[args.command]
+    run = {"name": name, "web": web, "models": _models}[args.command]
     try:
         return run(args.arguments)
     except ModuleNotFoundError as error:

@@ -53,14 +53,22 @@ EXTRAS = {
         "hypothesis",
         "isort",
         "mypy",
+        "playwright",
         "pytest",
         "pytest-xdist",
         "ruff",
         "supervision",
     ],
+    # names and tags of open_clip's models; the tokenizers of SigLIP and MetaCLIP 2
+    "hub": ["huggingface_hub", "sentencepiece", "transformers>=5"],
+    "notebook": ["ipykernel", "matplotlib", "nbclient", "nbformat", "scikit-image"],
     "onnx": ["onnx", "onnxruntime", "onnxscript"],
     "slurm": ["submitit"],
+    # For trackers, which would install a second OpenCV: pip install --no-deps trackers
+    "track": ["pydeprecate", "requests", "rich", "scipy", "supervision"],
     "transformers": ["transformers>=5"],  # SAM-HQ, SAM 2, EdgeTAM, SAM 3; tokenizers of SigLIP
+    "web": ["gradio>=6.14,<7", "gradio_image_annotation", "scikit-image"],
+    "video": ["av>=12"],  # videos in H.264, which browsers play
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 

@@ -43,9 +43,11 @@ def _add_frozen_models(cfg: CN) -> None:
     # The frozen model of images and text: a name in VISION_LANGUAGE_REGISTRY.
     cfg.MODEL.VISION_LANGUAGE = CN()
     cfg.MODEL.VISION_LANGUAGE.NAME = "OpenClip"
-    # Architecture, as open_clip (or, for OpenAIClip, the clip package) names it.
+    # Architecture, as open_clip (or, for OpenAIClip, the clip package) names it. For OpenClip also
+    # "hf-hub:owner/name" on the Hugging Face hub, or "local-dir:folder" with the same files.
     cfg.MODEL.VISION_LANGUAGE.ARCH = "ViT-L-14-quickgelu"
-    # A file or a URL; empty means random weights, for tests only.
+    # A file, a URL, or a tag of open_clip's for this architecture, such as laion2b_s32b_b82k. Empty
+    # means random weights, for tests only, or those that come with hf-hub: and local-dir:.
     cfg.MODEL.VISION_LANGUAGE.WEIGHTS = (
         "https://openaipublic.azureedge.net/clip/models/"
         "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt"

@@ -12,7 +12,7 @@ import textwrap
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -169,8 +169,7 @@ def explained_weights(path: str | os.PathLike[str], what: str) -> Iterator[None]
 def local_weights(value: str, config_key: str) -> Path | None:
     """Makes sure that a pretrained model's weights are on this machine.
 
-    In a distributed run every process must call it. One process of each machine downloads while the
-    others wait, and if one fails, all raise.
+    In a distributed run every process must call it; see :func:`once_per_machine`.
 
     Args:
         value: a file, an ``http(s)``/``ftp`` URL, a path that Detectron2's ``PathManager`` can
@@ -187,15 +186,24 @@ def local_weights(value: str, config_key: str) -> Path | None:
     if not value:
         logger.warning("%s is empty: this model has random weights and knows nothing.", config_key)
         return None
+    once_per_machine(lambda: _fetch(value, config_key))
+    return _local_path(value)
+
+
+def once_per_machine(fetch: Callable[[], object]) -> None:
+    """Lets one process of each machine fetch something while the others wait.
+
+    Raises:
+        WeightsNotFoundError: in all processes of all machines, if one ``fetch`` raised it.
+    """
     failure = None
     if comm.get_local_rank() == 0:
         try:
-            _fetch(value, config_key)
+            fetch()
         except WeightsNotFoundError as error:
             failure = str(error)
     if failures := [each for each in comm.all_gather(failure) if each]:
         raise WeightsNotFoundError(failures[0])
-    return _local_path(value)
 
 
 def _scheme(value: str) -> str:

@@ -21,6 +21,7 @@ from .modeling.questions import as_count, as_prompts, box_batches
 from .modeling.regionspot import RegionSpot
 from .modeling.vocabulary import check_names
 from .pretrained import read_pretrained, write_pretrained
+from .renaming import rename_detections
 
 
 class RegionSpotPredictor:
@@ -44,8 +45,7 @@ class RegionSpotPredictor:
             model: a model; or a config, from which it is built and its weights are loaded.
             vocabulary: class names for questions that bring none.
         """
-        # Of image files; see INPUT.MAX_PIXELS.
-        self.max_pixels: int = MAX_PIXELS
+        self.max_pixels: int = MAX_PIXELS  # of image files; see INPUT.MAX_PIXELS
         self._cfg: CfgNode | None = None
         if isinstance(model, CfgNode):
             self._cfg, model = model.clone(), build_regionspot(model)
@@ -65,16 +65,17 @@ class RegionSpotPredictor:
         source: str | os.PathLike[str],
         *,
         device: str | torch.device | None = None,
+        precision: str | None = None,
         vocabulary: Sequence[str] | None = None,
         zoom: float | None = None,
     ) -> RegionSpotPredictor:
-        """Builds a predictor from a name such as "mini", a config, or a folder.
+        """Builds a predictor from a name such as "mini", a config, a folder, or an id on the hub.
 
         Args:
-            source, device, zoom: as for :func:`~regionspot_d2.pretrained.read_pretrained`.
+            source, device, precision, zoom: see :func:`~regionspot_d2.pretrained.read_pretrained`.
             vocabulary: class names for questions that bring none; by default the folder's.
         """
-        cfg, names = read_pretrained(source, device=device, zoom=zoom)
+        cfg, names = read_pretrained(source, device=device, precision=precision, zoom=zoom)
         return cls(cfg, vocabulary=names if vocabulary is None else vocabulary)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -283,11 +284,9 @@ class RegionSpotPredictor:
             Per image what :meth:`predict` returns.
 
         Raises:
-            ValueError: as :meth:`predict`, with the number of the image; or there are not as many
-                boxes as images.
+            ValueError: as :meth:`predict`, with the image's number; or both differ in number.
         """
         topk = as_count(topk, "topk", "name per region")
-        batch_size = as_count(batch_size, "batch_size", "image")
         names = self._names(vocabulary)
         results: list[Instances] = []
         read = partial(self._pixels, channels=channels)
@@ -298,6 +297,8 @@ class RegionSpotPredictor:
             results += [self.model.name(answer, names, topk=topk) for answer in answers]
         self.vocabulary = names
         return results
+
+    rename = rename_detections
 
     def _names(self, vocabulary: Sequence[str] | None) -> list[str]:
         """The class names of a question, checked and embedded, but not yet set."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,14 +17,19 @@ from safetensors.torch import save
 from .config import add_regionspot_config
 from .engine.config import explained, load_config
 from .files import WeightsNotFoundError, write_atomically
+from .hub import hub_snapshot, is_hub_id
 from .model_zoo import MODELS, get_config_file
 from .modeling.interfaces import RegionHead
 from .safe_loading import read_json, read_yaml
 
+logger = logging.getLogger(__name__)
+
 _CONFIG, _HEAD, _VOCABULARY = "config.yaml", "head.safetensors", "vocabulary.json"
+# Of a repository on the hub; the last two are frozen weights that somebody put beside the rest.
+_OF_A_REPOSITORY = (_CONFIG, _HEAD, _VOCABULARY, "*.pth", "*.pt")
 # What a model is made of. Other sections are about training, evaluation and this machine.
 _SECTIONS = ("MODEL", "INPUT", "TEST")
-_OF_THIS_MACHINE = (("MODEL", "DEVICE"), ("INPUT", "TOKEN_CACHE"))
+_OF_THIS_MACHINE = (("MODEL", "DEVICE"), ("INPUT", "TOKEN_CACHE"), ("INPUT", "MAX_PIXELS"))
 _FROZEN = ("LOCALIZER", "VISION_LANGUAGE")
 
 
@@ -31,14 +37,21 @@ def read_pretrained(
     source: str | os.PathLike[str],
     *,
     device: str | torch.device | None = None,
+    precision: str | None = None,
     zoom: float | None = None,
 ) -> tuple[CfgNode, list[str] | None]:
-    """Reads what a predictor is built from. Nothing in a folder can run code.
+    """Reads what a predictor is built from.
+
+    A folder may be anybody's: nothing in it can run code, and it cannot raise the limit for image
+    files (``INPUT.MAX_PIXELS``).
 
     Args:
         source: a name of :mod:`~regionspot_d2.model_zoo`, which goes before a folder of that name;
-            a config file; or a folder that :func:`write_pretrained` wrote.
+            a config file; a folder that :func:`write_pretrained` wrote; or "owner/name", a
+            repository with the files of such a folder on the Hugging Face hub.
         device: where the model runs; None for the config's, by default the GPU if there is one.
+        precision: "float32", "bfloat16", "float16" or "auto", of the frozen models; None for the
+            config's.
         zoom: see :meth:`RegionSpot.answer`; None for the config's.
 
     Returns:
@@ -47,29 +60,58 @@ def read_pretrained(
     Raises:
         ValueError: there is no such model, the folder is not as it is written, or the device cannot
             be used.
-        OSError: a file is missing.
+        OSError: a file is missing, or cannot be downloaded.
     """
     opts, names, path = [], None, os.path.expanduser(os.fspath(source))
-    if path not in MODELS and os.path.isdir(path):
-        folder, path = Path(path).absolute(), os.path.join(path, _CONFIG)
+    folder, path = _place(path)
+    if folder is not None:
         opts += _weights_in(folder)
         names = _names_in(folder / _VOCABULARY)
-    elif path in MODELS or not os.path.exists(path):
-        path = _named(path)
-    if device is not None:
-        opts += ["MODEL.DEVICE", str(device)]
-    if zoom is not None:
-        opts += ["MODEL.ZOOM", str(zoom)]
+    keywords = {"DEVICE": device, "PRECISION": precision, "ZOOM": zoom}
+    for key, value in keywords.items():
+        if value is not None:
+            opts += [f"MODEL.{key}", str(value)]
     cfg = load_config(path, opts, training=False, testing=False)
     check_device(cfg.MODEL.DEVICE)
-    return cfg, names
+    return cfg if folder is None else _within_limits(cfg, path), names
 
 
-def _named(name: str) -> str:
+def _place(source: str) -> tuple[Path | None, str]:
+    """The folder that is meant, from the hub if it is not here, or None; and the config."""
+    if source not in MODELS and os.path.exists(source):
+        folder = Path(source).absolute() if os.path.isdir(source) else None
+        return folder, source if folder is None else str(folder / _CONFIG)
     try:
-        return get_config_file(name)
+        return None, get_config_file(source)
     except ValueError as error:
-        raise ValueError(f"{error} A config file or a folder of that name is not there.") from None
+        if not is_hub_id(source):
+            message = f"{error} A config file or a folder of that name is not there."
+            raise ValueError(message) from None
+    folder = hub_snapshot(source, _OF_A_REPOSITORY, "from_pretrained")
+    return folder, str(folder / _CONFIG)
+
+
+def _within_limits(cfg: CfgNode, path: str) -> CfgNode:
+    """A folder's config with the limits of this machine, which only its user may raise."""
+    limit = _defaults().INPUT.MAX_PIXELS
+    if cfg.INPUT.MAX_PIXELS <= limit:
+        return cfg
+    logger.warning(
+        "INPUT.MAX_PIXELS %s in '%s' is ignored: the limit for image files stays %s. Set "
+        "predictor.max_pixels to raise it.",
+        *(f"{cfg.INPUT.MAX_PIXELS:,}", path, f"{limit:,}"),
+    )
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.INPUT.MAX_PIXELS = limit
+    cfg.freeze()
+    return cfg
+
+
+def _defaults() -> CfgNode:
+    defaults = get_cfg()
+    add_regionspot_config(defaults)
+    return defaults
 
 
 def check_device(device: str) -> None:
@@ -172,9 +214,7 @@ def write_pretrained(
             json.dump(list(vocabulary), file, ensure_ascii=False, indent=1)
     else:
         (folder / _VOCABULARY).unlink(missing_ok=True)
-    defaults = get_cfg()
-    add_regionspot_config(defaults)
-    found = _differences(cfg, defaults)
+    found = _differences(cfg, _defaults())
     content = {key: found[key] for key in _SECTIONS if key in found}
     for section, key in _OF_THIS_MACHINE:
         content.get(section, {}).pop(key, None)

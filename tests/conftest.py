@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -34,3 +34,19 @@ def vocabularies(tiny_models: None, empty_cache: Path) -> Iterator[None]:
     yield
     for name in tiny.WORDS:
         MetadataCatalog.remove(name)
+
+
+@pytest.fixture
+def hub(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Gives the folder of a repository's files in the cache of the hub, without a net."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def snapshot(name: str) -> Path:
+        root = empty_cache / "hub" / f"models--{name.replace('/', '--')}"
+        (root / "refs").mkdir(parents=True, exist_ok=True)
+        (root / "refs" / "main").write_text("0" * 40)
+        (root / "snapshots" / ("0" * 40)).mkdir(parents=True, exist_ok=True)
+        return root / "snapshots" / ("0" * 40)
+
+    return snapshot

@@ -78,6 +78,11 @@ def test_help_needs_no_torch_and_has_an_example(script: Path, tmp_path: Path) ->
         ("tools/check_datasets.py", ["--no-such-option"], "unrecognized arguments"),
         ("tools/benchmarks/training.py", [], "the following arguments are required: command"),
         ("regionspot_cli.py", ["nmae"], "argument COMMAND: invalid choice: 'nmae'"),
+        (
+            "regionspot_cli.py",
+            ["web", "--max-upload", "0"],
+            "--max-upload 0: 1 or more is expected",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(

@@ -332,7 +332,7 @@ def test_a_missing_font_is_told_once(capsys):
 
 
 def test_a_picture_that_cannot_be_drawn_loses_no_result(demo, tmp_path, monkeypatch, capsys):
-    def broken(*arguments: object) -> None:
+    def broken(*arguments: object, **options: object) -> None:
         raise RuntimeError("no such glyph")
 
     monkeypatch.setattr("regionspot_d2.app.run.draw_regions", broken)

@@ -37,12 +37,18 @@ DISTRIBUTIONS = {
 }
 # Imported only where needed, with an error that names what to install.
 OPTIONAL_MODULES = {
+    "av",
+    "gradio",
+    "gradio_image_annotation",
+    "huggingface_hub",
     "lvis",
     "mobile_sam",
     "onnx",
     "onnxruntime",
     "onnxscript",
+    "starlette",  # what Gradio stands on
     "supervision",
+    "trackers",
     "transformers",
 }
 
@@ -138,6 +144,8 @@ def test_what_is_installed_has_every_file_of_the_package_and_nothing_else(instal
         (["--help"], 0, "name +name regions of photos"),
         (["nmae"], 2, "invalid choice: 'nmae'"),
         (["models", "--help"], 0, "usage: regionspot models"),
+        (["web", "--help"], 0, "usage: regionspot web"),
+        (["web", "--port", "0"], 2, "error: --port 0: 1..65535 is expected"),
     ],
 )
 def test_help_and_mistakes_need_no_torch(build, installed, arguments, status, output) -> None:
@@ -180,7 +188,8 @@ def test_what_is_installed_names_a_photo_from_an_empty_folder(
 
 
 def test_extras(metadata) -> None:
-    extras = {"all", "demo", "dev", "onnx", "slurm", "transformers"}
+    extras = {"all", "demo", "dev", "hub", "notebook", "onnx", "slurm", "track", "transformers"}
+    extras |= {"video", "web"}
     assert set(metadata.metadata.get_all("Provides-Extra")) == extras
     wanted: dict[str, set[str]] = {extra: set() for extra in extras}
     for requirement in metadata.requires:

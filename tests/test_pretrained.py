@@ -84,6 +84,18 @@ def test_the_mini_model_is_the_same_to_the_bit(tmp_path):
     assert_same(saved, RegionSpotPredictor.from_pretrained(str(tmp_path), device="cpu"))
 
 
+@pytest.mark.slow
+def test_the_papers_model_is_the_same_to_the_bit(tmp_path, empty_cache):
+    cfg = model_zoo.get_config("regionspot_B")
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.LOCALIZER.WEIGHTS = cfg.MODEL.VISION_LANGUAGE.WEIGHTS = ""
+    torch.manual_seed(0)
+    saved = RegionSpotPredictor(cfg, vocabulary=WORDS)
+    saved.save_pretrained(tmp_path)
+    torch.manual_seed(0)  # the frozen models, whose weights come from no file
+    assert_same(saved, RegionSpotPredictor.from_pretrained(tmp_path, device="cpu"))
+
+
 def test_a_head_trained_further_is_what_is_saved(cfg, tmp_path):
     predictor = RegionSpotPredictor(cfg, vocabulary=WORDS)
     with torch.no_grad():
@@ -128,9 +140,51 @@ def test_weights_of_another_machine_are_looked_for_in_the_folder(folder, tmp_pat
 
 def test_keywords_go_before_what_the_folder_says(folder):
     predictor = RegionSpotPredictor.from_pretrained(
-        folder, device=torch.device("cpu"), vocabulary=["cup", "bread"], zoom=0
+        folder,
+        device=torch.device("cpu"),
+        precision="bfloat16",
+        vocabulary=["cup", "bread"],
+        zoom=0,
     )
     assert predictor.vocabulary == ["cup", "bread"] and predictor.model.zoom == 0
+    assert predictor.model.precision == "bfloat16"
+
+
+def set_limit(folder: Path, max_pixels: object) -> None:
+    file = folder / "config.yaml"
+    content = yaml.safe_load(file.read_text())
+    content.setdefault("INPUT", {})["MAX_PIXELS"] = max_pixels
+    file.write_text(yaml.safe_dump(content))
+
+
+def test_a_folder_cannot_raise_the_limit_for_image_files(folder, caplog):
+    limit = model_zoo.get_config("mini").INPUT.MAX_PIXELS
+    set_limit(folder, 10 * limit)
+    predictor = RegionSpotPredictor.from_pretrained(folder)
+    assert predictor.max_pixels == limit
+    assert "INPUT.MAX_PIXELS 1,200,000,000 in '" in caplog.text and "is ignored" in caplog.text
+    set_limit(folder, 1000)
+    assert RegionSpotPredictor.from_pretrained(folder).max_pixels == 1000
+
+
+def test_the_limit_of_this_machine_does_not_travel(cfg, tmp_path):
+    cfg.INPUT.MAX_PIXELS *= 10
+    predictor = RegionSpotPredictor(cfg)
+    assert predictor.max_pixels == cfg.INPUT.MAX_PIXELS  # a config of the user's own
+    predictor.save_pretrained(tmp_path / "saved")
+    assert "MAX_PIXELS" not in (tmp_path / "saved" / "config.yaml").read_text()
+
+
+def test_a_repository_on_the_hub_is_a_folder(folder, hub, caplog):
+    set_limit(folder, 10**9)
+    shutil.copytree(folder, hub("someone/my-regions"), dirs_exist_ok=True)
+    here = RegionSpotPredictor.from_pretrained(folder)
+    caplog.clear()
+    there = RegionSpotPredictor.from_pretrained("someone/my-regions")
+    assert there.vocabulary == WORDS and there.max_pixels < 10**9 and "is ignored" in caplog.text
+    assert_same(here, there)
+    with pytest.raises(WeightsNotFoundError, match="from_pretrained names 'no/such' on the .* hub"):
+        RegionSpotPredictor.from_pretrained("no/such")
 
 
 def test_a_config_file_is_a_model_too(cfg, tmp_path):
@@ -191,6 +245,7 @@ def test_folders_that_are_refused(folder, file, content, message):
         ("mini", {"device": "gpu"}, "MODEL.DEVICE gpu: "),
         ("mini", {"zoom": "near"}, "ZOOM"),
         ("mini", {"zoom": -1}, "ZOOM"),
+        ("mini", {"precision": "half"}, "MODEL.PRECISION is 'half'"),
     ],
 )
 def test_models_that_do_not_exist(source, keywords, message):

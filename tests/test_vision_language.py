@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from regionspot_d2.modeling import VISION_LANGUAGE_REGISTRY, OpenAIClip, OpenClip
 from regionspot_d2.modeling import clip as clip_module
 from regionspot_d2.modeling.clip import ClipModel
+from regionspot_d2.modeling.open_clip_entries import published_settings
 
 from .tiny import OPEN_CLIP_CONFIG, fill_golden, golden, tiny_cfg, tiny_open_clip, tiny_openai_clip
 
@@ -95,6 +96,19 @@ def test_attributes(clip_model):
     assert (clip_model.image_dim, clip_model.text_dim) == (64, 40)
     assert (clip_model.grid_size, clip_model.num_prefix_tokens) == ((4, 4), 1)
     assert clip_model.logit_scale.shape == ()
+
+
+def test_scale_and_bias_give_the_logits_that_siglip_takes_the_sigmoid_of(clip_model):
+    assert clip_model.logit_bias is None
+    siglip = open_clip.CLIP(**OPEN_CLIP_CONFIG, init_logit_bias=-10.0, nonscalar_logit_scale=True)
+    model = open_clip_of(fill_golden(siglip))
+    with torch.no_grad():
+        siglip.logit_bias.fill_(-8.5)
+    images, texts = random_images((64, 64), (40, 50)), ["cat", "dog", "bird"]
+    cosines = F.normalize(model.embed_images(images)) @ F.normalize(model.encode_text(texts)).T
+    wanted, _ = siglip.get_logits(model.preprocess_images(images), model.tokenizer(texts))
+    assert model.logit_bias.shape == ()
+    close(cosines * model.logit_scale.exp() + model.logit_bias, wanted.detach(), 1e-4)
 
 
 def test_projected_cls_token_is_the_image_embedding(clip_model):
@@ -528,7 +542,7 @@ def test_published_sizes(name, arch, width, text_dim, tokens, monkeypatch):
     ],
 )
 def test_what_open_clip_knows_of_weights(tiny_models, arch, source, quick_gelu, mean):
-    found = clip_module.published_settings(arch, source)
+    found = published_settings(arch, source)
     assert found["mean"][0] == mean
     assert found.get("quick_gelu", False) == quick_gelu
 
@@ -547,7 +561,7 @@ def test_what_open_clip_knows_of_weights(tiny_models, arch, source, quick_gelu, 
     ],
 )
 def test_only_openai_weights_are_resized_as_published(tiny_models, arch, source, interpolation):
-    assert clip_module.published_settings(arch, source)["interpolation"] == interpolation
+    assert published_settings(arch, source)["interpolation"] == interpolation
 
 
 @pytest.mark.parametrize("way", ["bilinear", "bicubic"])

@@ -15,7 +15,8 @@ from .region_formats import label_files
 # Options that change the results of an image, besides the config, the vocabulary and the file
 # of --proposals.
 _DECISIVE = (
-    "boxes points detector-config detector-weights topk confidence-threshold attention compare"
+    "boxes points detector detector-config detector-weights topk confidence-threshold attention "
+    "compare track"
 )
 
 

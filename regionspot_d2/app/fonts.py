@@ -2,52 +2,90 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, lru_cache
+from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import matplotlib
-import numpy as np
-from detectron2.utils.visualizer import VisImage, Visualizer
 from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
+from PIL import ImageDraw, ImageFont
 
 from .inputs import tell
 
 _FONT = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
 
 
-class LabelVisualizer(Visualizer):
-    """Detectron2's visualizer, but "$" is a dollar and each letter has a font that knows it."""
-
-    def draw_text(self, text: str, position: Any, **options: Any) -> VisImage:
-        output = super().draw_text(text, position, **options)
-        label = output.ax.texts[-1]
-        label.set_parse_math(False)
-        label.set_family([_family(file) for file in fonts_of(text)])
-        return output
-
-    def picture(self) -> np.ndarray:
-        """What was drawn: (H, W, 3), uint8, RGB."""
-        with warnings.catch_warnings():
-            # It has been said, once and with a remedy.
-            warnings.filterwarnings("ignore", "Glyph .* missing from")
-            return self.output.get_image()
+def text_size(text: str, size: int) -> tuple[int, int]:
+    """(width, height) of one line of text, in pixels."""
+    fonts = [_loaded(_FONT, size)]
+    width = 0.0
+    for file, part in _runs(text):
+        fonts.append(_loaded(file, size))
+        width += fonts[-1].getlength(part)
+    ascent = max(font.getmetrics()[0] for font in fonts)
+    return -int(-width // 1), ascent + max(font.getmetrics()[1] for font in fonts)
 
 
-def fonts_of(text: str) -> list[str]:
-    """Files of fonts that know the letters of a text, in the order in which they are tried."""
-    found = dict.fromkeys([_FONT, *filter(None, map(_font_with, text))])
-    if unknown := sorted({c for c in text if _font_with(c) is None}):
-        _tell_once("".join(unknown))
-    return list(found)
+def draw_text(
+    draw: ImageDraw.ImageDraw,
+    corner: tuple[float, float],
+    text: str,
+    size: int,
+    fill: str | tuple[int, ...],
+) -> None:
+    """Draws one line of text; each letter has a font that knows it.
+
+    Args:
+        draw: the picture.
+        corner: upper left, of the size that :func:`text_size` says.
+        text: printable letters.
+        size: of the font, in pixels.
+        fill: a color, as PIL takes it.
+    """
+    runs = [(_loaded(file, size), part) for file, part in _runs(text)]
+    fonts = [_loaded(_FONT, size), *(font for font, _ in runs)]
+    x, baseline = corner[0], corner[1] + max(font.getmetrics()[0] for font in fonts)
+    for font, part in runs:
+        draw.text((x, baseline), part, fill=fill, font=font, anchor="ls")
+        x += font.getlength(part)
+
+
+def shortened(text: str, size: int, width: float) -> str:
+    """The text, or as much of its beginning as fits a width in pixels, with an ellipsis."""
+    if text_size(text, size)[0] <= width:
+        return text
+    fits, too_long = 0, len(text)
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        if text_size(text[:middle] + "…", size)[0] <= width:
+            fits = middle
+        else:
+            too_long = middle
+    return text[:fits] + "…"
 
 
 def font_of(text: str) -> str:
     """The file of the one font that knows most letters of a text."""
-    return max(fonts_of(text), key=lambda file: len(_letters(file) & set(map(ord, text))))
+    files = dict.fromkeys([_FONT, *(file for file, _ in _runs(text))])
+    return max(files, key=lambda file: len(_letters(file) & set(map(ord, text))))
+
+
+@lru_cache(maxsize=4096)
+def _runs(text: str) -> list[tuple[str, str]]:
+    """A text in parts, each with the file of a font that knows its letters."""
+    if unknown := sorted({letter for letter in text if _font_with(letter) is None}):
+        _tell_once(unknown)
+    return [
+        (file, "".join(letters))
+        for file, letters in groupby(text, lambda letter: _font_with(letter) or _FONT)
+    ]
+
+
+@cache
+def _loaded(file: str, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(file, size)
 
 
 def _font_with(letter: str) -> str | None:
@@ -84,13 +122,6 @@ def _letters(file: str) -> frozenset[int]:
         return frozenset(font.get_charmap())
     except Exception:  # a damaged font, or of a kind that cannot be drawn
         return frozenset()
-
-
-@cache
-def _family(file: str) -> str:
-    if all(font.fname != file for font in font_manager.fontManager.ttflist):
-        font_manager.fontManager.addfont(file)
-    return FT2Font(file).family_name
 
 
 _told: set[str] = set()

@@ -96,7 +96,10 @@ def _best(entry: Entry) -> list[Annotation]:
 def _detections(annotations: Sequence[Annotation]) -> Any:
     from supervision import Detections
 
+    # Only CSVSink writes them, in a column that it always has; -1 is no track, as in supervision.
+    tracks = [each.get("track_id", -1) for each in annotations]
     return Detections(
+        tracker_id=np.array(tracks, int) if max(tracks, default=-1) > 0 else None,
         xyxy=np.array([xyxy(each) for each in annotations], np.float32).reshape(-1, 4),
         class_id=np.array([each["category_id"] - 1 for each in annotations], int),
         confidence=np.array([each["score"] for each in annotations], np.float32),

@@ -33,6 +33,7 @@ from .region_formats import label_files
 from .results import OtherResults, table, to_coco
 from .run import Run, write_line
 from .sources import choose_source
+from .tracking import check_tracking
 from .video import Video, VideoReadError
 
 
@@ -59,7 +60,7 @@ def _tell_what_stood_in(names: dict[str, str]) -> None:
 def output_folder(args: argparse.Namespace, paths: Sequence[Path]) -> OutputFolder:
     """Makes the folder, or exits if an output would replace a file that the command names."""
     given = [args.config_file, args.proposals, args.compare, args.vocabulary]
-    given += [args.detector_config, args.detector_weights]
+    given += [args.detector_config, args.detector_weights, (args.detector or "").partition(":")[2]]
     given += [word.strip().removeprefix("@") for word in args.vocabulary.split(",")]
     if args.proposals and Path(args.proposals).is_dir():
         given += map(str, label_files(args.proposals))
@@ -97,7 +98,7 @@ def prepare(args: argparse.Namespace, paths: Sequence[Path], output: Path) -> Ru
     _tell_what_stood_in(predictor.stood_in)
     if args.attention:
         _check_attention(predictor.model.region_head, paths)
-    source = choose_source(args, predictor.model)
+    source = choose_source(args, predictor.model, vocabulary)
     decisive = settings(args, cfg, vocabulary)
     try:
         journal = Journal(output / "results.jsonl", decisive, resume=args.resume)
@@ -150,7 +151,7 @@ def _endings(path: Path, args: argparse.Namespace) -> list[str]:
         return [".mp4"]
     # A photo of a phone takes seconds to write, and much space, as png.
     picture = ".jpg" if path.suffix.lower() in (".jpg", ".jpeg") else ".png"
-    return [picture, ".attention.png"] if args.attention else [picture]
+    return [picture, f".attention{picture}"] if args.attention else [picture]
 
 
 def _kind(error: Exception) -> str:
@@ -198,6 +199,10 @@ def run_demo(args: argparse.Namespace) -> int:
     """Names what the command line names; returns the exit status."""
     check_formats(args.format)
     paths = find_inputs(args.input)
+    if args.track:
+        check_tracking()
+        if not any(map(Video.names, paths)):
+            raise SystemExit("error: --track: there is no video among the inputs.")
     folder = output_folder(args, paths)
     run = prepare(args, paths, Path(args.output))
     outcomes, stop = name_all(run, paths, folder)

@@ -48,13 +48,23 @@ def is_entry(value: Any, names: Mapping[int, str]) -> TypeGuard[Entry]:
     )
 
 
-def to_entry(file_name: str, found: Instances) -> Entry:
-    """The results of one image; "region" of an annotation is the place of its region, from 0."""
+def to_entry(
+    file_name: str, found: Instances, clicks: Mapping[int, list[list[float]]] | None = None
+) -> Entry:
+    """The results of one image; "region" of an annotation is the place of its region, from 0.
+
+    Args:
+        file_name: the image's.
+        found: as a predictor names regions.
+        clicks: the points [x, y, label] of regions that were given by points, by their place.
+    """
     height, width = found.image_size
     found = found.to("cpu")
     annotations = instances_to_coco_json(found, 0)
     for annotation, region in zip(annotations, found.region_index.tolist()):
         annotation["region"] = region
+        if clicks and region in clicks:
+            annotation["points"] = clicks[region]
         annotation["category_id"] += 1
         annotation["iscrowd"] = 0
         annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
@@ -78,16 +88,19 @@ def to_coco(entries: Sequence[Entry], names: Sequence[str]) -> dict[str, Any]:
 
 
 def table(entries: Sequence[Entry], names: Mapping[int, str]) -> str:
-    """A row for each name of each region."""
+    """A row for each name of each region, with its track if there are tracks."""
     rows = []
+    tracked = any("track_id" in a for entry in entries for a in entry["annotations"])
     for entry in entries:
         for annotation in entry["annotations"]:
             box = ", ".join(f"{value:.0f}" for value in xyxy(annotation))
             name = printable(clean_name(names[annotation["category_id"]]))
             file_name = printable(Path(entry["file_name"]).name)
+            track = [annotation.get("track_id", "")] if tracked else []
             score = f"{annotation['score']:.3f}"
-            rows.append([file_name, annotation["region"], box, name, score])
-    return tabulate(rows, headers=["image", "region", "box (x0, y0, x1, y1)", "name", "score"])
+            rows.append([file_name, annotation["region"], *track, box, name, score])
+    headers = ["image", "region", *(["track"] if tracked else [])]
+    return tabulate(rows, headers=[*headers, "box (x0, y0, x1, y1)", "name", "score"])
 
 
 class OtherResults:
@@ -141,6 +154,8 @@ def _fault(annotation: Any, images: Mapping[Any, str], names: Mapping[Any, str])
         "bbox": (lambda value: _are_numbers(value) and len(value) == 4, "x, y, width, height"),
         "score": (lambda value: value is None or is_number(value), "a number"),
         "region": (lambda _: type(annotation.get("region", 0)) is int, "a whole number"),
+        "track_id": (lambda _: type(annotation.get("track_id", 0)) is int, "a whole number"),
+        "points": (lambda _: _are_points(annotation.get("points", [])), "a list of x, y, label"),
         "segmentation": (_is_segmentation, "polygons or a run-length encoding"),
     }
     for key, (fit, expected) in fits.items():
@@ -155,6 +170,10 @@ def _shown(value: Any) -> str:
 
 def _are_numbers(values: Any) -> bool:
     return isinstance(values, list) and all(map(is_number, values))
+
+
+def _are_points(value: Any) -> bool:
+    return isinstance(value, list) and all(_are_numbers(p) and len(p) == 3 for p in value)
 
 
 def _is_segmentation(value: Any) -> bool:

@@ -21,12 +21,13 @@ from ..predictor import RegionSpotPredictor
 from .drawing import draw_attention, draw_regions, side_by_side
 from .names import one_line, printable
 from .results import Entry, OtherResults, is_entry, to_entry
-from .sources import RegionSource
+from .sources import Regions, RegionSource
+from .tracking import TrackedRegions
 from .video import Video, video_writer
 
 # Regions that are named where none are given: masks of a localizer, and boxes that are grouped from
 # what a vision-language model sees, of which the first are the good ones.
-_MAX_MASKS, _MAX_GROUPED = 100, 8
+MAX_MASKS, MAX_GROUPED = 100, 8
 # Of --confidence-threshold auto: times the score of a guess, and the most. On 284 boxes of COCO it
 # keeps nine of ten right names with the 80 names of COCO, and nearly all with the 1,203 of LVIS,
 # of which a fixed 0.3 keeps one of ten.
@@ -83,11 +84,11 @@ class Run:
 
     def video(self, path: Path, pictures: Sequence[Path]) -> None:
         """Names the regions of a video's frames and draws them as a video."""
+        # The first frame is noted last: if it is known, all are.
+        if self.args.track and self.known(f"{path}#0") is None:
+            self._track(path)
         video = Video(path, self.args.every)
-        label = printable(path.name)
-        frames = tqdm(
-            video, desc=label, unit="frame", total=video.expected_frames, leave=False, disable=None
-        )
+        frames = _progress(video, printable(path.name))
         with video_writer(pictures[0], video.fps) if pictures else nullcontext() as write:
             for number, image in frames:
                 name = f"{path}#{number}"
@@ -98,9 +99,23 @@ class Run:
                     self.journal.add(name, entry)
                 self.entries.append(entry)
                 if write is not None:
-                    write(self.draw(entry, image))
+                    write(self.draw(entry, image, legend=False))
         # Only now, so that what could be read is kept.
         video.check_whole()
+
+    def _track(self, path: Path) -> None:
+        """Names the tracks of a video, which takes all of its frames, and notes the results."""
+        video = Video(path, self.args.every)
+        tracked = TrackedRegions(self.predictor, video.fps, self.args.topk)
+        have_scores = False
+        for number, image in _progress(video, f"{printable(path.name)}: tracks"):
+            name = f"{path}#{number}"
+            regions = self.source(name, image)
+            assert isinstance(regions, Regions)  # as --track is checked
+            have_scores |= regions.scores is not None
+            tracked.add(name, image, regions)
+        for entry in reversed(tracked.entries(self._threshold(have_scores))):
+            self.journal.add(entry["file_name"], entry)
 
     def known(self, name: str) -> Entry | None:
         """The results that a run which is continued has of an image."""
@@ -112,7 +127,7 @@ class Run:
         regions = self.source(file_name, image)
         self.predictor.set_image(image)
         if isinstance(regions, Search):
-            limit = _MAX_MASKS if regions.by_masks else _MAX_GROUPED
+            limit = MAX_MASKS if regions.by_masks else MAX_GROUPED
             found = self.predictor.everything(
                 search=regions, topk=self.args.topk, max_regions=limit
             )
@@ -135,7 +150,8 @@ class Run:
         if self.args.attention:
             attention = self.predictor.attention_maps(**prompts).float().cpu().numpy()
         found = found[found.scores >= self._threshold(scores is not None)]
-        return to_entry(file_name, found), attention
+        clicks = {} if isinstance(regions, Search) else regions.clicks
+        return to_entry(file_name, found, clicks), attention
 
     def _threshold(self, have_scores: bool) -> float:
         """What a person points at is named, however badly; of what a detector finds, much is not.
@@ -148,16 +164,20 @@ class Run:
             return automatic_threshold(len(self.names))
         return given or 0.0
 
-    def draw(self, entry: Entry, image: np.ndarray) -> np.ndarray:
-        """The picture of an image (H, W, 3), beside the other run's if there is one."""
-        ours = draw_regions(image, entry["annotations"], self.names)
+    def draw(self, entry: Entry, image: np.ndarray, *, legend: bool = True) -> np.ndarray:
+        """The picture of an image (H, W, 3), beside the other run's if there is one.
+
+        Without a legend, all pictures of images of one size have one size, as a video needs it.
+        """
+        ours = draw_regions(image, entry["annotations"], self.names, legend=legend)
         if self.other is None:
             return ours
         title = printable("/".join(Path(self.args.compare).absolute().parts[-2:]))
         annotations = self.other.of(entry["file_name"])
         if annotations is None:
-            return side_by_side([(f"{title}: no results", image), ("this run", ours)])
-        theirs = draw_regions(image, annotations, self.other.names)
+            theirs = draw_regions(image, [], {})
+            return side_by_side([(f"{title}: no results", theirs), ("this run", ours)])
+        theirs = draw_regions(image, annotations, self.other.names, legend=legend)
         return side_by_side([(title, theirs), ("this run", ours)])
 
 
@@ -168,6 +188,12 @@ def _save(picture: np.ndarray, path: Path) -> None:
             Image.fromarray(picture).save(file, format="JPEG", quality=90)
         else:
             Image.fromarray(picture).save(file, format="PNG")
+
+
+def _progress(video: Video, label: str) -> Any:
+    return tqdm(
+        video, desc=label, unit="frame", total=video.expected_frames, leave=False, disable=None
+    )
 
 
 def write_line(message: str) -> None:

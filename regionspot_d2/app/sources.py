@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
-from detectron2 import model_zoo
-from detectron2.config import CfgNode, get_cfg
-from detectron2.engine import DefaultPredictor
-from detectron2.structures import Instances
 
-from ..checkpoint import RegionSpotCheckpointer
-from ..data.proposal_sources import from_instances
-from ..engine.config import merge_config_file
-from ..files import WeightsNotFoundError, local_weights
+from ..detection import build_detector
 from ..logits import LOGITS, look_like_logits, sigmoid
 from ..modeling import Localizer, RegionSpot
 from ..modeling.everything import Search
@@ -43,16 +35,35 @@ class Regions:
     point_labels: list[list[int]] | None = None
     scores: np.ndarray | None = None
 
+    @property
+    def clicks(self) -> dict[int, list[list[float]]]:
+        """Points [x, y, label] of those regions that are given by points, by their place."""
+        first = 0 if self.boxes is None else len(self.boxes)
+        return {
+            region: [[*point, label] for point, label in zip(points, labels)]
+            for region, (points, labels) in enumerate(
+                zip(self.points or [], self.point_labels or []), first
+            )
+        }
+
 
 # Gives the regions of an image, from its path and its pixels (H, W, 3), uint8, RGB; or how the
 # predictor shall look for them.
 RegionSource: TypeAlias = Callable[[str, np.ndarray], Regions | Search]
 
 
-def choose_source(args: argparse.Namespace, model: RegionSpot) -> RegionSource:
+def choose_source(
+    args: argparse.Namespace, model: RegionSpot, class_names: Sequence[str]
+) -> RegionSource:
     """The one source that the command line names."""
-    if args.detector_config:
-        return from_detector(args.detector_config, args.detector_weights, str(model.device))
+    if args.detector_config or args.detector:
+        source, option = args.detector, f"--detector {args.detector}"
+        if args.detector_config:
+            source = f"detectron2:{args.detector_config}"
+            option = f"--detector-config {args.detector_config}"
+        if args.detector_weights:
+            option += f" with --detector-weights {args.detector_weights}"
+        return from_detector(source, args.detector_weights, class_names, str(model.device), option)
     if args.proposals and args.proposals != "sam":
         return from_file(args.proposals)
     if args.boxes or args.points:
@@ -142,65 +153,30 @@ def from_image(localizer: Localizer, by_masks: bool | None) -> RegionSource:
     if by_masks is None:
         tell(
             "No regions are given: naming what is found in each image. (--boxes, --points, "
-            "--proposals and --detector-config give regions.)"
+            "--proposals and --detector give regions.)"
         )
     search = Search(by_masks=localizer.masks_are_fine if by_masks is None else by_masks)
     return lambda path, image: search
 
 
-def from_detector(config: str, weights: str | None, device: str) -> RegionSource:
-    """What a Detectron2 detector finds, with its scores.
+def from_detector(
+    source: str, weights: str | None, class_names: Sequence[str], device: str, option: str
+) -> RegionSource:
+    """What a detector finds, with its scores.
 
     Args:
-        config: a file, or a name in Detectron2's model zoo.
-        weights: a file or a URL; None for those of the zoo.
-        device: where it runs.
+        source, weights, class_names, device: as for
+            :func:`~regionspot_d2.detection.build_detector`.
+        option: what the command line says of it, for messages.
     """
-    cfg = _detector_config(config, weights)
-    cfg.MODEL.DEVICE, source, cfg.MODEL.WEIGHTS = device, cfg.MODEL.WEIGHTS, ""
     try:
-        path = str(local_weights(source, "--detector-weights"))
-        detector = DefaultPredictor(cfg)
-        # Not by DefaultPredictor, which runs what a pickle asks for.
-        RegionSpotCheckpointer(detector.model).load(path)
-    except WeightsNotFoundError as error:
-        raise SystemExit(f"error: {error}") from error
-    # Detectron2 raises anything, from AssertionError to KeyError.
+        detector = build_detector(source, weights=weights, class_names=class_names, device=device)
+    # Each library raises anything, from AssertionError to KeyError.
     except Exception as error:
-        raise SystemExit(
-            f"error: --detector-config {config} with --detector-weights {source}: {error}"
-        ) from error
+        raise SystemExit(f"error: {option}: {error}") from error
 
     def regions_of(path: str, image: np.ndarray) -> Regions:
-        # DefaultPredictor takes BGR and converts it to the detector's own order.
-        output = detector(image[:, :, ::-1])
-        # A model that is only a region proposal network gives proposals.
-        found = output.get("instances", output.get("proposals"))
-        if found is None:
-            raise ValueError(f"the detector of {config} gives {', '.join(output)}, but no boxes.")
-        return _scored(found)
+        found = detector(image)
+        return Regions(boxes=found.boxes, scores=found.scores)
 
     return regions_of
-
-
-def _detector_config(config: str, weights: str | None) -> CfgNode:
-    is_file = os.path.isfile(os.path.expanduser(config))
-    if is_file and not weights:
-        raise SystemExit(
-            f"error: --detector-config {config}: its weights are missing, give --detector-weights. "
-            "(MODEL.WEIGHTS in a config are those that training started from.)"
-        )
-    cfg = get_cfg()
-    try:
-        file = os.path.expanduser(config) if is_file else model_zoo.get_config_file(config)
-        merge_config_file(cfg, file)
-        cfg.MODEL.WEIGHTS = weights or model_zoo.get_checkpoint_url(config)
-    except Exception as error:
-        reason = str(error) if is_file else "neither a file nor a name in Detectron2's zoo"
-        raise SystemExit(f"error: --detector-config {config}: {reason}.") from error
-    return cfg
-
-
-def _scored(found: Instances) -> Regions:
-    boxes, scores = from_instances(found)
-    return Regions(boxes=boxes, scores=scores)

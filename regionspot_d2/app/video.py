@@ -1,4 +1,4 @@
-"""Reads and writes videos frame by frame, by OpenCV."""
+"""Reads videos by OpenCV, and writes them by PyAV, frame by frame."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fractions import Fraction
+from functools import cache
 from pathlib import Path
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
+
+from .inputs import tell
 
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"}
 
@@ -85,7 +90,10 @@ class Video:
 
 @contextmanager
 def video_writer(path: Path, fps: float) -> Iterator[Callable[[np.ndarray], None]]:
-    """Writes pictures of one size as MPEG-4; the file appears under its name when it is complete.
+    """Writes pictures of one size as H.264, which browsers play; without PyAV as MPEG-4.
+
+    The file appears under its name when it is complete. Odd sides, which the codec cannot have,
+    get another row or column.
 
     Args:
         path: the file; it ends in .mp4.
@@ -94,30 +102,94 @@ def video_writer(path: Path, fps: float) -> Iterator[Callable[[np.ndarray], None
     Yields:
         A function that appends a picture (H, W, 3), uint8, RGB.
     """
-    # OpenCV opens files itself, by a name whose ending tells the format. In a folder of its own,
-    # the unfinished video takes nobody's name.
+    # Both libraries open files themselves, by a name whose ending tells the format. In a folder of
+    # its own, the unfinished video takes nobody's name.
     with tempfile.TemporaryDirectory(prefix=".video.", dir=path.parent) as folder:
         partial = Path(folder) / "partial.mp4"
-        writer = cv2.VideoWriter()
+        repeats = max(1, math.ceil(1 / fps))
+        # MPEG-4 stores times as fractions with small denominators; OpenCV rounds to thousandths.
+        writer = _writer(partial, float(f"{fps * repeats:.4g}"))
         try:
-            yield _Appending(writer, partial, fps)
-            writer.release()
+            yield lambda picture: writer.append(_even(picture), repeats)
+            writer.close()
             partial.replace(path)
         finally:
-            writer.release()
+            writer.close()
 
 
-class _Appending:
-    """Appends a picture (H, W, 3), uint8, RGB, to a video that the first picture opens."""
+def _even(picture: np.ndarray) -> np.ndarray:
+    height, width = picture.shape[:2]
+    return cv2.copyMakeBorder(picture, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
 
-    def __init__(self, writer: cv2.VideoWriter, path: Path, fps: float) -> None:
-        self._writer, self._path = writer, path
-        # OpenCV rounds rates to thousandths: 0.0625 becomes 0.063, and 0.0004 an error.
-        self._repeats = max(1, math.ceil(1 / fps))
-        # MPEG-4 stores times as fractions with small denominators.
-        self._rate = float(f"{fps * self._repeats:.4g}")
 
-    def __call__(self, picture: np.ndarray) -> None:
+class _Writer(Protocol):
+    """Writes pictures with even sides to a video that the first picture opens."""
+
+    def append(self, picture: np.ndarray, times: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _writer(path: Path, rate: float) -> _Writer:
+    try:
+        import av
+
+        av.codec.Codec("h264", "w")
+    except ModuleNotFoundError:
+        _tell_once("the package av is missing (pip install regionspot_d2[video])")
+    except av.codec.codec.UnknownCodecError:
+        _tell_once("this build of the package av has no encoder for H.264 (its wheels have one)")
+    else:
+        return _H264(path, rate)
+    return _Mpeg4(path, rate)
+
+
+@cache
+def _tell_once(reason: str) -> None:
+    tell(f"Videos are written as MPEG-4, which players show and browsers do not: {reason}.")
+
+
+class _H264:
+    def __init__(self, path: Path, rate: float) -> None:
+        import av
+
+        self._path, self._rate = path, Fraction(rate).limit_denominator(10**6)
+        self._frame = av.VideoFrame.from_ndarray
+        # The index in front: a browser starts to play before it has all of the file.
+        self._file = av.open(str(path), "w", options={"movflags": "+faststart"})
+        self._stream: Any = None
+
+    def append(self, picture: np.ndarray, times: int) -> None:
+        try:
+            if self._stream is None:
+                self._stream = self._open(*picture.shape[:2])
+            for _ in range(times):
+                self._file.mux(self._stream.encode(self._frame(picture, format="rgb24")))
+        except OSError as error:  # as PyAV's errors are
+            height, width = picture.shape[:2]
+            raise OSError(
+                f"PyAV cannot write the video {self._path}, {width} x {height}: {error}"
+            ) from error
+
+    def _open(self, height: int, width: int) -> Any:
+        stream = self._file.add_stream("h264", rate=self._rate)
+        # What browsers decode is 4:2:0; 18 of 51 loses nothing that the eye sees.
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        stream.options = {"crf": "18", "preset": "veryfast"}
+        return stream
+
+    def close(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            self._file.mux(stream.encode(None))
+        self._file.close()
+
+
+class _Mpeg4:
+    def __init__(self, path: Path, rate: float) -> None:
+        self._writer, self._path, self._rate = cv2.VideoWriter(), path, rate
+
+    def append(self, picture: np.ndarray, times: int) -> None:
         if not self._writer.isOpened():
             height, width = picture.shape[:2]
             codec = cv2.VideoWriter.fourcc(*"mp4v")
@@ -127,5 +199,8 @@ class _Appending:
                     f"{self._rate:g} pictures per second."
                 )
         bgr = np.ascontiguousarray(picture[:, :, ::-1])
-        for _ in range(self._repeats):
+        for _ in range(times):
             self._writer.write(bgr)
+
+    def close(self) -> None:
+        self._writer.release()

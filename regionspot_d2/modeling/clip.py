@@ -19,23 +19,27 @@ from open_clip.factory import load_state_dict
 from open_clip.model import resize_pos_embed
 from torch import Tensor, nn
 
-from ..files import explained_weights, fingerprint, local_weights
+from ..files import explained_weights, fingerprint
 from .image_towers import ImageTower, open_clip_tower, openai_tower
 from .interfaces import VISION_LANGUAGE_REGISTRY, VisionLanguageModel
 from .open_clip_entries import (
     ARCH_KEY,
+    WEIGHTS_KEY,
+    Entry,
     architecture,
+    find_entry,
+    find_weights,
     larger_side,
     openai_state_dict,
-    published_settings,
 )
 
 logger = logging.getLogger(__name__)
 
-# "{}." and OpenAI's 80 templates for ImageNet, as format strings.
-CLIP_TEMPLATES = ("{}.", *(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES))
+# OpenAI's 80 templates for ImageNet, with which open_clip evaluates all its models, as format
+# strings; and those of the published heads, which add one.
+OPEN_TEMPLATES = tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)
+CLIP_TEMPLATES = ("{}.", *OPEN_TEMPLATES)
 
-_WEIGHTS_KEY = "MODEL.VISION_LANGUAGE.WEIGHTS"
 TEXTS_AT_A_TIME = 256
 _TOKENIZER = Lock()
 
@@ -178,43 +182,45 @@ class ClipModel(VisionLanguageModel):
 class OpenClip(ClipModel):
     """Models of open_clip that have a grid of image tokens: ViTs, CLIP's ResNets, timm's.
 
-    ``MODEL.VISION_LANGUAGE.ARCH`` is open_clip's name of the architecture, or OpenAI's
-    ("ViT-L/14@336px"). OpenAI's weights need QuickGELU. Their TorchScript archives, and URLs that
-    open_clip lists with it, get it whatever the name says; for other files of such weights, name
-    the architecture that ends in "-quickgelu".
+    ``MODEL.VISION_LANGUAGE.ARCH`` and ``WEIGHTS`` are as for
+    :func:`~.open_clip_entries.find_entry`. OpenAI's weights need QuickGELU. Their TorchScript
+    archives, and tags and URLs that open_clip lists with it, get it whatever the name says; for
+    other files of such weights, name the architecture that ends in "-quickgelu".
     """
 
     _view_tower = staticmethod(open_clip_tower)
     _encode_options = {"normalize": False}  # CoCa normalizes unless told not to
 
+    @property
+    def logit_bias(self) -> Tensor | None:  # type: ignore[override]
+        bias = self.model.logit_bias
+        return None if bias is None else bias.reshape(())
+
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        name, config = architecture(cfg.MODEL.VISION_LANGUAGE.ARCH)
-        try:
-            tokenizer = open_clip.get_tokenizer(name)
-        except ImportError as error:
-            raise ImportError(
-                f"{ARCH_KEY} is '{name}', whose tokenizer needs: pip install {error.name}"
-            ) from error
-        source = cfg.MODEL.VISION_LANGUAGE.WEIGHTS
-        weights = local_weights(source, _WEIGHTS_KEY)
-        published = published_settings(name, source)
-        side = larger_side(name, config, cfg.MODEL.VISION_LANGUAGE.IMAGE_SIZE)
-        with _explained(weights, name):
-            if state := openai_state_dict(weights):
-                vision = {**config["vision_cfg"], **({"image_size": side} if side else {})}
-                model = open_clip.CLIP(**{**config, "vision_cfg": vision, "quick_gelu": True})
+        settings = cfg.MODEL.VISION_LANGUAGE
+        entry = find_entry(settings.ARCH, settings.WEIGHTS)
+        published, tokenizer = entry.settings, _tokenizer(entry)
+        side = larger_side(entry.short_name, entry.config, settings.IMAGE_SIZE)
+        with _explained(entry.weights, entry.name):
+            if not entry.comes_whole and (state := openai_state_dict(entry.weights)):
+                vision = {**entry.config["vision_cfg"], **({"image_size": side} if side else {})}
+                options = {**entry.config, "vision_cfg": vision, "quick_gelu": True}
+                model = open_clip.CLIP(**options)
                 if side:
                     state = {key: each.float() for key, each in state.items()}
                     resize_pos_embed(state, model)
                 model.load_state_dict(state)
             else:
                 model = open_clip.create_model(
-                    name,
-                    pretrained=None if weights is None else str(weights),
+                    entry.name,
+                    pretrained=entry.pretrained,
                     pretrained_text=False,
+                    require_pretrained=entry.comes_whole,
                     force_quick_gelu=published.get("quick_gelu", False),
                     force_image_size=side,
+                    cache_dir=entry.cache,
+                    weights_only=True,
                 )
         return {
             "model": model,
@@ -223,7 +229,8 @@ class OpenClip(ClipModel):
             "pixel_mean": published["mean"],
             "pixel_std": published["std"],
             "interpolation": published["interpolation"],
-            "arch": name,
+            "templates": CLIP_TEMPLATES if published["interpolation"] is None else OPEN_TEMPLATES,
+            "arch": entry.short_name,
         }
 
 
@@ -269,7 +276,7 @@ class OpenAIClip(ClipModel):
             transformer_heads=text["heads"],
             transformer_layers=text["layers"],
         )
-        weights = local_weights(cfg.MODEL.VISION_LANGUAGE.WEIGHTS, _WEIGHTS_KEY)
+        weights, _ = find_weights(name, cfg.MODEL.VISION_LANGUAGE.WEIGHTS)
         if weights is not None:
             with _explained(weights, name):
                 state = openai_state_dict(weights) or load_state_dict(str(weights))
@@ -279,6 +286,21 @@ class OpenAIClip(ClipModel):
         return {"model": model, "tokenizer": tokenizer, "image_size": size, "arch": name}
 
 
+def _tokenizer(entry: Entry) -> Callable[..., Tensor]:
+    options: dict[str, Any] = {}
+    if entry.comes_whole:
+        options["cache_dir"] = entry.cache
+        if entry.config["text_cfg"].get("hf_tokenizer_name"):
+            # Whatever the config of the repository says; transformers would run its code.
+            options["trust_remote_code"] = False
+    try:
+        return open_clip.get_tokenizer(entry.name, **options)
+    except ImportError as error:
+        raise ImportError(
+            f"{ARCH_KEY} is '{entry.name}', whose tokenizer needs: pip install {error.name}"
+        ) from error
+
+
 def _explained(weights: Path | None, name: str) -> AbstractContextManager[None]:
-    what = f"weights of {name} ({_WEIGHTS_KEY} and ARCH must match)"
+    what = f"weights of {name} ({WEIGHTS_KEY} and ARCH must match)"
     return nullcontext() if weights is None else explained_weights(weights, what)

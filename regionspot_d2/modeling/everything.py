@@ -5,26 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from detectron2.layers import nms
-from detectron2.structures import BitMasks, Boxes, Instances, pairwise_iou
+from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.structures.boxes import pairwise_intersection
 from torch import Tensor
 
 from ..arrays import check_number
+from .automatic_masks import FoundRegions, regions_of_points
 from .encoded import EncodedImages
 from .grouping import GROUPING_VIEWS, regions_of_tokens
-from .interfaces import Embedding, Localizer
 from .prompts import BoxPrompts
 from .questions import as_count
 
 if TYPE_CHECKING:
     from .regionspot import RegionSpot
 
-# How far the threshold of a mask is moved, in logits, to see how stable the mask is; SAM's own.
-_STABILITY_OFFSET = 1.0
 # A region is a part of a better one of its name if so much of it lies inside, unless it is so much
 # smaller that it may be another object, as a person in front of a person.
 _INSIDE, _MUCH_SMALLER = 0.8, 1 / 30
@@ -32,8 +30,6 @@ _INSIDE, _MUCH_SMALLER = 0.8, 1 / 30
 _GROUPED_IOU, _GROUPED_INSIDE = 0.15, 0.5
 # Regions that were found in views are named in them too, with so much around them.
 _GROUPING_ZOOM = 1.5
-# Points decoded together, and the pixels of their masks.
-_POINTS, _PIXELS = 64, 2**26
 _MAX_POINTS_PER_SIDE = 1000
 
 
@@ -73,22 +69,6 @@ class Search:
             # A negative threshold lets every mask pass, and drops every box that overlaps another.
             low = 0 if "nms" in name else -math.inf
             check_number(vars(self)[name], name, low, 1)
-
-
-class FoundRegions(NamedTuple):
-    """Regions that nobody asked for, best first.
-
-    Attributes:
-        boxes: R boxes, XYXY, pixels of the image. A box encloses all pixels of its mask.
-        scores: (R,) in 0..1, how sure the source is that this is a region.
-        tokens: (R, T) mask tokens, or None where no localizer was asked.
-        mask_logits: (R, 1, h, w), or None as well.
-    """
-
-    boxes: Boxes
-    scores: Tensor
-    tokens: Tensor | None = None
-    mask_logits: Tensor | None = None
 
 
 @torch.no_grad()
@@ -183,71 +163,3 @@ def distinct_regions(
         if left[place]:
             left &= ~worse
     return order[left.to(order.device)]
-
-
-@torch.no_grad()
-def regions_of_points(
-    localizer: Localizer,
-    embedding: Embedding,
-    image_size: tuple[int, int],
-    device: torch.device,
-    search: Search,
-) -> FoundRegions:
-    """Finds the regions under a grid of points, as SAM's automatic mask generator does.
-
-    Works with any localizer. Of SAM's masks for a point it takes the one whose token region heads
-    are trained on, not the three that SAM makes where a point may mean a part or the whole.
-
-    Args:
-        localizer: decodes the points.
-        embedding: of the image, from the localizer.
-        image_size: (H, W).
-        device: of the embedding.
-        search: the grid and the filters.
-
-    Raises:
-        ValueError: the localizer finds no masks.
-    """
-    height, width = image_size
-    steps = (torch.arange(search.points_per_side, device=device) + 0.5) / search.points_per_side
-    grid = torch.cartesian_prod(steps * height, steps * width).flip(1)
-    chunk = max(1, min(_POINTS, _PIXELS // (height * width)))
-    parts = [
-        _regions_of_some(localizer, embedding, image_size, points, search)
-        for points in grid.split(chunk)
-    ]
-    tokens, logits, boxes, scores = (torch.cat(column) for column in zip(*parts))
-    kept = nms(boxes, scores, search.box_nms_thresh)
-    return FoundRegions(Boxes(boxes[kept]), scores[kept], tokens[kept], logits[kept])
-
-
-def _regions_of_some(
-    localizer: Localizer,
-    embedding: Embedding,
-    image_size: tuple[int, int],
-    points: Tensor,
-    search: Search,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tokens, mask logits, boxes and scores of the points whose masks pass."""
-    tokens, logits, ious = localizer.decode_points(embedding, image_size, points)
-    if logits is None:
-        raise ValueError(
-            f"MODEL.LOCALIZER.NAME: {type(localizer).__name__} finds no masks; look for regions in "
-            "views instead."
-        )
-    if ious is None:
-        ious = logits.new_ones(len(logits))
-    good = ious >= search.pred_iou_thresh
-    tokens, logits, ious = (found[good].float() for found in (tokens, logits, ious))
-    # Resizing is linear, so moved logits give the mask of a moved threshold.
-    areas = [
-        localizer.full_size_masks(logits + move, image_size).flatten(1).sum(1)
-        for move in (-_STABILITY_OFFSET, _STABILITY_OFFSET)
-    ]
-    stability = areas[0] / areas[1].clamp(min=1)
-    masks = localizer.full_size_masks(logits, image_size)
-    good = (stability >= search.stability_thresh) & masks.flatten(1).any(1)
-    boxes = BitMasks(masks[good]).get_bounding_boxes().tensor.to(logits.device)
-    # The predicted IoU is a regression and may leave 0..1 a little.
-    scores = ious[good].clamp(0, 1) * stability[good]
-    return tokens[good], logits[good], boxes, scores

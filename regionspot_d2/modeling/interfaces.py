@@ -14,6 +14,7 @@ import torch
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
+from .frozen import FrozenModule
 from .prompts import PointPrompts, Prompts
 
 # Built as ``get(name)(cfg)``, region heads as ``get(name)(cfg, localizer, vision_language)``.
@@ -28,43 +29,6 @@ Embedding: TypeAlias = Any
 def _required() -> Any:
     """An attribute that a class must define, or it cannot be built."""
     return property(abstractmethod(lambda self: None))
-
-
-class FrozenModule(nn.Module):
-    """A pretrained part of a larger model: never trained, never saved.
-
-    It stays in eval mode under ``train()``, takes no gradient, and is absent from ``state_dict()``,
-    so that a checkpoint of the parent holds only trained parts and loads with ``strict=True``. A
-    subclass calls :meth:`freeze` at the end of its ``__init__``.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._state_prefix = ""
-        self.register_load_state_dict_post_hook(_forgive_missing_keys)
-
-    def freeze(self) -> FrozenModule:
-        """Stops gradients and switches to eval mode; returns the module itself."""
-        return self.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> FrozenModule:
-        """Stays in eval mode whatever ``mode`` says."""
-        return super().train(False)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Adds nothing: the weights come from a file of their own."""
-        destination = args[0] if args else kwargs.get("destination")
-        return {} if destination is None else destination
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        # The hook below is not told where in the parent this module sits.
-        self._state_prefix = prefix
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _forgive_missing_keys(module: Any, incompatible: Any) -> None:
-    missing = incompatible.missing_keys
-    missing[:] = [key for key in missing if not key.startswith(module._state_prefix)]
 
 
 class Localizer(FrozenModule, ABC):
@@ -107,13 +71,19 @@ class Localizer(FrozenModule, ABC):
         """
 
     def decode_points(
-        self, embedding: Embedding, image_size: tuple[int, int], points: Tensor
+        self,
+        embedding: Embedding,
+        image_size: tuple[int, int],
+        points: Tensor,
+        *,
+        multimask: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Decodes points (R, 2), XY in pixels of the image, each a region of its own.
 
         Returns:
             What :meth:`decode` returns for them with masks, and the IoU (R,) that the localizer
-            predicts for each mask, None where it predicts none.
+            predicts for each mask, None where it predicts none. With ``multimask`` a localizer may
+            give M masks for each point, its part, its whole: R * M rows, point by point.
         """
         labels = torch.ones(len(points), 1, dtype=torch.int64, device=points.device)
         prompts = PointPrompts(points[:, None], labels)
@@ -182,6 +152,8 @@ class VisionLanguageModel(FrozenModule, ABC):
         num_prefix_tokens: tokens before the grid, 1 for a class token; L of them with the grid.
         templates: prompt templates that suit the text side, with one ``{}`` for the class name.
         logit_scale: a scalar tensor; cosines are multiplied by its exponential.
+        logit_bias: a scalar tensor, added to these logits where a score is their sigmoid; None for
+            a model that was trained to compare texts (CLIP), not to judge each one (SigLIP).
         fingerprint: changes with the text side; a key for embeddings that are kept on disk.
         resizes_plainly: whether images are squashed bilinearly without antialiasing, which
             ``INPUT.CACHED_IMAGE_SIZE`` can then do ahead of it.
@@ -195,6 +167,7 @@ class VisionLanguageModel(FrozenModule, ABC):
     num_prefix_tokens: int = _required()
     templates: tuple[str, ...] = _required()
     logit_scale: Tensor = _required()
+    logit_bias: Tensor | None = None
     fingerprint: str = _required()
     identity: str = ""
     resizes_plainly: bool = True

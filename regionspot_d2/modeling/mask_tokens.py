@@ -34,6 +34,7 @@ class MaskTokenDecoder(nn.Module):
         *,
         with_masks: bool = True,
         chunk_size: int | None = None,
+        multimask: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """
         Args:
@@ -44,9 +45,11 @@ class MaskTokenDecoder(nn.Module):
                 one, as in the expanded view that SAM's prompt encoder returns without masks.
             with_masks: False skips the up-sampling.
             chunk_size: prompts decoded at a time, to bound the memory; None decodes all at once.
+            multimask: True gives SAM's M masks for vague prompts instead of the first one.
 
         Returns:
-            Mask tokens (R, C), logits of masks (R, 1, 4h, 4w) or None, and predicted IoU (R,).
+            Mask tokens (R, C), logits of masks (R, 1, 4h, 4w) or None, and predicted IoU (R,); with
+            ``multimask`` (R * M) rows of each, those of a prompt one after another.
         """
         # Sizes by shape[0], loops only if asked: an export must find neither number nor loop.
         num_prompts, grid = sparse.shape[0], image_embedding.shape[-2:]
@@ -69,26 +72,34 @@ class MaskTokenDecoder(nn.Module):
                 _heads(to_tokens.q_proj(image + image_pe), to_tokens),
             )
 
+        # Of the mask tokens, which stand behind the IoU token.
+        wanted = slice(1, self.mask_decoder.num_mask_tokens) if multimask else slice(0, 1)
         outputs = []
         starts = range(0, num_prompts, chunk_size) if chunk_size else (0,)
         for start in starts:
             chunk = slice(start, start + chunk_size if chunk_size else None)
             keys = image if shared else image + _channels_last(dense[chunk])
-            tokens, keys = self._transform(keys, image_pe, sparse[chunk], shared)
-            masks = self._masks(tokens[:, 1], keys, grid) if with_masks else None
-            ious = self.mask_decoder.iou_prediction_head(tokens[:, 0])[:, 0]
-            outputs.append((tokens[:, 1], masks, ious))
+            tokens, keys = self._transform(keys, image_pe, sparse[chunk], shared, 1 + wanted.stop)
+            ious = self.mask_decoder.iou_prediction_head(tokens[:, 0])[:, wanted].flatten()
+            tokens = tokens[:, 1:][:, wanted]
+            masks = self._masks(tokens, keys, grid, wanted) if with_masks else None
+            outputs.append((tokens.flatten(0, 1), masks, ious))
         parts = list(zip(*outputs))
         masks = torch.cat(parts[1]) if with_masks else None
         return torch.cat(parts[0]), masks, torch.cat(parts[2])
 
     def _transform(
-        self, keys: Tensor, key_pe: Tensor, sparse: Tensor, shared: tuple[Tensor, ...] | None
+        self,
+        keys: Tensor,
+        key_pe: Tensor,
+        sparse: Tensor,
+        shared: tuple[Tensor, ...] | None,
+        count: int,
     ) -> tuple[Tensor, Tensor]:
         """Runs the two-way transformer.
 
-        Returns the IoU token and the first mask token (R, 2, C), and the image as each prompt
-        leaves it (R, hw, C).
+        Returns the first ``count`` tokens, that of the IoU before those of the masks (R, count, C),
+        and the image as each prompt leaves it (R, hw, C).
         """
         decoder, transformer = self.mask_decoder, self.mask_decoder.transformer
         output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
@@ -122,20 +133,21 @@ class MaskTokenDecoder(nn.Module):
             keys = layer.norm4(keys + found)
 
         # Here each token attends for itself, so the tokens that nobody reads are left out.
-        queries, q = queries[:, :2], (queries + query_pe)[:, :2]
+        queries, q = queries[:, :count], (queries + query_pe)[:, :count]
         found = _attend_to_image(transformer.final_attn_token_to_image, q, keys + key_pe, keys)
         return transformer.norm_final_attn(queries + found), keys
 
-    def _masks(self, tokens: Tensor, keys: Tensor, grid: torch.Size) -> Tensor:
-        """First mask tokens (R, C) and images (R, hw, C) -> logits (R, 1, 4h, 4w)."""
-        # Channels stay last up to the last product: one channel is put in order instead of many.
+    def _masks(self, tokens: Tensor, keys: Tensor, grid: torch.Size, wanted: slice) -> Tensor:
+        """Mask tokens (R, M, C) and images (R, hw, C) -> logits (R * M, 1, 4h, 4w)."""
+        # Channels stay last up to the last product: M channels are put in order instead of many.
         conv1, norm, activation1, conv2, activation2 = self.mask_decoder.output_upscaling
         x = _double(conv1, keys)
         x = activation1(F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps))
         x = activation2(_double(conv2, x))
-        x = x @ self.mask_decoder.output_hypernetworks_mlps[0](tokens)[:, :, None]
-        # (row, column, 2x2 of the first doubling, 2x2 of the second) -> (rows, columns)
-        x = x.view(-1, *grid, 2, 2, 2, 2).permute(0, 1, 3, 5, 2, 4, 6)
+        networks = self.mask_decoder.output_hypernetworks_mlps[wanted]
+        x = x @ torch.stack([mlp(x) for mlp, x in zip(networks, tokens.unbind(1))], dim=2)
+        # (row, column, 2x2 of the first doubling, 2x2 of the second, M) -> (M, rows, columns)
+        x = x.view(-1, *grid, 2, 2, 2, 2, len(networks)).permute(0, 7, 1, 3, 5, 2, 4, 6)
         return x.reshape(-1, 1, 4 * grid[0], 4 * grid[1])
 
 

@@ -250,10 +250,11 @@ def box_batches(
         read: gives the pixels of an image, (3, H, W).
 
     Raises:
-        ValueError: an image or its boxes make no sense, with the number of the image; or there are
-            not as many boxes as images.
+        ValueError: an image or its boxes make no sense, with the number of the image; there are not
+            as many boxes as images; or ``batch_size`` is not a count.
     """
     check_lists(images, boxes)
+    batch_size = as_count(batch_size, "batch_size", "image")
     following, count = iter(images), 0
     while chunk := list(islice(following, batch_size)):
         pixels, prompts = [], []

@@ -107,10 +107,10 @@ class RegionSpot(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        # Both before anything is built: a missing file is told at once.
+        # Both before anything is built: a missing file is told at once. A bare word may be a tag.
         for key in ("LOCALIZER", "VISION_LANGUAGE"):
-            if cfg.MODEL[key].WEIGHTS:
-                local_weights(cfg.MODEL[key].WEIGHTS, f"MODEL.{key}.WEIGHTS")
+            if set(weights := cfg.MODEL[key].WEIGHTS) & set("./"):
+                local_weights(weights, f"MODEL.{key}.WEIGHTS")
         localizer = LOCALIZER_REGISTRY.get(cfg.MODEL.LOCALIZER.NAME)(cfg)
         vision_language = VISION_LANGUAGE_REGISTRY.get(cfg.MODEL.VISION_LANGUAGE.NAME)(cfg)
         build_head = REGION_HEAD_REGISTRY.get(cfg.MODEL.REGION_HEAD.NAME)

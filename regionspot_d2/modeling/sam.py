@@ -107,7 +107,13 @@ class SamLocalizer(SquareLocalizer):
         return sparse, None if masks is None else dense
 
     def decode_embedded(
-        self, embedding: Tensor, sparse: Tensor, dense: Tensor | None, *, with_masks: bool
+        self,
+        embedding: Tensor,
+        sparse: Tensor,
+        dense: Tensor | None,
+        *,
+        with_masks: bool,
+        multimask: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         with running_in(self.pixel_mean.dtype, embedding.device):
             image_pe = self.prompt_encoder.get_dense_pe()
@@ -121,6 +127,7 @@ class SamLocalizer(SquareLocalizer):
             dense,
             with_masks=with_masks,
             chunk_size=self.chunk_size,
+            multimask=multimask,
         )
 
 

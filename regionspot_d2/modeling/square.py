@@ -90,9 +90,15 @@ class SquareLocalizer(Localizer):
 
     @abstractmethod
     def decode_embedded(
-        self, embedding: Embedding, sparse: Tensor, dense: Tensor | None, *, with_masks: bool
+        self,
+        embedding: Embedding,
+        sparse: Tensor,
+        dense: Tensor | None,
+        *,
+        with_masks: bool,
+        multimask: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Decodes what :meth:`embed_prompts` gave.
+        """Decodes what :meth:`embed_prompts` gave; ``multimask`` is as in :meth:`decode_points`.
 
         Returns:
             Mask tokens (R, C), mask logits (R, 1, h, w) or None, and the predicted IoU (R,) of the
@@ -164,11 +170,16 @@ class SquareLocalizer(Localizer):
 
     @torch.no_grad()
     def decode_points(
-        self, embedding: Embedding, image_size: tuple[int, int], points: Tensor
+        self,
+        embedding: Embedding,
+        image_size: tuple[int, int],
+        points: Tensor,
+        *,
+        multimask: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         places = self._to_input_frame(points[:, None], image_size)
         labels = torch.ones(len(points), 1, dtype=torch.int64, device=points.device)
-        return self._decode_rated(embedding, True, points=(places, labels))
+        return self._decode_rated(embedding, True, multimask, points=(places, labels))
 
     def _decode_points(
         self,
@@ -240,7 +251,7 @@ class SquareLocalizer(Localizer):
         return self._decode_rated(embedding, with_masks, **prompts)[:2]
 
     def _decode_rated(
-        self, embedding: Embedding, with_masks: bool, **prompts: Any
+        self, embedding: Embedding, with_masks: bool, multimask: bool = False, **prompts: Any
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Tokens, mask logits and the predicted IoU of the masks (None if nothing was decoded)."""
         sparse, dense = self.embed_prompts(**prompts)
@@ -248,8 +259,10 @@ class SquareLocalizer(Localizer):
         if self.tokens == "prompt" and not with_masks:
             return prompt_tokens, None, None
         mask_tokens, mask_logits, ious = self.decode_embedded(
-            embedding, sparse, dense, with_masks=with_masks
+            embedding, sparse, dense, with_masks=with_masks, multimask=multimask
         )
+        if multimask and len(sparse):
+            prompt_tokens = prompt_tokens.repeat_interleave(len(mask_tokens) // len(sparse), 0)
         if self.tokens == "prompt":
             return prompt_tokens, mask_logits, ious
         if self.tokens == "both":

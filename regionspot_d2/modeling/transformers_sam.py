@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -11,108 +11,8 @@ from torch import Tensor, nn
 
 from ..files import WeightsNotFoundError
 from .interfaces import LOCALIZER_REGISTRY
+from .sam_kinds import KINDS, EncodedBySam
 from .square import SquareLocalizer
-
-_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_HALVES = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-
-
-class _Encoded(NamedTuple):
-    """What a model knows of an image: (1, C, h, w), and the finer maps that only masks need."""
-
-    image: Tensor
-    details: tuple[Tensor, ...] = ()
-
-
-class _Sam:
-    """What ``SamModel`` does in its own way. Nothing is copied, so threads may share it."""
-
-    squashed = False
-    statistics = _IMAGENET
-    first_mask_token = 1
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    @property
-    def side(self) -> int:
-        return self.model.prompt_encoder.input_image_size
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return self.model.prompt_encoder.image_embedding_size
-
-    def encode(self, pixels: Tensor) -> list[_Encoded]:
-        """Encodes preprocessed images (B, 3, side, side)."""
-        return [_Encoded(image) for image in self.model.get_image_embeddings(pixels).split(1)]
-
-    def output_tokens(self) -> Tensor:
-        """The decoder's own tokens, which stand before those of the prompts: (N, C)."""
-        decoder = self.model.mask_decoder
-        return torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
-
-    def decoder_options(self, encoded: _Encoded, batch: int) -> dict[str, Any]:
-        """Further arguments of the decoder, for a batch of copies of one image."""
-        return {}
-
-
-class _SamHQ(_Sam):
-    """``SamHQModel``: one more token, and masks that look at the first global block's output."""
-
-    def encode(self, pixels: Tensor) -> list[_Encoded]:
-        images, blocks = self.model.get_image_embeddings(pixels)
-        return [_Encoded(*each) for each in zip(images.split(1), zip(blocks[0].split(1)))]
-
-    def output_tokens(self) -> Tensor:
-        return torch.cat([super().output_tokens(), self.model.mask_decoder.hq_token.weight])
-
-    def decoder_options(self, encoded: _Encoded, batch: int) -> dict[str, Any]:
-        return {"hq_token_only": False, "intermediate_embeddings": list(encoded.details)}
-
-
-class _Sam2(_Sam):
-    """``Sam2Model`` and its kin: squashed images, a token for whether there is an object."""
-
-    squashed = True
-    first_mask_token = 2
-
-    def __init__(self, model: Any) -> None:
-        super().__init__(model)
-        # It may put one of the three masks for vague prompts in place of the one whose token this
-        # is. A region's token would then depend on a threshold.
-        model.mask_decoder.dynamic_multimask_via_stability = False
-
-    def encode(self, pixels: Tensor) -> list[_Encoded]:
-        *details, images = (x.split(1) for x in self.model.get_image_embeddings(pixels))
-        return [_Encoded(image, tuple(fine)) for image, *fine in zip(images, *details)]
-
-    def output_tokens(self) -> Tensor:
-        return torch.cat([self.model.mask_decoder.obj_score_token.weight, super().output_tokens()])
-
-    def decoder_options(self, encoded: _Encoded, batch: int) -> dict[str, Any]:
-        details = [each.expand(batch, -1, -1, -1) for each in encoded.details]
-        return {"high_resolution_features": details}
-
-
-class _Sam3(_Sam2):
-    """``Sam3TrackerModel``, the part of SAM 3 that boxes and points prompt."""
-
-    statistics = _HALVES
-
-
-# transformers' class of each type of model, and what reads it. Files of trackers hold the model of
-# single images too.
-_KINDS: dict[str, tuple[str, type[_Sam]]] = {
-    "sam": ("SamModel", _Sam),
-    "sam_hq": ("SamHQModel", _SamHQ),
-    "sam2": ("Sam2Model", _Sam2),
-    "sam2_video": ("Sam2Model", _Sam2),
-    "edgetam": ("EdgeTamModel", _Sam2),
-    "edgetam_video": ("EdgeTamModel", _Sam2),
-    "sam3_tracker": ("Sam3TrackerModel", _Sam3),
-    "sam3_tracker_video": ("Sam3TrackerModel", _Sam3),
-    "sam3_video": ("Sam3TrackerModel", _Sam3),
-}
 
 
 class _Overheard:
@@ -160,7 +60,7 @@ class TransformersSam(SquareLocalizer):
             ValueError: ``model`` is of another class.
         """
         name = type(model).__name__
-        view = next((view for known, view in _KINDS.values() if known == name), None)
+        view = next((view for known, view in KINDS.values() if known == name), None)
         if view is None:
             raise ValueError(f"A model of class {name} was given; {_known_classes()} is expected.")
         mean, std = ([255 * value for value in values] for values in view.statistics)
@@ -200,7 +100,7 @@ class TransformersSam(SquareLocalizer):
         }
 
     @torch.no_grad()
-    def encode_images(self, images: list[Tensor]) -> list[_Encoded]:
+    def encode_images(self, images: list[Tensor]) -> list[EncodedBySam]:
         if not images:
             return []
         return self._view.encode(torch.stack([self.preprocess(image) for image in images]))
@@ -223,24 +123,36 @@ class TransformersSam(SquareLocalizer):
         return sparse[0], None if masks is None else dense
 
     def decode_embedded(
-        self, embedding: _Encoded, sparse: Tensor, dense: Tensor | None, *, with_masks: bool
+        self,
+        embedding: EncodedBySam,
+        sparse: Tensor,
+        dense: Tensor | None,
+        *,
+        with_masks: bool,
+        multimask: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if len(sparse) == 0:
             none = sparse.new_zeros(0, self.model.prompt_encoder.hidden_size)
             masks = none.view(0, 1, *self.mask_prompt_size) if with_masks else None
             return none, masks, none[:, 0] if with_masks else None
         found = []
+        multimask &= self._view.has_multimask
         for start in range(0, len(sparse), self.chunk_size):
             rows = slice(start, start + self.chunk_size)
             own = None if dense is None else dense[rows]
-            found.append(self._decode_chunk(embedding, sparse[rows], own, with_masks))
+            found.append(self._decode_chunk(embedding, sparse[rows], own, with_masks, multimask))
         parts: list[Any] = list(zip(*found))
         if not with_masks:
             return torch.cat(parts[0]), None, None
         return torch.cat(parts[0]), torch.cat(parts[1]), torch.cat(parts[2])
 
     def _decode_chunk(
-        self, encoded: _Encoded, sparse: Tensor, dense: Tensor | None, with_masks: bool
+        self,
+        encoded: EncodedBySam,
+        sparse: Tensor,
+        dense: Tensor | None,
+        with_masks: bool,
+        multimask: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         # Regions that share the image are regions of one image; those with a mask of their own
         # each have a copy of it.
@@ -268,15 +180,17 @@ class TransformersSam(SquareLocalizer):
             image_positional_embeddings=places,
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,
-            multimask_output=False,
+            multimask_output=multimask,
             **self._view.decoder_options(encoded, len(image)),
         )
-        tokens = decoder.tokens.flatten(0, 1)[:, first]
-        return tokens, masks.flatten(0, 1), ious.flatten()
+        # The first mask's token stands before those of the masks for vague prompts.
+        first += multimask
+        tokens = decoder.tokens[:, :, first : first + masks.shape[2]]
+        return tokens.flatten(0, 2), masks.flatten(0, 2)[:, None], ious.flatten()
 
 
 def _known_classes() -> str:
-    return ", ".join(sorted({known for known, _ in _KINDS.values()}))
+    return ", ".join(sorted({known for known, _ in KINDS.values()}))
 
 
 def _load(arch: str) -> nn.Module:
@@ -293,12 +207,12 @@ def _load(arch: str) -> nn.Module:
         if not config:  # of a folder without a config.json
             raise OSError
         kind = config.get("model_type")
-        if kind not in _KINDS:
+        if kind not in KINDS:
             raise ValueError(
                 f"MODEL.LOCALIZER.ARCH: '{arch}' is a model of type '{kind}'; one of "
-                f"{', '.join(_KINDS)} is expected."
+                f"{', '.join(KINDS)} is expected."
             )
-        name, _ = _KINDS[kind]
+        name, _ = KINDS[kind]
         if name not in dir(transformers):
             raise ImportError(
                 f"MODEL.LOCALIZER.ARCH: '{arch}' is a {name}, which transformers "
