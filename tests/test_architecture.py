@@ -22,8 +22,8 @@ from .source import (
 MODULES = package_modules()
 
 # Without mini/ and app/, which stand on their own. A larger number needs a reason that is as large.
-MAX_MODULES = 77
-MAX_LINES = 13600
+MAX_MODULES = 78
+MAX_LINES = 13700
 MAX_MODULE_LINES = 320
 MAX_FUNCTION_LINES = 60
 
@@ -110,7 +110,10 @@ RULES = (
         "engine",
         "files safe_loading stopping config checkpoint model_zoo modeling data evaluation engine",
     ),
-    Rule("pretrained", "files hub config safe_loading model_zoo modeling.interfaces engine.config"),
+    Rule(
+        "pretrained",
+        "files checkpoint hub config safe_loading model_zoo modeling.interfaces engine.config",
+    ),
     Rule("predictor", "files checkpoint data.images modeling pretrained renaming"),
     Rule("renaming", "", "numpy"),
     # Detectors find regions; the model names them.

@@ -16,11 +16,12 @@ data has another number of regions, ``MODEL.REGION_HEAD.NUM_CENTERS``, which the
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from head_settings import Settings, add_settings, settings_of
 
@@ -53,12 +54,15 @@ import torch.nn.functional as F
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes
+from PIL import Image
 from pycocotools.coco import COCO
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
 from regionspot_d2 import add_regionspot_config
+from regionspot_d2.checkpoint import TRAINED_ON
+from regionspot_d2.data.datasets.corrections import photos_of
 from regionspot_d2.data.datasets.validation import read_annotations
 from regionspot_d2.data.images import read_image
 from regionspot_d2.engine.config import told_in_a_line
@@ -135,6 +139,13 @@ def unlabeled_photos(folders: list[Path]) -> list[Photo]:
 def progress(items: Iterable[T], label: str, unit: str = "photo") -> Iterable[T]:
     """The items, with a bar on a terminal."""
     return tqdm(items, desc=label, unit=unit, disable=None)
+
+
+def note_of(photos: Iterable[Photo]) -> dict[str, Any]:
+    """Which photos the head is fitted to, as its file notes it."""
+    sizes = [(photo.path.name, *Image.open(photo.path).size) for photo in photos]
+    images = [{"file_name": name, "width": w, "height": h} for name, w, h in sizes]
+    return {"datasets": [], "photos": photos_of(images)}
 
 
 def check_names(model: RegionSpot, photos: list[Photo]) -> None:
@@ -268,7 +279,7 @@ def main() -> None:
     fit(model, photos, prepared, settings)
     head = {name: part.half().contiguous() for name, part in model.region_head.state_dict().items()}
     with write_atomically(args.output) as file:
-        file.write(save(head))
+        file.write(save(head, {"format": "pt", TRAINED_ON: json.dumps(note_of(photos))}))
     boxes = sum(len(photo.names) for photo in photos)
     print(f"{args.output}: from {len(photos)} photos, {boxes} labeled boxes; {settings}")
     print(f"MODEL.REGION_HEAD.NUM_CENTERS {len(model.region_head.centers)}")

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,9 @@ from .validation import read_annotations
 logger = logging.getLogger(__name__)
 
 # Increase it whenever a correction changes, so that older copies are no longer used.
-_VERSION = 2
+_VERSION = 3
+# Hexadecimal digits that stand for a photo, and the most photos for which it is worth the space.
+KEY_LENGTH, _MOST_PHOTOS = 12, 200_000
 # Changes a parsed annotation file in place and returns whether it did.
 Correction = Callable[[dict[str, Any]], bool]
 
@@ -74,6 +76,7 @@ class CheckedFile(NamedTuple):
         flagged: how many have ``iscrowd`` or ``ignore``, and the id of the first.
         maskless: the id of the first annotation without a mask.
         unfederated: the id of the first image without the lists of LVIS's federated evaluation.
+        photos: what :func:`photos_of` says of the images.
     """
 
     file: str
@@ -83,6 +86,22 @@ class CheckedFile(NamedTuple):
     flagged: list[Any]
     maskless: Any
     unfederated: Any
+    photos: str
+
+
+def photos_of(images: Sequence[Mapping[str, Any]]) -> str:
+    """Keys of photos, one after the other: enough to tell whether two datasets share some.
+
+    A key stands for the name of the file, without folders, and the size. "" if there are too many.
+    """
+    if len(images) > _MOST_PHOTOS:
+        return ""
+    keys = set()
+    for image in images:
+        name = str(image.get("file_name") or image.get("coco_url")).rpartition("/")[2]
+        text = f"{name} {image.get('width')} {image.get('height')}"
+        keys.add(hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:KEY_LENGTH])
+    return "".join(sorted(keys))
 
 
 def how_to_get(dataset: str) -> str:
@@ -173,4 +192,5 @@ def correct(
         "flagged": [len(flagged), *flagged[:1]],
         "maskless": maskless[0] if maskless else None,
         "unfederated": next(unfederated, None),
+        "photos": photos_of(content["images"]),
     }, changed
