@@ -117,7 +117,7 @@ def name_parser(program: str | None = None) -> CommandParser:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="photos, videos, globs, or folders of photos",
+        help="photos, videos, globs, or folders of photos, with the folders in them",
     )
     _add_outputs(parser)
     _add_sources(parser)
@@ -198,9 +198,10 @@ def _add_sources(parser: argparse.ArgumentParser, *, prompts: bool = True) -> No
         )
     add(
         "--proposals",
-        metavar="FILE|sam",
-        help='json {"file name": {"boxes": [[x0, y0, x1, y1], ...], "scores": [...]}}, or "sam": '
-        "the masks that the localizer finds under a grid of points",
+        metavar="FILE|FOLDER|sam",
+        help='json {"file name": {"boxes": [[x0, y0, x1, y1], ...], "scores": [...]}}, COCO json, '
+        'csv, or a folder of YOLO labels; or "sam": the masks that the localizer finds under a '
+        "grid of points",
     )
     add(
         "--detector",

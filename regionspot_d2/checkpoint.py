@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -12,6 +14,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -21,7 +24,7 @@ from .modeling.regionspot import RegionSpot
 from .safe_loading import load_pickle
 
 _HEAD = "region_head."
-_PAIR = "pair"
+_PAIR, TRAINED_ON = "pair", "trained_on"
 _PARTS = {"vision_language": "vision-language model", "localizer": "localizer"}
 # What DistributedDataParallel and torch.compile put before the names of a model that they wrap.
 _WRAPPERS = re.compile(r"^module\.|\b_orig_mod\.")
@@ -38,6 +41,7 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
       ``region_head.``, wherever in the model the head is. No file can run code.
     * It holds, as ``pair``, which localizer and which vision-language model its head was trained
       with. Loading it into another pair is an error; a file without the record says nothing.
+    * It holds, as ``trained_on``, which photos its head was trained on.
     * Lacking part of the region head is an error, not a warning: a part with random weights names
       regions at random. Only a detector's own file may lack the whole head.
     """
@@ -57,6 +61,10 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
         try:
             with write_atomically(path) as file:
                 state = {"model": self.model.state_dict(), _PAIR: pair_of(self.model)}
+                if note := next(
+                    (dict(h.trained_on) for h in region_heads(self.model) if h.trained_on), None
+                ):
+                    state[TRAINED_ON] = note
                 torch.save({**state, **kwargs}, file)
         except (OSError, RuntimeError) as error:  # torch.save raises either for a full disk
             reason = error.__context__ if isinstance(error.__context__, OSError) else error
@@ -112,9 +120,8 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         state, expected, wanted = checkpoint["model"], self.model.state_dict(), self._head_keys()
-        for module in self.model.modules():
-            if isinstance(module, RegionHead):
-                _move_head(state, wanted, module.renamed_parameters)
+        for head in region_heads(self.model):
+            _move_head(state, wanted, head.renamed_parameters)
         missing = [key for key in wanted if key not in state]
         if wanted and _AUTHORS_KEY in state:
             raise ValueError(
@@ -130,6 +137,8 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
             )
         if len(missing) < len(wanted):
             self._check_pair(checkpoint.get(_PAIR))
+            for head in region_heads(self.model):
+                head.trained_on = _checked_note(checkpoint.get(TRAINED_ON))
         for key in wanted:
             if key in state and state[key].shape != expected[key].shape:
                 raise ValueError(
@@ -157,6 +166,11 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
         return [key for key in self.model.state_dict() if _HEAD in key]
 
 
+def region_heads(model: nn.Module) -> list[RegionHead]:
+    """The region heads in a model, wherever they are."""
+    return [module for module in model.modules() if isinstance(module, RegionHead)]
+
+
 def pair_of(model: nn.Module) -> dict[str, str]:
     """The identities of the frozen models whose outputs the region head of a model reads."""
     for module in model.modules():
@@ -172,6 +186,9 @@ def pair_of(model: nn.Module) -> dict[str, str]:
 def _read(path: str) -> dict[str, Any]:
     """Detectron2's formats, with a state dict under "model", read without running anything."""
     if path.endswith(".safetensors"):
+        with safe_open(path, framework="pt") as file, contextlib.suppress(ValueError):
+            note = json.loads((file.metadata() or {}).get(TRAINED_ON, ""))
+            return {"model": load_file(path), TRAINED_ON: note}
         return {"model": load_file(path)}
     if not path.endswith(".pkl"):
         # Said outright: an environment variable turns the default off.
@@ -187,6 +204,16 @@ def _read(path: str) -> dict[str, Any]:
         state = {k: each for k, each in state.items() if not k.endswith("num_batches_tracked")}
         return {"model": state, "__author__": "pycls", "matching_heuristics": True}
     return content if "model" in content else {"model": content}
+
+
+def _checked_note(note: Any) -> dict[str, Any]:
+    """What a file says of the photos that its head was trained on, if it is what we note."""
+    if not isinstance(note, dict) or not isinstance(note.get("photos"), str):
+        return {}
+    names = note.get("datasets")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return {}
+    return {"datasets": names, "photos": note["photos"]}
 
 
 def _move_head(state: dict[str, Any], wanted: list[str], renamed: Mapping[str, str]) -> None:

@@ -13,6 +13,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from safetensors.torch import save
 
+from .checkpoint import TRAINED_ON
 from .config import add_regionspot_config
 from .engine.config import explained, load_config
 from .files import WeightsNotFoundError, write_atomically
@@ -213,9 +214,12 @@ def write_pretrained(
     folder.mkdir(parents=True, exist_ok=True)
     # A copy each: safetensors refuses tensors that share memory.
     state = {key: each.cpu().clone().contiguous() for key, each in head.state_dict().items()}
+    metadata = {"format": "pt"}
+    if head.trained_on:
+        metadata[TRAINED_ON] = json.dumps(dict(head.trained_on))
     if state:
         with write_atomically(folder / _HEAD) as file:
-            file.write(save(state, {"format": "pt"}))
+            file.write(save(state, metadata))
     else:
         (folder / _HEAD).unlink(missing_ok=True)
     if words:

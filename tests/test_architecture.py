@@ -22,8 +22,8 @@ from .source import (
 MODULES = package_modules()
 
 # Without mini/ and app/, which stand on their own. A larger number needs a reason that is as large.
-MAX_MODULES = 88
-MAX_LINES = 15600
+MAX_MODULES = 92
+MAX_LINES = 16500
 MAX_MODULE_LINES = 320
 MAX_FUNCTION_LINES = 60
 
@@ -126,7 +126,7 @@ RULES = (
     ),
     Rule(
         "pretrained",
-        "files hub config safe_loading model_zoo modeling.interfaces modeling.members "
+        "files checkpoint hub config safe_loading model_zoo modeling.interfaces modeling.members "
         "modeling.word_files engine.config",
     ),
     # Embeddings of regions in files.

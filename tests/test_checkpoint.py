@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import resource
 
@@ -185,6 +186,25 @@ def test_files_without_the_record_load(trained):
     torch.save(content, path)
     model.localizer.identity = "another"
     RegionSpotCheckpointer(model).load(str(path))
+
+
+def test_what_a_head_was_trained_on_goes_along(trained, tmp_path):
+    model, path = trained
+    assert tiny.tiny_model().region_head.trained_on == {}
+    note = {"datasets": ["mine"], "photos": "0123456789ab"}
+    model.region_head.trained_on = note
+    RegionSpotCheckpointer(model, str(tmp_path)).save_model("head")
+    state = {key: part.clone() for key, part in model.region_head.state_dict().items()}
+    files = {tmp_path / "head.pth": note}
+    for i, (text, expected) in enumerate(
+        [(json.dumps(note), note), ("not json", {}), ('{"datasets": [1], "photos": ""}', {})]
+    ):
+        files[tmp_path / f"{i}.safetensors"] = expected
+        save_file(state, tmp_path / f"{i}.safetensors", {"trained_on": text})
+    for file, expected in files.items():
+        other = tiny.tiny_model()
+        RegionSpotCheckpointer(other).load(str(file))
+        assert other.region_head.trained_on == expected
 
 
 def test_a_head_that_reads_no_mask_tokens_goes_with_any_localizer(tmp_path, vocabularies):

@@ -27,6 +27,7 @@ from regionspot_d2.data.datasets import (
     source_file,
 )
 from regionspot_d2.data.datasets.annotations import read_categories
+from regionspot_d2.engine.config import ConfigError, check_datasets
 
 from .datasets_on_disk import SIZES, TINYCOCO, annotation, write_coco, write_images
 from .tools import ROOT, load_tool
@@ -224,6 +225,22 @@ def test_own_data_is_registered_once_and_for_all(tmp_path: Path, catalogs: None)
         register_coco_format([["mine", str(other), images]])
     with pytest.raises(ValueError, match="'coco_2017_val' belongs to another dataset"):
         register_coco_format([["coco_2017_val", json_file, images]])
+
+
+def test_tinycoco_has_a_name_and_says_how_it_is_made(
+    tmp_path: Path, catalogs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = "tinycoco.instances.json'?. python tools/prepare_tinycoco.py makes"
+    with pytest.raises(FileNotFoundError, match=told):
+        class_names("tinycoco")
+    with pytest.raises(ConfigError, match=told):
+        check_datasets("DATASETS.TEST", ["tinycoco"])
+    json_file, images = write_coco(tmp_path)
+    register_coco_format([["tinycoco", json_file, images]])  # where somebody has it
+    assert class_names("tinycoco") == ["cat", "dog"]
+    with pytest.raises(ValueError, match="'tinycoco' belongs to another dataset"):
+        register_coco_format([["tinycoco", json_file, str(tmp_path)]])
 
 
 def test_missing_own_data_is_named_with_its_key(tmp_path: Path, catalogs: None) -> None:

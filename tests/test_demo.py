@@ -281,6 +281,53 @@ def test_images_of_one_name_do_not_overwrite_each_other(demo, photos, tmp_path):
     assert Image.open(tmp_path / "out" / "a.png-2.png").size == (33, 44)
 
 
+def test_folders_inside_a_folder_are_kept_and_a_second_run_takes_the_same_photos(
+    demo, photos, tmp_path, capsys
+):
+    pytest.importorskip("supervision")
+    for name in ("b/a.png", "B/a.png", ".hidden/a.png"):
+        (photos / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (33, 44)).save(photos / name)
+    (photos / "b" / "again").symlink_to(photos)
+    expected = ["a.png", "b.jpg", "B/a.png", "b/a.png"]
+
+    def named(*arguments: object) -> list[str]:
+        assert demo(*arguments, "--boxes", "0,0,9,9", "--vocabulary", "cat,dog") == 0
+        images = results_of(arguments[arguments.index("--output") + 1])["images"]
+        return [str(Path(image["file_name"]).relative_to(photos)) for image in images]
+
+    formats = ["--format", "yolo", "voc"]
+    for output in (photos / "out", photos, photos):
+        assert named("--input", photos, "--output", output, *formats) == expected
+        assert (output / "a.png.png").is_file() and (output / "labels" / "a.txt").is_file()
+        # On some disks, B and b are one folder.
+        assert {path.name for path in output.glob("B/a.png*.png")} == {"a.png.png", "a.png-2.png"}
+    # As a shell does it, and as glob does.
+    in_folder = [str(path) for path in sorted(photos.iterdir()) if path.is_file()]
+    for inputs in (in_folder, [photos / "*.*"]):
+        assert named("--input", *inputs, "--output", tmp_path / "out") == expected[:2]
+    assert "of an earlier run" in capsys.readouterr().err
+    assert named("--input", photos / "a.png.png", "--output", tmp_path / "out") == ["a.png.png"]
+
+
+def test_regions_go_round_through_the_formats_that_are_written(demo, photos, tmp_path):
+    pytest.importorskip("supervision")
+    first, again = tmp_path / "first", tmp_path / "again"
+    arguments = ["--input", photos, "--vocabulary", "cat,dog", "--no-pictures"]
+    boxes = ["--boxes", "2,3,20,25", "0,0,9,9", "--topk", 2]
+    assert demo(*arguments, *boxes, "--output", first, "--format", "csv", "yolo") == 0
+    expected = [annotation["bbox"] for annotation in results_of(first)["annotations"][::2]]
+    for name in ("results.json", "results.csv", "labels"):
+        proposals = ["--proposals", first / name, "--confidence-threshold", 0]
+        assert demo(*arguments, *proposals, "--output", again) == 0
+        found = [annotation["bbox"] for annotation in results_of(again)["annotations"]]
+        np.testing.assert_allclose(found, expected, atol=0.01)
+    before = (first / "labels" / "a.txt").read_bytes()
+    output = ["--output", first, "--format", "yolo", "--proposals", first / "labels"]
+    assert demo(*arguments, *output) == 0
+    assert (first / "labels" / "a.txt").read_bytes() == before
+
+
 def test_a_vocabulary_file(demo, photos, tmp_path):
     words = tmp_path / "words.txt"
     words.write_text("fire hydrant\n\nsmall, red cup\n", encoding="utf-8-sig")

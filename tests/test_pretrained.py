@@ -13,6 +13,7 @@ import yaml
 from detectron2.config import CfgNode
 
 from regionspot_d2 import RegionSpotPredictor, model_zoo
+from regionspot_d2.data.datasets.corrections import photos_of
 from regionspot_d2.files import WeightsNotFoundError
 
 from .tiny import build_tiny_sam, golden, tiny_cfg, tiny_open_clip
@@ -81,7 +82,12 @@ def test_the_mini_model_is_the_same_to_the_bit(tmp_path):
         pytest.skip(f"the packages of the mini model are missing: {error}")
     saved.save_pretrained(tmp_path)
     assert str(Path.home()) not in (tmp_path / "config.yaml").read_text()
-    assert_same(saved, RegionSpotPredictor.from_pretrained(str(tmp_path), device="cpu"))
+    loaded = RegionSpotPredictor.from_pretrained(str(tmp_path), device="cpu")
+    assert_same(saved, loaded)
+    # It says of itself that it knows the photos of tinycoco.
+    photo = {"file_name": "val/000000397133.jpg", "width": 640, "height": 427}
+    for note in (each.model.region_head.trained_on for each in (saved, loaded)):
+        assert photos_of([photo]) in note["photos"]
 
 
 @pytest.mark.slow

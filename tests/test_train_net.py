@@ -126,6 +126,7 @@ def test_trains_evaluates_and_evaluates_again(cfg):
     # Only the head is saved, without frozen weights.
     final = saved(cfg)
     assert all(key.startswith("region_head.") for key in final["model"])
+    assert final["trained_on"]["datasets"] == ["shapes"]
     best = saved(cfg, "model_best")
     assert best["bbox/AP"] == max(line.get("bbox/AP", 0.0) for line in lines)
     assert (output / "last_checkpoint").read_text() == "model_final.pth"
@@ -134,7 +135,11 @@ def test_trains_evaluates_and_evaluates_again(cfg):
     assert "shapes" in table and "ground truth" in table
     (output / "results_table.md").unlink()
     cfg.MODEL.WEIGHTS = str(output / "model_final.pth")
+    log = output / "log.txt"
+    told = "The head was trained on 12 of the 12 photos of 'shapes'"
+    before = log.read_text().count(told)
     results = run(cfg, "--eval-only")
+    assert log.read_text().count(told) == before + 1
     assert results["bbox"]["AP"] == pytest.approx(lines[-1]["bbox/AP"], abs=1e-6)
     assert results["bbox"]["AP"] > 50
     assert (output / "results_table.md").exists()

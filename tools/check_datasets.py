@@ -38,6 +38,7 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from tabulate import tabulate
+from tqdm import tqdm
 
 from regionspot_d2.data import ODINW_13, ODINW_35
 from regionspot_d2.data.datasets import AnnotationsError, checked_annotations, source_file
@@ -68,6 +69,7 @@ def dataset_names() -> list[str]:
     coco_and_lvis = [
         "coco_2017_train",
         "coco_2017_val",
+        "tinycoco",
         "lvis_v1_train",
         "lvis_v1_train_base",
         "lvis_v1_val",
@@ -162,12 +164,13 @@ def main() -> None:
     cfg = load_config(args.config_file, args.opts, training=False, testing=False)
 
     own = [entry[0] for entry in cfg.DATASETS.COCO_FORMAT]
-    names = args.dataset or own + dataset_names()
+    names = args.dataset or list(dict.fromkeys(own + dataset_names()))
     unknown = [name for name in names if name not in DatasetCatalog]
     if unknown:
         parser.error(f"not registered: {', '.join(unknown)}")
     backend, max_pixels = cfg.TEST.EVALUATION_BACKEND, cfg.INPUT.MAX_PIXELS
-    reports = [check_dataset(name, args.sample, backend, max_pixels) for name in names]
+    bar = tqdm(names, desc="Checking", unit="dataset", disable=None)
+    reports = [check_dataset(name, args.sample, backend, max_pixels) for name in bar]
     print(f"Datasets in {data_root()}")
     print(table(reports))
     if args.dataset and any(report.problems for report in reports):

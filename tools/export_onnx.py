@@ -26,6 +26,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -255,6 +256,7 @@ def export(
         ValueError: torch cannot export the model.
         RuntimeError: the difference exceeds ``TOLERANCE``; nothing is kept.
     """
+    print(f"Exporting {path.name} and comparing it with torch", file=sys.stderr)
     model.eval()
     axes = [
         {axis: torch.export.Dim(name, min=1) for axis, name in port.axes.items()}

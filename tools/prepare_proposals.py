@@ -256,7 +256,9 @@ def run_model(
     share = todo[comm.get_rank() :: comm.get_world_size()]
     if todo:
         find = (sam_regions if args.source == "sam" else detector_regions)(args, cfg)
-        for record in tqdm(share, unit="image", disable=not comm.is_main_process()):
+        # None: a bar on a terminal only.
+        hidden = None if comm.is_main_process() else True
+        for record in tqdm(share, desc="Finding regions", unit="image", disable=hidden):
             entry = {k: v.tolist() for k, v in from_instances(find(record))._asdict().items()}
             journal.add(record["image_id"], entry)
     comm.synchronize()

@@ -53,6 +53,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image, ImageDraw
 from pycocotools import mask as mask_api
+from tqdm import tqdm
 
 from regionspot_d2.app.names import OutputFolder
 from regionspot_d2.app.results import is_number
@@ -143,7 +144,7 @@ def draw_images(
             if result["image_id"] in wanted:
                 by_image.setdefault((title, result["image_id"]), []).append(result)
     names = OutputFolder(output, [r["file_name"] for r in DatasetCatalog.get(dataset)])
-    for record in records:
+    for record in tqdm(records, desc="Drawing", unit="image", disable=None):
         image = read_image(record["file_name"], max_pixels=max_pixels)
         truth = Visualizer(image, metadata).draw_dataset_dict(record)
         pictures = {"ground truth": truth.get_image()}

@@ -10,6 +10,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from ..files import sha256_of_file
+from .region_formats import label_files
 
 # Options that change the results of an image, besides the config, the vocabulary and the file
 # of --proposals.
@@ -22,10 +23,17 @@ _DECISIVE = (
 def settings(args: argparse.Namespace, cfg: CfgNode, vocabulary: Any) -> dict[str, Any]:
     """What the results of an image depend on, by option."""
     options = vars(args)
-    is_file = Path(args.proposals or "").is_file()
     return {
         "--config-file or --opts": hashlib.sha256(cfg.dump().encode()).hexdigest(),
         "--vocabulary": vocabulary,
-        "--proposals": [args.proposals, sha256_of_file(args.proposals) if is_file else None],
+        "--proposals": [args.proposals, _digest(Path(args.proposals)) if args.proposals else None],
         **{f"--{name}": options[name.replace("-", "_")] for name in _DECISIVE.split()},
     }
+
+
+def _digest(path: Path) -> str | None:
+    """The sha256 of a file, or of all labels in a folder."""
+    if path.is_dir():
+        files = [f"{file} {sha256_of_file(file)}" for file in label_files(str(path))]
+        return hashlib.sha256("\n".join(files).encode(errors="surrogateescape")).hexdigest()
+    return sha256_of_file(path) if path.is_file() else None

@@ -110,7 +110,7 @@ def _write(folder: OutputFolder, entry: Entry, ending: str, text: str) -> None:
     """Writes a file that is named after an image, as the tools expect it: a.jpg has a.txt."""
     image = Path(entry["file_name"])
     stem = image.stem if image.suffix.lower() in IMAGE_SUFFIXES else image.name
-    [path] = folder.claim(stem, ending)
+    [path] = folder.claim_for(image, stem, ending)
     if path.stem != stem:
         name = printable(stem)
         tell(f"{printable(image)}: its boxes are in {path.name}; the name {name} was not free.")

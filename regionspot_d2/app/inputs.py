@@ -7,15 +7,17 @@ import os
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..data.datasets.vocabularies import VOCABULARIES, known_vocabulary
 from ..modeling.members import Vocabulary
 from ..modeling.names import clean_name
 from ..modeling.word_files import read_words
+from .own_outputs import OwnOutputs
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+_OWN = "of an earlier run"
 _LIST_SUFFIXES = (".csv", ".json", ".lst", ".md", ".names", ".tsv", ".txt", ".yaml", ".yml")
 
 
@@ -25,43 +27,86 @@ def tell(line: str) -> None:
 
 
 def find_inputs(patterns: Sequence[str]) -> list[Path]:
-    """The files that --input names: files, globs, and folders for the images in them."""
+    """The files that --input names: files, globs, and folders for all images in and below them.
+
+    What an earlier run wrote is left out, but not a file that is all that is named.
+    """
     found: list[Path] = []
+    own = OwnOutputs()
     for pattern in patterns:
         path = os.path.expanduser(pattern)
         try:
             if os.path.isdir(path):
-                matches = _images_in(Path(path), pattern)
+                matches = _images_below(path, pattern, own)
+            elif os.path.lexists(path) and len(patterns) == 1:
+                matches = [Path(path)]
             else:
-                # An existing name is taken literally, brackets and all.
-                names = [path] if os.path.lexists(path) else sorted(glob.glob(path))
-                matches = list(map(Path, names))
+                matches = _files_of(path, pattern, own)
         except OSError as error:
             raise SystemExit(f"error: --input {pattern}: {error}") from error
         # A folder that *.jpg happened to match is one bad input of many, not a slip.
-        if not matches and len(patterns) > 1 and os.path.isdir(path):
+        if not matches and len(patterns) > 1 and os.path.isdir(path) and path not in own:
             matches = [Path(path)]
-        if not matches:
-            raise SystemExit(f"error: --input {pattern!r}: there is no image.")
         found += matches
+    if not found:
+        raise SystemExit(f"error: --input {' '.join(map(repr, patterns))}: there is no image.")
     return list(dict.fromkeys(found))
 
 
-def _images_in(folder: Path, pattern: str) -> list[Path]:
-    inside = sorted(folder.iterdir())
-    images = [p for p in inside if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir()]
-    left_out = Counter(
-        "folders" if p.is_dir() else p.suffix.lower() or "without ending"
-        for p in inside
-        if p not in set(images)
-    )
+def _files_of(path: str, pattern: str, own: OwnOutputs) -> list[Path]:
+    """One file of several, as a shell makes them of *.jpg, or those of a glob."""
+    # An existing name is taken literally, brackets and all.
+    names = [path] if os.path.lexists(path) else sorted(glob.glob(path))
+    if not names:
+        raise SystemExit(f"error: --input {pattern!r}: there is no image.")
+    drawn = {name for name in names if name in own}
+    if drawn:
+        tell(f"--input {pattern}: {len(drawn)} of {len(names)} left out ({_OWN}).")
+    return [Path(name) for name in names if name not in drawn]
+
+
+def input_folders(patterns: Sequence[str]) -> list[Path]:
+    """Those that --input names; results keep the folders inside them."""
+    return [Path(path) for path in map(os.path.expanduser, patterns) if os.path.isdir(path)]
+
+
+def _images_below(folder: str, pattern: str, own: OwnOutputs) -> list[Path]:
+    """The images in a folder and in those inside it, sorted, first those of the outer folder."""
+    images: list[Path] = []
+    left_out: Counter[str] = Counter()
+    for path in _files_below(folder):
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
+            left_out[path.suffix.lower() or "without ending"] += 1
+        elif path in own:
+            left_out[_OWN] += 1
+        else:
+            images.append(path)
     if left_out:
         kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common(8))
+        total = left_out.total()
         tell(
-            f"--input {pattern}: {left_out.total()} of {len(inside)} entries of the folder are "
+            f"--input {pattern}: {total} of {total + len(images)} entries of the folder are "
             f"left out ({kinds}); of a folder, {' '.join(sorted(IMAGE_SUFFIXES))} are read."
         )
     return images
+
+
+def _files_below(folder: str) -> Iterator[Path]:
+    known = set()
+
+    def tell_of(error: OSError) -> None:
+        if error.filename == folder:
+            raise error
+        tell(f"--input: {error.filename} cannot be read: {error.strerror}.")
+
+    for place, folders, files in os.walk(folder, onerror=tell_of, followlinks=True):
+        # A link may lead back to a folder that it is in.
+        state = os.stat(place)
+        is_known = (state.st_dev, state.st_ino) in known
+        known.add((state.st_dev, state.st_ino))
+        # Hidden folders are those of programs: thumbnails, versions, the trash.
+        folders[:] = [] if is_known else sorted(f for f in folders if not f.startswith("."))
+        yield from () if is_known else (Path(place, name) for name in sorted(files))
 
 
 def read_vocabulary(names: str) -> list[str] | Vocabulary:

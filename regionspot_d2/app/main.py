@@ -29,8 +29,9 @@ from ..pretrained import check_device
 from ..stopping import INTERRUPTED, stoppable
 from .arguments import settings
 from .formats import FORMATS, check_formats, write_formats
-from .inputs import find_inputs, read_vocabulary, tell
+from .inputs import find_inputs, input_folders, read_vocabulary, tell
 from .names import OutputFolder, one_line, printable
+from .region_formats import label_files
 from .results import OtherResults, table, to_coco, with_names
 from .run import Run, write_line
 from .sources import choose_source
@@ -63,12 +64,14 @@ def output_folder(args: argparse.Namespace, paths: Sequence[Path]) -> OutputFold
     given = [args.config_file, args.proposals, args.compare, args.vocabulary]
     given += [args.detector_config, args.detector_weights, (args.detector or "").partition(":")[2]]
     given += [word.strip().removeprefix("@") for word in args.vocabulary.split(",")]
+    if args.proposals and Path(args.proposals).is_dir():
+        given += map(str, label_files(args.proposals))
     output = Path(args.output)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SystemExit(f"error: --output: a folder is expected: {error}") from error
-    folder = OutputFolder(output, [*paths, *filter(None, given)])
+    folder = OutputFolder(output, [*paths, *filter(None, given)], input_folders(args.input))
     for name in ("results.json", "results.jsonl", *(FORMATS[each] for each in args.format)):
         if folder.is_input(output / name):
             raise SystemExit(
@@ -125,9 +128,9 @@ def name_all(
     """
     outcomes: Counter[str] = Counter()
     # Before any of them is read, so that a run that goes on finds the same names.
-    jobs = [(path, folder.claim(path.name, *_endings(path, run.args))) for path in paths]
+    jobs = [(path, folder.claim_for(path, path.name, *_endings(path, run.args))) for path in paths]
     try:
-        for path, pictures in tqdm(jobs, desc="Naming regions", unit="image"):
+        for path, pictures in tqdm(jobs, desc="Naming regions", unit="image", disable=None):
             before = len(run.entries)
             try:
                 if path.exists() and not path.is_file() and not path.is_dir():

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 # File systems allow 255 bytes; endings, numbers and the names of unfinished files need some.
@@ -40,8 +40,21 @@ class OutputFolder:
         path: the folder.
     """
 
-    def __init__(self, folder: Path, inputs: Iterable[str | os.PathLike[str]]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        inputs: Iterable[str | os.PathLike[str]],
+        roots: Sequence[Path] = (),
+    ) -> None:
+        """
+        Args:
+            folder: it need not exist yet.
+            inputs: files that no output may replace.
+            roots: folders of inputs; :meth:`claim_for` keeps the folders inside them.
+        """
         self.path = folder
+        self._roots = roots
+        self._inside: dict[str, OutputFolder] = {}
         self._claimed: set[str] = set()
         self._inputs: set[object] = set()
         for path in inputs:
@@ -51,13 +64,25 @@ class OutputFolder:
 
     def inside(self, name: str) -> OutputFolder:
         """A folder in it, with the same inputs."""
-        inner = OutputFolder(self.path / name, [])
-        inner._inputs = self._inputs
-        return inner
+        key = _folded(name)
+        if key not in self._inside:
+            inner = OutputFolder(self.path / name, [], self._roots)
+            inner._inputs = self._inputs
+            self._inside[key] = inner
+        return self._inside[key]
 
     def is_input(self, path: Path) -> bool:
         """Whether a path is that of an input, by a link or in another spelling too."""
         return bool({_entry(path), _identity(path)} & self._inputs)
+
+    def claim_for(self, image: Path, name: str, *endings: str) -> list[Path]:
+        """As :meth:`claim`, in the folder that the image has below the folder that was named."""
+        folder = self
+        around = [root for root in self._roots if image.is_relative_to(root)]
+        root = max(around, key=lambda root: len(root.parts), default=image.parent)
+        for part in image.relative_to(root).parent.parts:
+            folder = folder.inside(file_name(part))
+        return folder.claim(name, *endings)
 
     def claim(self, name: str, *endings: str) -> list[Path]:
         """Paths named after ``name``, one for each ending; a name in use gets a number."""

@@ -110,7 +110,7 @@ class Run:
         have_scores = False
         for number, image in _progress(video, f"{printable(path.name)}: tracks"):
             name = f"{path}#{number}"
-            regions = self.source(Path(name).name, image)
+            regions = self.source(name, image)
             assert isinstance(regions, Regions)  # as --track is checked
             have_scores |= regions.scores is not None
             tracked.add(name, image, regions)
@@ -124,7 +124,7 @@ class Run:
 
     def name_regions(self, file_name: str, image: np.ndarray) -> tuple[Entry, np.ndarray | None]:
         """The names of an image's regions, and with --attention (R, rows, columns) maps."""
-        regions = self.source(Path(file_name).name, image)
+        regions = self.source(file_name, image)
         self.predictor.set_image(image)
         if isinstance(regions, Search):
             limit = MAX_MASKS if regions.by_masks else MAX_GROUPED
@@ -191,7 +191,9 @@ def _save(picture: np.ndarray, path: Path) -> None:
 
 
 def _progress(video: Video, label: str) -> Any:
-    return tqdm(video, desc=label, unit="frame", total=video.expected_frames, leave=False)
+    return tqdm(
+        video, desc=label, unit="frame", total=video.expected_frames, leave=False, disable=None
+    )
 
 
 def write_line(message: str) -> None:

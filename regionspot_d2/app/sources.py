@@ -6,7 +6,6 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from reprlib import repr as shown  # short, however long or deep a value is
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,11 +14,9 @@ from ..detection import build_detector
 from ..logits import LOGITS, look_like_logits, sigmoid
 from ..modeling import Localizer, RegionSpot
 from ..modeling.everything import Search
-from ..safe_loading import read_json
 from .inputs import tell
-from .results import is_number
-
-_PIXELS = "multiply x by its width, y by its height: pixels are expected."
+from .region_files import RegionFile
+from .region_formats import PIXELS, is_fraction
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class Regions:
         }
 
 
-# Gives the regions of an image, from its name and its pixels (H, W, 3), uint8, RGB; or how the
+# Gives the regions of an image, from its path and its pixels (H, W, 3), uint8, RGB; or how the
 # predictor shall look for them.
 RegionSource: TypeAlias = Callable[[str, np.ndarray], Regions | Search]
 
@@ -84,7 +81,7 @@ def from_arguments(
         points=[[point[:2] for point in region] for region in labeled] or None,
         point_labels=[[int(point[2]) for point in region] for region in labeled] or None,
     )
-    return lambda name, image: regions
+    return lambda path, image: regions
 
 
 def _parse_box(text: str) -> list[float]:
@@ -92,7 +89,7 @@ def _parse_box(text: str) -> list[float]:
     if len(box) != 4:
         raise SystemExit(f"error: --boxes {text}: four numbers x0,y0,x1,y1 are expected.")
     if is_fraction(box):
-        raise SystemExit(f"error: --boxes {text}: these are fractions of the image; {_PIXELS}")
+        raise SystemExit(f"error: --boxes {text}: these are fractions of the image; {PIXELS}")
     return box
 
 
@@ -108,7 +105,7 @@ def _parse_points(text: str) -> list[list[float]]:
     if not any(label for _, _, label in points):
         raise SystemExit(f"error: --points {text}: at least one point on the region is expected.")
     if any(is_fraction(point[:2]) and any(v % 1 for v in point[:2]) for point in points):
-        raise SystemExit(f"error: --points {text}: these are fractions of the image; {_PIXELS}")
+        raise SystemExit(f"error: --points {text}: these are fractions of the image; {PIXELS}")
     return points
 
 
@@ -120,59 +117,24 @@ def _numbers(text: str) -> list[float]:
     return numbers if all(map(math.isfinite, numbers)) else []
 
 
-def is_fraction(numbers: Sequence[float]) -> bool:
-    """Whether they all lie within the first pixel, as fractions of the image would."""
-    return all(0 <= number <= 1 for number in numbers)
-
-
 def from_file(file: str) -> RegionSource:
-    """The boxes that a json file lists for each image; demo/README.md has an example."""
+    """The boxes that a file, or a folder of labels, has of each image; see demo/README.md."""
     try:
-        entries = read_json(file)
+        listed = RegionFile(file)
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: --proposals {file}: {error}") from error
-    if not isinstance(entries, dict):
-        raise SystemExit(f"error: --proposals {file}: a dict from file names to boxes is expected.")
-    for name, entry in entries.items():
-        if fault := _fault(entry):
-            raise SystemExit(f"error: --proposals {file}: {shown(name)} {fault}")
-    are_logits = any(map(look_like_logits, (e.get("scores") or [] for e in entries.values())))
+    are_logits = any(look_like_logits(each.scores or []) for each in listed.entries.values())
     if are_logits:
         tell(f"--proposals {file}: {LOGITS}")
 
-    def regions_of(name: str, image: np.ndarray) -> Regions:
-        if name not in entries:
-            raise ValueError(f"{file} has no boxes for '{name}'.")
-        entry = entries[name]
-        scores = entry.get("scores")
-        scores = None if scores is None else np.asarray(scores, np.float32)
+    def regions_of(path: str, image: np.ndarray) -> Regions:
+        entry = listed.of(path)
+        scores = None if entry.scores is None else np.asarray(entry.scores, np.float32)
         if scores is not None and are_logits:
             scores = sigmoid(scores)
-        return Regions(boxes=entry["boxes"], scores=scores)
+        return Regions(boxes=entry.in_pixels(image.shape[1], image.shape[0]), scores=scores)
 
     return regions_of
-
-
-def _fault(entry: Any) -> str | None:
-    """What is wrong with the form of a json's entry. If boxes fit the image is checked later."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("boxes"), list):
-        return "has no list 'boxes'."
-    boxes, scores = entry["boxes"], entry.get("scores")
-    for i, box in enumerate(boxes):
-        if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
-            return (
-                f"has the box {shown(box)} (region {i}); four numbers x0, y0, x1, y1 are expected."
-            )
-        if is_fraction(box):
-            return f"has the box {box} (region {i}), in fractions of the image; {_PIXELS}"
-    if scores is None:
-        return None
-    if not isinstance(scores, list) or len(scores) != len(boxes):
-        return f"needs one score per box: {len(boxes)} boxes, the scores {shown(scores)}."
-    for i, score in enumerate(scores):
-        if not is_number(score):
-            return f"has the score {shown(score)} (region {i}); a number is expected."
-    return None
 
 
 def from_image(localizer: Localizer, by_masks: bool | None) -> RegionSource:
@@ -194,7 +156,7 @@ def from_image(localizer: Localizer, by_masks: bool | None) -> RegionSource:
             "--proposals and --detector give regions.)"
         )
     search = Search(by_masks=localizer.masks_are_fine if by_masks is None else by_masks)
-    return lambda name, image: search
+    return lambda path, image: search
 
 
 def from_detector(
@@ -213,7 +175,7 @@ def from_detector(
     except Exception as error:
         raise SystemExit(f"error: {option}: {error}") from error
 
-    def regions_of(name: str, image: np.ndarray) -> Regions:
+    def regions_of(path: str, image: np.ndarray) -> Regions:
         found = detector(image)
         return Regions(boxes=found.boxes, scores=found.scores)
 

@@ -23,6 +23,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import log_every_n_seconds
 from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from ..files import module_fingerprint
 from ..modeling.interfaces import Localizer
@@ -157,7 +158,9 @@ def _run(
     localizer: Localizer, loader: DataLoader, unreadable: UnreadableImages
 ) -> Iterator[Tensor | None]:
     device = next(localizer.parameters()).device
-    for batch in loader:
+    # None: a bar on a terminal only; a log has a line for each shard, and one every minute.
+    hidden = None if comm.is_main_process() else True
+    for batch in tqdm(loader, desc="Extracting tokens", unit="batch", disable=hidden):
         # Encoding images is what takes time: those without regions are left out.
         asked = [x for x in batch if "error" not in x and len(x["instances"])]
         found: Iterator[Tensor] = iter(())

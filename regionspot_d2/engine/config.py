@@ -20,11 +20,12 @@ from ..config import add_regionspot_config
 from ..data.datasets import (
     AnnotationsError,
     checked_annotations,
+    how_to_get,
     register_coco_format,
     source_file,
 )
 from ..data.proposals import proposals_exist
-from ..files import data_root, expand_data_root
+from ..files import expand_data_root
 from ..model_zoo import MODELS, get_config_file
 from ..safe_loading import read_yaml
 from ..stopping import INTERRUPTED, stoppable
@@ -189,9 +190,8 @@ def check_datasets(key: str, names: Iterable[str]) -> None:
         for file in filter(None, (json_file, MetadataCatalog.get(name).get("panoptic_json"))):
             if not PathManager.isfile(path := source_file(file)):
                 raise ConfigError(
-                    f"{key}: the annotations of '{name}' are not there: no file '{path}'. The "
-                    f"folder of all datasets, DETECTRON2_DATASETS, is '{data_root()}'; "
-                    "datasets/README.md says where to get them."
+                    f"{key}: the annotations of '{name}' are not there: no file '{path}'. "
+                    f"{how_to_get(name)}"
                 )
         if json_file:
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -24,8 +25,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader
 
-from ..checkpoint import RegionSpotCheckpointer
+from ..checkpoint import RegionSpotCheckpointer, region_heads
 from ..data.build import build_test_loader, build_train_loader, open_token_caches, start_at
+from ..data.datasets.trained_on import trained_on, warn_of_known_photos
 from ..data.published_tokens import has_tokens
 from ..data.token_extraction import extract_tokens
 from ..evaluation import build_evaluator, check_evaluation, write_report
@@ -119,6 +121,8 @@ class RegionSpotTrainer(DefaultTrainer):
         """Resumes from the last checkpoint in ``OUTPUT_DIR``, or starts from ``MODEL.WEIGHTS``."""
         super().resume_or_load(resume=resume)
         start_at(self.data_loader, self.start_iter)
+        for head in region_heads(self.model):
+            head.trained_on = trained_on(self.cfg.DATASETS.TRAIN, head.trained_on)
         if self.start_iter > 0 and comm.is_main_process():
             self._best.resume()
 
@@ -147,6 +151,9 @@ class RegionSpotTrainer(DefaultTrainer):
         Returns:
             Results by dataset, or those of the only dataset; empty except in the main process.
         """
+        if comm.is_main_process():
+            for head, name in itertools.product(region_heads(model), cfg.DATASETS.TEST):
+                warn_of_known_photos(head.trained_on, name)
         results = super().test(cfg, model, evaluators)
         if results and comm.is_main_process():
             write_report(cfg, results)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -228,6 +229,8 @@ class RegionHead(nn.Module, ABC):
             None if it takes none.
         has_attention: whether :meth:`attention` tells where the head looks.
         renamed_parameters: parameter names in older files, and what they are called today.
+        trained_on: which photos the weights were trained on, as ``data.datasets.trained_on`` notes
+            it; {} if nobody knows.
     """
 
     reads_mask_tokens: bool = _required()
@@ -236,6 +239,7 @@ class RegionHead(nn.Module, ABC):
     mask_size: tuple[int, int] | None = None
     has_attention: bool = False
     renamed_parameters: ClassVar[Mapping[str, str]] = {}
+    trained_on: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def needs_localizer(self) -> bool:

@@ -159,8 +159,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
     print(
         f"ratio {reference.clock / ours.clock:.1f} wall, "
-        f"{reference.processor / ours.processor:.1f} processor; "
-        f"largest difference of a metric {difference:.1e}"
+        f"{reference.processor / ours.processor:.1f} processor (one run each: less than 2 may be "
+        f"noise); largest difference of a metric {difference:.1e}"
     )
     return int(not difference <= 1e-6)
 

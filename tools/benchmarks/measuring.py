@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
+import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,41 @@ def seconds(work: Callable[[], object]) -> float:
     start = now()
     work()
     return now() - start
+
+
+class Ratio:
+    """How many times as fast one side is as another, and which ratios are noise.
+
+    Each side against itself, one run and the next, tells what the rest of the machine does to a
+    ratio.
+
+    Attributes:
+        median: of the ratios of neighboring runs, which other load disturbs least.
+        noise: the largest ratio of a side to itself; infinite if each ran once.
+    """
+
+    def __init__(self, base: Sequence[float], other: Sequence[float]) -> None:
+        """
+        Args:
+            base: seconds of the runs of the side that counts as 1.
+            other: seconds of the runs of the other side, each next to one of the base.
+        """
+        self._ratios = [one / another for one, another in zip(base, other)]
+        self.median = statistics.median(self._ratios)
+        pairs = [*itertools.pairwise(base), *itertools.pairwise(other)]
+        self.noise = max((max(a / b, b / a) for a, b in pairs), default=math.inf)
+
+    def __str__(self) -> str:
+        text = f"{self.median:.2f}"
+        if math.isinf(self.noise):
+            return f"{text} (one run each, which does not tell what is noise)"
+        low, high = min(self._ratios), max(self._ratios)
+        is_noise = 1 / self.noise <= self.median <= self.noise
+        verdict = "this is noise" if is_noise else "this is not noise"
+        return (
+            f"{text} ({low:.2f} to {high:.2f}; a side against itself: up to {self.noise:.2f}; "
+            f"{verdict})"
+        )
 
 
 class Stopwatch:

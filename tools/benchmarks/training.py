@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import statistics
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -46,6 +47,8 @@ def argument_parser() -> CommandParser:
         one.add_argument("--images", type=int, default=4, help="in a batch, of each process")
         one.add_argument("--boxes", type=int, default=10, help="in an image")
         one.add_argument("--threads", type=int, default=1, help="of each process")
+        if name == "processes":
+            one.add_argument("--repeats", type=int, default=2, help="of both, in turns")
         one.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
     cache = commands.add_parser("token-cache", help="reading tokens, against a file per image")
     cache.add_argument("--images", type=int, default=5000)
@@ -66,7 +69,14 @@ from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase, launch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
-from measuring import Stopwatch, now, peak_bytes, reset_peak, use_random_text_embeddings
+from measuring import (
+    Ratio,
+    Stopwatch,
+    now,
+    peak_bytes,
+    reset_peak,
+    use_random_text_embeddings,
+)
 from PIL import Image
 
 from regionspot_d2.data.build import cache_manifest
@@ -210,12 +220,15 @@ def print_step(args: argparse.Namespace, folder: Path) -> None:
 
 def print_processes(args: argparse.Namespace, folder: Path) -> None:
     """Prints how many times the images per second of one process two processes reach."""
-    speeds = []
-    for processes in (1, 2):
-        found = measure(args, folder, processes)
-        speeds.append(processes * args.images * found["steps"] / found["total"])
-        print(f"{processes} process(es) of {args.threads} thread(s): {speeds[-1]:.2f} images/s")
-    print(f"Two processes are {speeds[1] / speeds[0]:.2f} times as fast as one.")
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(args.repeats):
+        for processes, values in seconds.items():
+            found = measure(args, folder, processes)
+            values.append(found["total"] / (processes * args.images * found["steps"]))
+    for processes, values in seconds.items():
+        speed = 1 / statistics.median(values)
+        print(f"{processes} process(es) of {args.threads} thread(s): {speed:.2f} images/s")
+    print(f"Two processes against one, times as fast: {Ratio(seconds[1], seconds[2])}")
 
 
 def print_vocabulary(args: argparse.Namespace, folder: Path) -> None:

@@ -29,6 +29,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from regionspot_d2 import RegionSpotPredictor
+from regionspot_d2.data.datasets.corrections import photos_of
+from regionspot_d2.data.datasets.trained_on import warn_of_known_photos
 from regionspot_d2.engine import load_config
 
 KEPT = (5, 10, 20, 50, 100)
@@ -58,7 +60,10 @@ def main() -> None:
     cfg = load_config(args.config_file, training=False)
     names = MetadataCatalog.get("to_evaluate").thing_classes
     predictor = RegionSpotPredictor(cfg, vocabulary=names)
-    rows = [hits(predictor, record) for record in tqdm(records) if record["annotations"]]
+    note = predictor.model.region_head.trained_on
+    warn_of_known_photos(note, args.coco[0], photos_of(records))
+    bar = tqdm(records, desc="Finding regions", unit="image", disable=None)
+    rows = [hits(predictor, record) for record in bar if record["annotations"]]
     match, areas = (torch.cat(column) for column in zip(*rows))
     large = areas > LARGE
     recall, of_large = (100 * m.float().mean(0) for m in (match, match[large]))

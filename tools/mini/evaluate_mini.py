@@ -49,6 +49,7 @@ from train_mini_head import (
     labeled_photos,
     load_model,
     prepare,
+    progress,
     random_boxes,
     read,
     unlabeled_photos,
@@ -204,7 +205,7 @@ def measure(
     measured = []
     for number, dataset in enumerate(datasets):
         places = {clean_name(name): place for place, name in enumerate(dataset.names)}
-        for photo in dataset.photos:
+        for photo in progress(dataset.photos, "Preparing photos"):
             labels = torch.tensor([places.get(clean_name(n), -1) for n in photo.names])
             prepared = prepare(model, photo, crop_classifier, settings)
             measured.append(Measured(photo, prepared, number, labels))
@@ -269,15 +270,18 @@ def main() -> None:
     text = [model.text_embedder(dataset.names, model.device) for dataset in datasets]
     measured = measure(model, crop_classifier, datasets, settings)
     more = unlabeled_photos(args.photos)
-    extra = (more, [prepare(model, photo, crop_classifier, settings) for photo in more])
+    extra = (
+        more,
+        [prepare(model, p, crop_classifier, settings) for p in progress(more, "Other photos")],
+    )
 
     by_method: dict[str, list[Tensor]] = {"PooledRegionHead": [], "crop and classify": []}
-    for m in measured:
+    for m in progress(measured, "Classifying crops"):
         crops = crop_classifier(read(m.photo), m.photo.boxes)
         by_method["crop and classify"].append(hits(crops, text[m.dataset], m.labels))
         by_method["PooledRegionHead"].append(hits(m.prepared.baseline, text[m.dataset], m.labels))
     splits: list[list[dict[str, list[float]]]] = [[] for _ in datasets]
-    for split in range(args.splits):
+    for split in progress(range(args.splits), "Cross-validating", unit="split"):
         trained, unseen, _ = cross_validate(model, measured, extra, settings, args.folds, split)
         by_method["trained head"] = [
             hits(regions, text[m.dataset], m.labels) for regions, m in zip(trained, measured)

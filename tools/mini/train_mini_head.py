@@ -16,9 +16,12 @@ data has another number of regions, ``MODEL.REGION_HEAD.NUM_CENTERS``, which the
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from head_settings import Settings, add_settings, settings_of
 
@@ -51,11 +54,15 @@ import torch.nn.functional as F
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes
+from PIL import Image
 from pycocotools.coco import COCO
 from safetensors.torch import save
 from torch import Tensor
+from tqdm import tqdm
 
 from regionspot_d2 import add_regionspot_config
+from regionspot_d2.checkpoint import TRAINED_ON
+from regionspot_d2.data.datasets.corrections import photos_of
 from regionspot_d2.data.datasets.validation import read_annotations
 from regionspot_d2.data.images import read_image
 from regionspot_d2.engine.config import told_in_a_line
@@ -66,6 +73,7 @@ from regionspot_d2.modeling import RegionSpot
 from regionspot_d2.modeling.views import ViewFinder, Zoom, boxes_in_view
 
 CONFIG = Path(__file__).parents[2] / "configs/mini/regionspot_mini.yaml"
+T = TypeVar("T")
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png")
 # EfficientNet-Lite2's native input size.
 CROP_SIDE = 260
@@ -126,6 +134,18 @@ def unlabeled_photos(folders: list[Path]) -> list[Photo]:
         for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in PHOTO_SUFFIXES):
             unique.setdefault(sha256_of_file(path), path)
     return [Photo(unique[key], torch.zeros(0, 4), []) for key in sorted(unique)]
+
+
+def progress(items: Iterable[T], label: str, unit: str = "photo") -> Iterable[T]:
+    """The items, with a bar on a terminal."""
+    return tqdm(items, desc=label, unit=unit, disable=None)
+
+
+def note_of(photos: Iterable[Photo]) -> dict[str, Any]:
+    """Which photos the head is fitted to, as its file notes it."""
+    sizes = [(photo.path.name, *Image.open(photo.path).size) for photo in photos]
+    images = [{"file_name": name, "width": w, "height": h} for name, w, h in sizes]
+    return {"datasets": [], "photos": photos_of(images)}
 
 
 def check_names(model: RegionSpot, photos: list[Photo]) -> None:
@@ -254,13 +274,12 @@ def main() -> None:
     check_names(model, photos)
     crop_classifier = CropClassifier(model)
     prepared = []
-    for i, photo in enumerate(photos):
+    for photo in progress(photos, "Preparing photos"):
         prepared.append(prepare(model, photo, crop_classifier, settings))
-        print(f"{i + 1}/{len(photos)} {photo.path.name}", flush=True)
     fit(model, photos, prepared, settings)
     head = {name: part.half().contiguous() for name, part in model.region_head.state_dict().items()}
     with write_atomically(args.output) as file:
-        file.write(save(head))
+        file.write(save(head, {"format": "pt", TRAINED_ON: json.dumps(note_of(photos))}))
     boxes = sum(len(photo.names) for photo in photos)
     print(f"{args.output}: from {len(photos)} photos, {boxes} labeled boxes; {settings}")
     print(f"MODEL.REGION_HEAD.NUM_CENTERS {len(model.region_head.centers)}")

@@ -15,8 +15,10 @@ from .annotations import (
     class_names,
     coco_dataset,
     register_coco_format,
+    register_corrected_coco,
     source_file,
 )
+from .corrections import how_to_get
 from .lvis import minival, register_all_lvis
 from .odinw import ODINW_13, ODINW_35, register_all_odinw
 from .panoptic import register_all_ade20k_panoptic
@@ -30,6 +32,7 @@ __all__ = [
     "class_names",
     "coco_dataset",
     "expand_root",
+    "how_to_get",
     "minival",
     "register_all_lvis",
     "register_all_objects365",
@@ -80,13 +83,23 @@ def _register(root: str, name: str, images: str, file: str, load: Any = load_coc
     metadata.set(evaluator_type="coco", split=name.rsplit("_", 1)[1])
 
 
+def _register_tinycoco(root: str) -> None:
+    folder = os.path.join(root, "tinycoco")
+    files = os.path.join(folder, "instances.json"), os.path.join(folder, "images")
+    register_corrected_coco("tinycoco", *files, split="val")
+
+
 register_all_lvis(data_root())
 register_all_odinw(data_root())
 register_all_objects365(data_root())
 register_all_ade20k_panoptic(data_root())
+_register_tinycoco(data_root())
 for _name, _files in _VAST_VOCABULARY.items():
     _register(data_root(), _name, *_files)
 
 # Detectron2 registers COCO without the split, which the results table shows.
 MetadataCatalog.get("coco_2017_train").set(split="train")
 MetadataCatalog.get("coco_2017_val").set(split="val")
+# What is not downloaded, but made of files that are.
+MetadataCatalog.get("tinycoco").set(made_by="tools/prepare_tinycoco.py")
+MetadataCatalog.get("lvis_v1_minival").set(made_by="tools/prepare_lvis_minival.py")

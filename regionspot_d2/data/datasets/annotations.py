@@ -115,10 +115,11 @@ def register_coco_format(entries: Sequence[Sequence[str]]) -> None:
     """Registers the datasets of ``cfg.DATASETS.COCO_FORMAT``; skips those already registered.
 
     An entry is ``[name, COCO-format JSON file, image folder]``; ``$DETECTRON2_DATASETS`` in a path
-    stands for the folder of all datasets.
+    stands for the folder of all datasets. An entry for a name of ours, such as "tinycoco", says
+    where the dataset is if its usual place has none.
 
     Raises:
-        ValueError: an entry is malformed, or its name belongs to another dataset.
+        ValueError: an entry is malformed, or its name belongs to another dataset that is there.
         FileNotFoundError: a JSON file or an image folder does not exist.
     """
     for index, entry in enumerate(entries):
@@ -136,18 +137,28 @@ def register_coco_format(entries: Sequence[Sequence[str]]) -> None:
             raise FileNotFoundError(f"{key} ('{name}'): there is no annotation file '{json_file}'.")
         if not PathManager.isdir(image_root):
             raise FileNotFoundError(f"{key} ('{name}'): there is no image folder '{image_root}'.")
+        if name in DatasetCatalog and _may_lie_elsewhere(name):
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
         if name not in DatasetCatalog:
             register_corrected_coco(name, json_file, image_root, split=Path(json_file).stem)
             continue
         metadata = MetadataCatalog.get(name)
-        known_json = source_file(os.fspath(metadata.get("json_file", "")))
-        known_root = os.fspath(metadata.get("image_root", ""))
+        known_json = os.path.normpath(source_file(os.fspath(metadata.get("json_file", ""))))
+        known_root = os.path.normpath(os.fspath(metadata.get("image_root", "")))
         if (known_json, known_root) != (json_file, image_root):
             raise ValueError(
                 f"{key}: '{name}' belongs to another dataset (annotations '{known_json}', images "
                 f"'{known_root}'). Choose another name."
             )
         _forget_names(metadata)
+
+
+def _may_lie_elsewhere(name: str) -> bool:
+    """Whether a dataset is of the kind that an entry registers, and not where it was said to be."""
+    metadata = MetadataCatalog.get(name)
+    corrections = metadata.get("corrections")
+    return corrections == () and not PathManager.isfile(metadata.source_file)
 
 
 def coco_dataset(

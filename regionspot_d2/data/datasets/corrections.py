@@ -9,20 +9,23 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from ...files import cache_dir, private_folder, sha256_of_file, write_atomically
+from ...files import cache_dir, data_root, private_folder, sha256_of_file, write_atomically
 from ...safe_loading import json_encoding
 from .validation import read_annotations
 
 logger = logging.getLogger(__name__)
 
 # Increase it whenever a correction changes, so that older copies are no longer used.
-_VERSION = 2
+_VERSION = 3
+# Hexadecimal digits that stand for a photo, and the most photos for which it is worth the space.
+KEY_LENGTH, _MOST_PHOTOS = 12, 200_000
 # Changes a parsed annotation file in place and returns whether it did.
 Correction = Callable[[dict[str, Any]], bool]
 
@@ -73,6 +76,7 @@ class CheckedFile(NamedTuple):
         flagged: how many have ``iscrowd`` or ``ignore``, and the id of the first.
         maskless: the id of the first annotation without a mask.
         unfederated: the id of the first image without the lists of LVIS's federated evaluation.
+        photos: what :func:`photos_of` says of the images.
     """
 
     file: str
@@ -82,6 +86,31 @@ class CheckedFile(NamedTuple):
     flagged: list[Any]
     maskless: Any
     unfederated: Any
+    photos: str
+
+
+def photos_of(images: Sequence[Mapping[str, Any]]) -> str:
+    """Keys of photos, one after the other: enough to tell whether two datasets share some.
+
+    A key stands for the name of the file, without folders, and the size. "" if there are too many.
+    """
+    if len(images) > _MOST_PHOTOS:
+        return ""
+    keys = set()
+    for image in images:
+        name = str(image.get("file_name") or image.get("coco_url")).rpartition("/")[2]
+        text = f"{name} {image.get('width')} {image.get('height')}"
+        keys.add(hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:KEY_LENGTH])
+    return "".join(sorted(keys))
+
+
+def how_to_get(dataset: str) -> str:
+    """What to do for a dataset whose files are not there."""
+    if made_by := MetadataCatalog.get(dataset).get("made_by"):
+        how = f"python {made_by} makes them"
+    else:
+        how = "datasets/README.md says what to download"
+    return f"{how}. The folder of all datasets, DETECTRON2_DATASETS, is '{data_root()}'."
 
 
 def checked_file(
@@ -102,8 +131,8 @@ def checked_file(
     """
     if not PathManager.isfile(json_file):
         raise FileNotFoundError(
-            f"The annotations of dataset '{dataset}' are missing: {json_file}. datasets/README.md "
-            "says what to download; set DETECTRON2_DATASETS to the folder of all datasets."
+            f"The annotations of dataset '{dataset}' are missing: {json_file}. "
+            f"{how_to_get(dataset)}"
         )
     local_file = os.path.realpath(PathManager.get_local_path(json_file))
     state = os.stat(local_file)
@@ -163,4 +192,5 @@ def correct(
         "flagged": [len(flagged), *flagged[:1]],
         "maskless": maskless[0] if maskless else None,
         "unfederated": next(unfederated, None),
+        "photos": photos_of(content["images"]),
     }, changed
