@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,6 +10,14 @@ import pytest
 from detectron2.data import MetadataCatalog
 
 from . import tiny
+
+
+@pytest.fixture(autouse=True)
+def open_loggers() -> Iterator[None]:
+    """Lets tests read what is logged, also after a program that keeps its log to itself."""
+    yield
+    for name in ("detectron2", "fvcore", "regionspot_d2"):
+        logging.getLogger(name).propagate = True
 
 
 @pytest.fixture

@@ -146,7 +146,8 @@ def read_coco(content: Mapping[str, Any]) -> dict[str, Listed]:
     rows = []
     for i, annotation in enumerate(content["annotations"]):
         where = f"annotation {i} (counted from 0)"
-        if not isinstance(annotation, dict) or annotation.get("image_id") not in names:
+        known = isinstance(annotation, dict) and type(annotation.get("image_id")) in (int, str)
+        if not known or annotation["image_id"] not in names:
             raise ValueError(f"{where} has no image_id of one of the images.")
         if not annotation.get("iscrowd"):
             image = names[annotation["image_id"]]
