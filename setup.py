@@ -47,6 +47,7 @@ REQUIREMENTS = [
 ]
 
 EXTRAS = {
+    "cvat": ["cvat-sdk"],
     "demo": ["matplotlib", "scikit-image", "supervision"],
     "dev": [
         "black",
@@ -63,6 +64,7 @@ EXTRAS = {
     "hub": ["huggingface_hub", "sentencepiece", "transformers>=5"],
     "notebook": ["ipykernel", "matplotlib", "nbclient", "nbformat", "scikit-image"],
     "onnx": ["onnx", "onnxruntime", "onnxscript"],
+    "ray": ["pyarrow", "ray[data]"],
     "search": ["faiss-cpu"],  # of more than a million regions
     "slurm": ["submitit"],
     # For trackers, which would install a second OpenCV: pip install --no-deps trackers
