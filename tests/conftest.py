@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from detectron2.data import MetadataCatalog
 
+from regionspot_d2 import RegionSpotPredictor
+from regionspot_d2.files import WeightsNotFoundError
+
 from . import tiny
 
 
@@ -25,6 +28,15 @@ def tiny_models() -> Iterator[None]:
     """Lets configs name "tiny" as the architecture of SAM and of CLIP."""
     with tiny.registered_tiny_models():
         yield
+
+
+@pytest.fixture(scope="session")
+def mini_predictor() -> RegionSpotPredictor:
+    """The shipped model, which tests share and leave as it is; without its packages they skip."""
+    try:
+        return RegionSpotPredictor.from_pretrained("mini", device="cpu")
+    except WeightsNotFoundError as error:
+        pytest.skip(f"the packages of the mini model are missing: {error}")
 
 
 @pytest.fixture

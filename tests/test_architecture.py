@@ -92,7 +92,7 @@ RULES = (
     Rule("modeling.grouping", "modeling.encoded modeling.views", TORCH),
     Rule(
         "modeling.everything",
-        f"arrays {CONTRACTS} modeling.encoded modeling.naming modeling.grouping "
+        f"arrays {CONTRACTS} modeling.answers modeling.encoded modeling.naming modeling.grouping "
         "modeling.automatic_masks modeling.questions modeling.scoring modeling.words",
         TORCH,
     ),

@@ -67,7 +67,7 @@ from tests import tiny
 assert regionspot_d2.__file__.startswith({package!r}), regionspot_d2.__file__
 assert mini.__all__ == []
 tiny.register_tiny_models()
-predictor = RegionSpotPredictor(tiny.tiny_cfg(), vocabulary=known_vocabulary("openimages"))
+predictor = RegionSpotPredictor(tiny.tiny_cfg(), vocabulary=known_vocabulary("openimages")[:20])
 predictor.set_image(np.zeros((60, 80, 3), np.uint8))
 found = predictor.predict(boxes=[[5, 5, 40, 50], [20, 10, 70, 55]])
 assert len(found) == 2

@@ -10,7 +10,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.visualizer import Visualizer
 
 from regionspot_d2 import RegionSpotPredictor
-from regionspot_d2.modeling import BoxPrompts, Localizer, PointPrompts
+from regionspot_d2.modeling import BoxPrompts, Localizer, PointPrompts, PooledRegionHead
 from regionspot_d2.modeling.everything import Search, distinct_regions, regions_of_points
 from regionspot_d2.modeling.grouping import grouped_boxes
 from regionspot_d2.modeling.panoptic import panoptic_segments
@@ -188,6 +188,23 @@ def test_regions_without_a_localizer(predictor, monkeypatch):
     # Masks are what the localizer makes of the boxes.
     expected = predictor.predict(boxes=boxes).pred_masks
     assert torch.equal(found.pred_masks, expected)
+
+
+def test_masks_are_found_for_the_regions_that_are_kept(predictor, monkeypatch):
+    """Of many candidates a few are left: the localizer sees only these."""
+    model, search = predictor.model, Search(by_masks=False)
+    model.region_head = PooledRegionHead(vision_language=model.vision_language)
+    assert len(predictor.everything(search=search)) > 3
+    seen, decode = [], model.localizer.decode
+
+    def count(embedding, size, prompts, **how):
+        seen.append(len(prompts))
+        return decode(embedding, size, prompts, **how)
+
+    monkeypatch.setattr(model.localizer, "decode", count)
+    found = predictor.everything(search=search, max_regions=3)
+    assert found.pred_masks.shape[0] == 3
+    assert seen and sum(seen) <= 4
 
 
 def test_cells_that_look_alike_become_boxes():

@@ -11,7 +11,6 @@ from PIL import Image, ImageDraw
 
 from regionspot_d2 import RegionSpotPredictor
 from regionspot_d2.exemplars import Exemplars
-from regionspot_d2.files import WeightsNotFoundError
 from regionspot_d2.vector_files import VectorFileError, write_vectors
 
 from .tiny import golden, tiny_model
@@ -122,11 +121,8 @@ def photo(seed: int) -> tuple[Image.Image, list[list[int]]]:
     return image, boxes
 
 
-def test_symbols_that_no_text_describes_are_named_by_two_examples_each() -> None:
-    try:
-        mini = RegionSpotPredictor.from_pretrained("mini")
-    except WeightsNotFoundError as error:
-        pytest.skip(f"the packages of the mini model are missing: {error}")
+def test_symbols_that_no_text_describes_are_named_by_two_examples_each(mini_predictor) -> None:
+    mini = mini_predictor
     examples = Exemplars(mini)
     for seed in (0, 1):
         image, boxes = photo(seed)

@@ -18,9 +18,6 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from PIL import Image
 
-from regionspot_d2.checkpoint import build_regionspot
-from regionspot_d2.engine import load_config
-from regionspot_d2.files import WeightsNotFoundError
 from regionspot_d2.modeling import BoxPrompts, PooledRegionHead, RegionSpot, RegionSpotHead
 from regionspot_d2.modeling.baselines import CropRegionHead
 from regionspot_d2.modeling.views import ViewFinder, Zoom
@@ -65,12 +62,8 @@ def tiny_folder(tiny_built, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def mini_built() -> RegionSpot:
-    try:
-        cfg = load_config(str(ROOT / "configs/mini/regionspot_mini.yaml"), training=False)
-        return build_regionspot(cfg).eval()
-    except WeightsNotFoundError as error:
-        pytest.skip(f"the packages of the mini model are missing: {error}")
+def mini_built(mini_predictor) -> RegionSpot:
+    return mini_predictor.model
 
 
 @pytest.fixture(scope="module")

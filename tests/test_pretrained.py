@@ -75,11 +75,8 @@ def test_a_saved_model_is_the_same_to_the_bit(cfg, tmp_path):
         assert first.read_bytes() == second.read_bytes()
 
 
-def test_the_mini_model_is_the_same_to_the_bit(tmp_path):
-    try:
-        saved = RegionSpotPredictor.from_pretrained("mini", device="cpu", vocabulary=WORDS)
-    except WeightsNotFoundError as error:
-        pytest.skip(f"the packages of the mini model are missing: {error}")
+def test_the_mini_model_is_the_same_to_the_bit(mini_predictor, tmp_path):
+    saved = RegionSpotPredictor.from_pretrained("mini", device="cpu", vocabulary=WORDS)
     saved.save_pretrained(tmp_path)
     assert str(Path.home()) not in (tmp_path / "config.yaml").read_text()
     loaded = RegionSpotPredictor.from_pretrained(str(tmp_path), device="cpu")

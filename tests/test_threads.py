@@ -6,7 +6,6 @@ import copy
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +14,6 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from regionspot_d2 import RegionSpotPredictor
-from regionspot_d2.engine import load_config
-from regionspot_d2.files import WeightsNotFoundError
 from regionspot_d2.modeling.vocabulary import TextEmbedder
 
 from .tiny import tiny_cfg, tiny_model, tiny_openai_clip
@@ -70,13 +67,8 @@ def test_openai_clip_and_sam():
     own_results(model)
 
 
-def test_mini():
-    config = Path(__file__).parents[1] / "configs/mini/regionspot_mini.yaml"
-    try:
-        predictor = RegionSpotPredictor(load_config(str(config), [], training=False))
-    except WeightsNotFoundError as error:
-        pytest.skip(str(error))
-    own_results(predictor.model, rounds=5)
+def test_mini(mini_predictor):
+    own_results(mini_predictor.model, rounds=5)
 
 
 @pytest.mark.usefixtures("vocabularies")

@@ -16,7 +16,6 @@ from PIL import Image
 
 from regionspot_d2 import RegionSpotPredictor
 from regionspot_d2.data.images import ImageReadError
-from regionspot_d2.files import WeightsNotFoundError
 from regionspot_d2.modeling import PooledRegionHead
 
 from .tiny import golden, tiny_model
@@ -271,13 +270,9 @@ def test_two_visitors_do_not_mix(page: Page, photo: Path, tmp_path: Path) -> Non
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
+def address(mini_predictor: RegionSpotPredictor) -> Iterator[str]:
     """The page with the mini model."""
-    try:
-        model = RegionSpotPredictor.from_pretrained("mini", device="cpu").model
-    except WeightsNotFoundError as error:
-        pytest.skip(f"the packages of the mini model are missing: {error}")
-    with served(model, max_pixels=MAX_PIXELS, max_megabytes=1) as address:
+    with served(mini_predictor.model, max_pixels=MAX_PIXELS, max_megabytes=1) as address:
         yield address
 
 

@@ -134,7 +134,7 @@ def answer_regions(
             size,
             torch.cat([part.embeddings for part in parts]),
             Boxes.cat([part.boxes for part in parts]),
-            _logits_again(encoded, i, prompts[i]) if with_masks else None,
+            logits_again(encoded, i, prompts[i]) if with_masks else None,
             encoded.localizer,
         )
         for i, (size, parts) in enumerate(zip(encoded.image_sizes, answers))
@@ -221,7 +221,9 @@ def _embed_in_views(
     return torch.cat(found)[torch.cat(members).argsort()]
 
 
-def _logits_again(encoded: EncodedImages, i: int, prompts: Prompts) -> LogitReader | None:
+def logits_again(encoded: EncodedImages, i: int, prompts: Prompts) -> LogitReader | None:
+    """Mask logits of regions of image ``i``, found when they are read; None if there are none."""
+
     @torch.no_grad()
     def read(regions: Tensor) -> Any:
         rows, places = regions.unique(return_inverse=True)

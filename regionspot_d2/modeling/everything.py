@@ -13,6 +13,7 @@ from detectron2.structures.boxes import pairwise_intersection
 from torch import Tensor
 
 from ..arrays import check_number
+from .answers import logits_again
 from .automatic_masks import FoundRegions, regions_of_points
 from .encoded import EncodedImages
 from .grouping import GROUPING_VIEWS, regions_of_tokens
@@ -105,20 +106,18 @@ def name_everything(
     else:
         regions = FoundRegions(*regions_of_tokens(encoded))
         zoom = (model.zoom or _GROUPING_ZOOM) if zoom is None else zoom
+    prompts = BoxPrompts(regions.boxes)
     [answer] = model.answer(
         encoded,
-        [BoxPrompts(regions.boxes)],
-        # Boxes that no localizer has seen get its masks now.
-        with_masks=with_masks and regions.tokens is None,
+        [prompts],
+        with_masks=False,
         mask_tokens=None if regions.tokens is None else [regions.tokens],
         zoom=zoom,
         # The views in which the regions were found have been encoded already.
         max_views=None if by_masks else GROUPING_VIEWS,
     )
-    if with_masks and regions.mask_logits is not None:
-        answer = replace(answer, mask_logits=regions.mask_logits.__getitem__)
     rules = {"scoring": scoring or model.scoring, "region_scores": regions.scores}
-    best = model.name(replace(answer, mask_logits=None), words, topk=1, **rules)
+    best = model.name(answer, words, topk=1, **rules)
     if best.has("group_index"):  # duplicates are told by the names of the first group
         best = best[best.group_index == 0]
     boxes, scores = best.pred_boxes.tensor, best.scores
@@ -127,8 +126,12 @@ def name_everything(
     kept = kept[nms(boxes[kept], scores[kept], search.box_nms_thresh)]
     kept = kept[best.scores[kept] > score_thresh][:max_regions]
     answer = replace(answer, embeddings=answer.embeddings[kept], boxes=answer.boxes[kept])
-    if answer.mask_logits is not None:
-        read = answer.mask_logits
+    read = None
+    if with_masks and regions.mask_logits is not None:
+        read = regions.mask_logits.__getitem__
+    elif with_masks and regions.tokens is None:  # boxes that no localizer has seen
+        read = logits_again(encoded, 0, prompts)
+    if read is not None:
         answer = replace(answer, mask_logits=lambda places: read(kept[places]))
     rules["region_scores"] = regions.scores[kept]
     return model.name(answer, words, topk=topk, output_size=output_size, **rules)
