@@ -23,6 +23,14 @@ def open_loggers() -> Iterator[None]:
         logging.getLogger(name).propagate = True
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_goodbyes() -> Iterator[None]:
+    """Torch waits this long for the workers of a loader that failed; by default five seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)
+        yield
+
+
 @pytest.fixture
 def tiny_models() -> Iterator[None]:
     """Lets configs name "tiny" as the architecture of SAM and of CLIP."""

@@ -469,7 +469,7 @@ def fails(rank: int, kind: type[Exception]) -> None:
 @pytest.mark.parametrize("kind, start", [(ValueError, ""), (RuntimeError, "RuntimeError: ")])
 def test_an_error_of_a_process_is_told_in_a_line(kind, start):
     with pytest.raises(SystemExit) as error, told_in_a_line("tool.py"):
-        torch.multiprocessing.spawn(fails, (kind,), nprocs=2)
+        torch.multiprocessing.spawn(fails, (kind,))
     assert str(error.value) == f"tool.py: {start}INPUT.X is wrong:\n  file: a"
 
 
