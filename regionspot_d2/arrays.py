@@ -83,3 +83,10 @@ def check_channels(channels: Any, name: str) -> None:
     """Checks an order of color channels; ``name`` is that of the argument, for the message."""
     if not isinstance(channels, str) or channels not in ("RGB", "BGR"):
         raise ValueError(f"{name} is {channels!r:.60}; it must be 'RGB' or 'BGR'.")
+
+
+def check_limit(limit: int, name: str) -> int:
+    """Returns a limit of the config if it is at least 1; ``name`` is its key, for the message."""
+    if limit < 1:
+        raise ValueError(f"{name} is {limit}; it must be at least 1.")
+    return limit

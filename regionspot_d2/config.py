@@ -25,6 +25,9 @@ def _add_frozen_models(cfg: CN) -> None:
     # the device computes in it. Embeddings, scores and texts are float32. In training, float32
     # leaves them to SOLVER.AMP.
     cfg.MODEL.PRECISION = "float32"
+    # Whether torch.compile takes the layers of the encoders and of the region head; the first image
+    # then takes a minute or two. It needs a C++ compiler.
+    cfg.MODEL.COMPILE = False
 
     # The frozen model that turns regions into mask tokens: a name in LOCALIZER_REGISTRY.
     cfg.MODEL.LOCALIZER = CN()

@@ -31,7 +31,12 @@ _CONFIG, _HEAD, _VOCABULARY = "config.yaml", "head.safetensors", "vocabulary.jso
 _OF_A_REPOSITORY = (_CONFIG, _HEAD, _VOCABULARY, "*.pth", "*.pt")
 # What a model is made of. Other sections are about training, evaluation and this machine.
 _SECTIONS = ("MODEL", "INPUT", "TEST")
-_OF_THIS_MACHINE = (("MODEL", "DEVICE"), ("INPUT", "TOKEN_CACHE"), ("INPUT", "MAX_PIXELS"))
+_OF_THIS_MACHINE = (
+    ("MODEL", "DEVICE"),
+    ("MODEL", "COMPILE"),
+    ("INPUT", "TOKEN_CACHE"),
+    ("INPUT", "MAX_PIXELS"),
+)
 _FROZEN = ("LOCALIZER", "VISION_LANGUAGE")
 
 

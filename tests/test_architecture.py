@@ -55,8 +55,8 @@ RULES = (
     Rule("journal hub", "files"),
     Rule("checkpoint", "files safe_loading modeling.interfaces modeling.regionspot"),
     # What a part is, and the arithmetic between the parts: torch and Detectron2's structures only.
-    Rule("modeling.prompts modeling.lazy_masks modeling.frozen", "", TORCH),
-    Rule("modeling.interfaces", f"{CONTRACTS} modeling.frozen", TORCH),
+    Rule("modeling.prompts modeling.lazy_masks modeling.frozen modeling.compiling", "", TORCH),
+    Rule("modeling.interfaces", f"{CONTRACTS} modeling.frozen modeling.compiling", TORCH),
     Rule("modeling.questions", f"arrays {CONTRACTS}", TORCH),
     Rule("modeling.inputs", f"logits {CONTRACTS}", TORCH),
     Rule("modeling.views", "", TORCH),
@@ -84,9 +84,9 @@ RULES = (
     # The model joins the parts; it works inside and around other detectors.
     Rule(
         "modeling.regionspot",
-        f"files arrays {CONTRACTS} modeling.answers modeling.encoded modeling.inputs "
-        "modeling.naming modeling.precision modeling.region_head modeling.scoring modeling.views "
-        "modeling.vocabulary modeling.words",
+        f"files arrays {CONTRACTS} modeling.answers modeling.compiling modeling.encoded "
+        "modeling.inputs modeling.naming modeling.precision modeling.region_head modeling.scoring "
+        "modeling.views modeling.vocabulary modeling.words",
     ),
     # Regions that nobody asked for.
     Rule("modeling.grouping", "modeling.encoded modeling.views", TORCH),

@@ -410,7 +410,8 @@ def manifest(model: RegionSpot, head: ScoredHead, localized: bool) -> dict[str, 
 def main() -> None:
     args = argument_parser().parse_args()
     output = args.output.expanduser()
-    cfg = load_config(args.config_file, [*args.opts, "MODEL.DEVICE", "cpu"], training=False)
+    opts = [*args.opts, "MODEL.DEVICE", "cpu", "MODEL.COMPILE", "False"]
+    cfg = load_config(args.config_file, opts, training=False)
     if output.suffix == ".onnx":
         raise ValueError(f"--output {output}: a folder is expected; it will hold head.onnx.")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):

@@ -138,6 +138,10 @@ class ClipModel(VisionLanguageModel):
         length = self.num_prefix_tokens + math.prod(self.grid_size)
         return self.pixel_mean.new_zeros(0, length, self.image_dim)
 
+    def layers_to_compile(self) -> list[nn.Module]:
+        # Not those of the text side, which runs once for a vocabulary.
+        return self._tower.layers()
+
     def project(self, image_tokens: Tensor) -> Tensor:
         return self._tower.project(image_tokens)
 

@@ -28,6 +28,10 @@ class ImageTower(ABC):
         """Takes normalized images (B, 3, H, W) of the tower's size to tokens (B, L, W)."""
 
     @abstractmethod
+    def layers(self) -> list[nn.Module]:
+        """The layers that ``torch.compile`` may take: those that are alike."""
+
+    @abstractmethod
     def project(self, tokens: Tensor) -> Tensor:
         """Takes tokens (B, L, W) to text space (B, L, D), each by itself, not normalized."""
 
@@ -73,6 +77,9 @@ class _OpenAIViT(ImageTower):
         # The transformer of the clip package takes and gives (L, B, W).
         return visual.transformer(visual.ln_pre(x).transpose(0, 1)).transpose(0, 1)
 
+    def layers(self) -> list[nn.Module]:
+        return list(self._visual.transformer.resblocks)
+
     def project(self, tokens: Tensor) -> Tensor:
         return self._visual.ln_post(tokens) @ self._visual.proj
 
@@ -109,6 +116,9 @@ class _ResNet(ImageTower):
             pixels = part(pixels)
         return pixels.flatten(2).mT
 
+    def layers(self) -> list[nn.Module]:
+        return []  # no two stages are alike: with another batch size, more graphs than torch keeps
+
     def project(self, tokens: Tensor) -> Tensor:
         # What the attention pool gives for a token that attends only to itself, without its
         # position: the usual dense reading of CLIP's ResNets (MaskCLIP, arXiv 2112.01071).
@@ -135,6 +145,9 @@ class _Timm(ImageTower):
         if self._is_sequence:
             return features
         return features.flatten(1, 2) if self._channels_last else features.flatten(2).mT
+
+    def layers(self) -> list[nn.Module]:
+        return list(self._visual.trunk.blocks) if self._is_sequence else []
 
     def project(self, tokens: Tensor) -> Tensor:
         flat = tokens.flatten(0, 1)

@@ -15,6 +15,7 @@ import torch
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
+from .compiling import Compilable
 from .frozen import FrozenModule
 from .prompts import PointPrompts, Prompts
 
@@ -32,7 +33,7 @@ def _required() -> Any:
     return property(abstractmethod(lambda self: None))
 
 
-class Localizer(FrozenModule, ABC):
+class Localizer(FrozenModule, Compilable, ABC):
     """Images and prompts in, one mask token per region out, and masks where they are wanted.
 
     Attributes:
@@ -142,7 +143,7 @@ class Localizer(FrozenModule, ABC):
         return [token for token, _ in found], masks if with_masks else None
 
 
-class VisionLanguageModel(FrozenModule, ABC):
+class VisionLanguageModel(FrozenModule, Compilable, ABC):
     """Turns images into grids of tokens and texts into vectors of one space.
 
     Attributes:
@@ -218,7 +219,7 @@ class VisionLanguageModel(FrozenModule, ABC):
         """
 
 
-class RegionHead(nn.Module, ABC):
+class RegionHead(nn.Module, Compilable, ABC):
     """Mask tokens, image tokens and boxes in, a vector in text space per region out.
 
     Attributes:

@@ -105,20 +105,24 @@ class RegionSpotHead(RegionHead):
             zero = sum(parameter.sum() for parameter in self.parameters()) * 0.0
             empty = self.projector.weight.new_zeros(0, self.projector.out_features) + zero
             return [empty] * len(counts)
-        queries = torch.stack([F.pad(token, (0, 0, 0, longest - len(token))) for token in tokens])
+        queries = torch.stack(
+            [F.pad(self.to_clip(token), (0, 0, 0, longest - len(token))) for token in tokens]
+        )
         places = torch.arange(longest, device=queries.device)
         lengths = torch.tensor(counts, device=queries.device)
         # Padding is hidden from the regions. An image without any keeps one visible row, or its
         # softmax would be over nothing; that row is dropped below.
         padding = places[None] >= lengths.clamp(min=1)[:, None]
-        hidden = padding if padding.any() else None
-        queries = self.to_clip(queries)
+        hidden = padding if min(counts) < longest else None
         if isinstance(self.decoder, nn.TransformerEncoder):
             decoded = self.decoder(queries, src_key_padding_mask=hidden)
         else:
             decoded = self.decoder(queries, image_tokens, tgt_key_padding_mask=hidden)
         regions = self.projector(decoded)
         return [F.normalize(region[:count], dim=-1) for region, count in zip(regions, counts)]
+
+    def layers_to_compile(self) -> list[nn.Module]:
+        return list(self.decoder.layers)
 
     @torch.no_grad()
     def attention(self, tokens: Tensor, image_tokens: Tensor) -> Tensor:

@@ -11,10 +11,11 @@ from detectron2.modeling.meta_arch import META_ARCH_REGISTRY
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
-from ..arrays import check_channels
+from ..arrays import check_channels, check_limit
 from ..files import local_weights
 from . import naming
 from .answers import Answer, answer_regions, attention_maps
+from .compiling import compile_layers
 from .encoded import EncodedImages
 from .inputs import input_images, input_regions
 from .interfaces import (
@@ -65,6 +66,7 @@ class RegionSpot(nn.Module):
         zoom_max_views: int = 64,
         zoom_in_training: bool = False,
         precision: str = "float32",
+        compile: bool = False,
         scoring: Scoring | None = None,
     ) -> None:
         """
@@ -81,18 +83,14 @@ class RegionSpot(nn.Module):
             max_regions: of an image that the region head sees together; more are named in groups.
             zoom, zoom_in_training: by default for :meth:`answer`, and whether in training too.
             zoom_max_views: of an image, see :class:`~regionspot_d2.modeling.views.ViewFinder`.
-            precision: of the frozen models, "float32", "bfloat16", "float16" or "auto".
+            precision, compile: MODEL.PRECISION and MODEL.COMPILE, as ``config.py`` explains them.
             scoring: what a score is, by default a softmax over the vocabulary.
         """
         super().__init__()
         check_channels(input_format, "INPUT.FORMAT")
-        limits = {"REGION_HEAD.MAX_REGIONS": max_regions, "ZOOM_MAX_VIEWS": zoom_max_views}
-        for key, limit in limits.items():
-            if limit < 1:
-                raise ValueError(f"MODEL.{key} is {limit}; it must be at least 1.")
-        self.max_regions = max_regions
+        self.max_regions = check_limit(max_regions, "MODEL.REGION_HEAD.MAX_REGIONS")
         self.zoom = check_zoom(zoom, "MODEL.ZOOM")
-        self.zoom_max_views = zoom_max_views
+        self.zoom_max_views = check_limit(zoom_max_views, "MODEL.ZOOM_MAX_VIEWS")
         self.zoom_in_training = zoom_in_training
         self.precision = check_precision(precision, "MODEL.PRECISION")
         self.localizer = localizer
@@ -108,6 +106,8 @@ class RegionSpot(nn.Module):
         self.keep_before_proposal_score = keep_before_proposal_score
         self.input_format = input_format
         self.default_dataset = default_dataset
+        if compile:
+            compile_layers([localizer, vision_language, region_head])
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -117,11 +117,11 @@ class RegionSpot(nn.Module):
                 local_weights(weights, f"MODEL.{key}.WEIGHTS")
         localizer = LOCALIZER_REGISTRY.get(cfg.MODEL.LOCALIZER.NAME)(cfg)
         vision_language = VISION_LANGUAGE_REGISTRY.get(cfg.MODEL.VISION_LANGUAGE.NAME)(cfg)
-        build_head = REGION_HEAD_REGISTRY.get(cfg.MODEL.REGION_HEAD.NAME)
+        head = REGION_HEAD_REGISTRY.get(cfg.MODEL.REGION_HEAD.NAME)
         return {
             "localizer": localizer,
             "vision_language": vision_language,
-            "region_head": build_head(cfg, localizer, vision_language),
+            "region_head": head(cfg, localizer, vision_language),
             "text_embedder": TextEmbedder.from_config(cfg, vision_language),
             "loss": FocalLoss.from_config(cfg),
             "with_masks": cfg.MODEL.MASK_ON,
@@ -136,6 +136,7 @@ class RegionSpot(nn.Module):
             "zoom_max_views": cfg.MODEL.ZOOM_MAX_VIEWS,
             "zoom_in_training": cfg.INPUT.ZOOM_TRAIN,
             "precision": cfg.MODEL.PRECISION,
+            "compile": cfg.MODEL.COMPILE,
             "scoring": Scoring.from_config(cfg),
         }
 

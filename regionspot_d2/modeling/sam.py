@@ -87,6 +87,10 @@ class SamLocalizer(SquareLocalizer):
             "arch": arch,
         }
 
+    def layers_to_compile(self) -> list[nn.Module]:
+        encoder = self.image_encoder
+        return list(encoder.blocks) if isinstance(encoder, FusedImageEncoder) else []
+
     @torch.no_grad()
     def encode_images(self, images: list[Tensor]) -> list[Tensor]:
         if not images:

@@ -25,7 +25,6 @@ class FusedImageEncoder(nn.Module):
 
     patch_embed: nn.Module
     pos_embed: Tensor | None
-    blocks: Any
     neck: nn.Module
 
     def __init__(self, stock: ImageEncoderViT) -> None:
@@ -33,7 +32,7 @@ class FusedImageEncoder(nn.Module):
         self.img_size: int = stock.img_size
         self.patch_embed = stock.patch_embed
         self.pos_embed = stock.pos_embed
-        self.blocks = stock.blocks
+        self.blocks = nn.ModuleList(FusedBlock(block) for block in stock.blocks)
         self.neck = stock.neck
 
     def forward(self, images: Tensor) -> Tensor:
@@ -42,9 +41,25 @@ class FusedImageEncoder(nn.Module):
         if self.pos_embed is not None:
             x = x + self.pos_embed
         for block in self.blocks:
-            x = x + _self_attention(block.attn, block.norm1(x), block.window_size)
-            x = x + block.mlp(block.norm2(x))
+            x = block(x)
         return self.neck(x.permute(0, 3, 1, 2))
+
+
+class FusedBlock(nn.Module):
+    """A block of :class:`FusedImageEncoder`, with the parts of the stock block."""
+
+    def __init__(self, stock: Any) -> None:
+        super().__init__()
+        self.norm1 = stock.norm1
+        self.attn = stock.attn
+        self.norm2 = stock.norm2
+        self.mlp = stock.mlp
+        self.window_size: int = stock.window_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+        x = x + _self_attention(self.attn, self.norm1(x), self.window_size)
+        return x + self.mlp(self.norm2(x))
 
 
 def _self_attention(attention: Any, x: Tensor, window_size: int) -> Tensor:

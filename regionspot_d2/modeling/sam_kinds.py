@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _HALVES = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -41,6 +41,10 @@ class SamKind:
     def encode(self, pixels: Tensor) -> list[EncodedBySam]:
         """Encodes preprocessed images (B, 3, side, side)."""
         return [EncodedBySam(image) for image in self.model.get_image_embeddings(pixels).split(1)]
+
+    def layers(self) -> list[nn.Module]:
+        """The layers of the image encoder, if they are alike."""
+        return list(self.model.vision_encoder.layers)
 
     def output_tokens(self) -> Tensor:
         """The decoder's own tokens, which stand before those of the prompts: (N, C)."""
@@ -84,6 +88,9 @@ class Sam2Kind(SamKind):
         *details, images = (x.split(1) for x in self.model.get_image_embeddings(pixels))
         return [EncodedBySam(image, tuple(fine)) for image, *fine in zip(images, *details)]
 
+    def layers(self) -> list[nn.Module]:
+        return []  # those of Hiera differ in width and in windows: more graphs than torch keeps
+
     def output_tokens(self) -> Tensor:
         return torch.cat([self.model.mask_decoder.obj_score_token.weight, super().output_tokens()])
 
@@ -96,6 +103,9 @@ class Sam3Kind(Sam2Kind):
     """``Sam3TrackerModel``, the part of SAM 3 that boxes and points prompt."""
 
     statistics = _HALVES
+
+    def layers(self) -> list[nn.Module]:
+        return list(self.model.vision_encoder.backbone.layers)
 
 
 # transformers' class of each type of model, and what reads it. Files of trackers hold the model of

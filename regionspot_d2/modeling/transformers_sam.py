@@ -99,6 +99,9 @@ class TransformersSam(SquareLocalizer):
             "arch": os.path.basename(settings.ARCH.rstrip("/")),
         }
 
+    def layers_to_compile(self) -> list[nn.Module]:
+        return self._view.layers()
+
     @torch.no_grad()
     def encode_images(self, images: list[Tensor]) -> list[EncodedBySam]:
         if not images:
