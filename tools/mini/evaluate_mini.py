@@ -222,6 +222,8 @@ def print_table(
 def main() -> None:
     args = argument_parser().parse_args()
     settings = settings_of(args)
+    if args.hide_names < 0:
+        raise SystemExit(f"error: --hide-names is {args.hide_names}; it must be 0 or more")
     model = load_model()
     crop_classifier = CropClassifier(model)
     datasets = load_datasets(args)
