@@ -194,6 +194,24 @@ def test_measuring_prints_a_table_for_each_dataset(dataset, monkeypatch, capsys)
     assert len(rows) == 2
 
 
+def test_hidden_names_are_unseen_and_a_large_share_of_the_baseline_decides(
+    dataset, monkeypatch, capsys
+):
+    content = json.loads(dataset[0].read_text())
+    # Cat, cup, cat, cup: with a fold per photo, each name is also on a photo of another fold.
+    for number, annotation in enumerate(content["annotations"]):
+        annotation["category_id"] = number % 2 + 1
+    dataset[0].write_text(json.dumps(content))
+    tool = load_tool("evaluate_mini", monkeypatch)
+    options = ("--splits", 1, "--boxes-per-photo", 1, "--timing-boxes", 1)
+    options += ("--hide-names", 2, "--extra-share", 1000)
+    run(tool, "--coco", *dataset, *options, monkeypatch=monkeypatch)
+    printed = capsys.readouterr().out
+    assert "4 boxes, 4 of an unseen name" in printed
+    rows = dict(line[2:].split(" | ", 1) for line in printed.splitlines() if line[:2] == "| ")
+    assert rows["trained head"] == rows["PooledRegionHead"]
+
+
 @pytest.mark.slow
 def test_measuring_scores_prints_calibration_and_unknown_names(dataset, monkeypatch, capsys):
     tool = load_tool("evaluate_scores", monkeypatch)
@@ -212,6 +230,8 @@ def test_mistakes_end_in_a_line(dataset, monkeypatch, tmp_path):
         run(train, *output, monkeypatch=monkeypatch)
     with pytest.raises(SystemExit, match="--teacher-weight is 1.5; it must be from 0 to below 1"):
         run(train, *output, "--teacher-weight", 1.5, monkeypatch=monkeypatch)
+    with pytest.raises(SystemExit, match="--hide-names is -1; it must be 0 or more"):
+        run(evaluate, "--coco", *dataset, "--hide-names", -1, monkeypatch=monkeypatch)
     with pytest.raises(SystemExit, match="4 photos with boxes do not make 5 folds"):
         run(evaluate, "--coco", *dataset, "--folds", 5, monkeypatch=monkeypatch)
     content = json.loads(dataset[0].read_text())

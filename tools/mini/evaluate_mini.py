@@ -6,7 +6,8 @@ is cropped and classified, see ``train_mini_head.py``), and the trained head, fi
 to the other folds of all datasets. For each dataset it prints a Markdown table of top-1 and top-5
 accuracy in percent (mean and standard deviation over several random splits), for all boxes and for
 those whose name, as spelled, is on no box of the other folds; then the processor time of one photo
-with 20 boxes, from pixels to names. Example::
+with 20 boxes, from pixels to names. With ``--hide-names 4`` every box is one of an unseen name: its
+head was fitted without a random quarter of the names, its own among them. Example::
 
     PHOTOS=package_photos
     python tools/mini/evaluate_mini.py --coco instances.json images/ \\
@@ -32,6 +33,13 @@ def argument_parser() -> CommandParser:
     parser = CommandParser(text=__doc__)
     add_cross_validation(parser)
     parser.add_argument("--timing-boxes", type=int, default=20)
+    parser.add_argument(
+        "--hide-names",
+        type=int,
+        default=0,
+        metavar="GROUPS",
+        help="split the names into groups, and score the boxes of each by heads fitted without it",
+    )
     return parser
 
 
@@ -39,13 +47,12 @@ if __name__ == "__main__":
     begin(argument_parser())
 
 import torch
+from cross_validation import Measured, cross_validate
 from torch import Tensor
 from train_mini_head import (
     CropClassifier,
     Photo,
-    Prepared,
     check_names,
-    fit,
     labeled_photos,
     load_model,
     prepare,
@@ -74,58 +81,10 @@ class Dataset:
     photos: list[Photo] = field(default_factory=list)
 
 
-@dataclass
-class Measured:
-    """A labeled photo.
-
-    Attributes:
-        dataset: index of its dataset on the command line.
-        labels: (R,), indices of its boxes' names in the vocabulary of the dataset; -1 for a name
-            outside the vocabulary, whose box is only trained on.
-    """
-
-    photo: Photo
-    prepared: Prepared
-    dataset: int
-    labels: Tensor
-
-
 def hits(regions: Tensor, text: Tensor, labels: Tensor) -> Tensor:
     """Whether the label ranks first, and among the first five: (R, 2)."""
     right = (regions @ text.T).topk(min(5, len(text))).indices == labels[:, None]
     return torch.stack([right[:, 0], right.any(1)], dim=1).float()
-
-
-def cross_validate(
-    model: RegionSpot,
-    measured: list[Measured],
-    extra: tuple[list[Photo], list[Prepared]],
-    settings: Settings,
-    folds: int,
-    split: int,
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Embeds the boxes of each photo by a head that was fitted to the other folds.
-
-    Returns:
-        Per photo the embeddings of its boxes (R, D), and which of them have names unseen in the fit
-        (R,); the fold of each photo.
-    """
-    order = torch.randperm(len(measured), generator=torch.Generator().manual_seed(split))
-    fold_of = torch.empty(len(measured), dtype=torch.long)
-    fold_of[order] = torch.arange(len(measured)) % folds
-    regions: list[Tensor] = [torch.empty(0)] * len(measured)
-    unseen: list[Tensor] = [torch.empty(0)] * len(measured)
-    for fold in range(folds):
-        inside = [m for m, f in zip(measured, fold_of) if f != fold]
-        photos = [m.photo for m in inside]
-        fit(model, photos + extra[0], [m.prepared for m in inside] + extra[1], settings)
-        seen = {clean_name(name) for photo in photos for name in photo.names}
-        for i in (fold_of == fold).nonzero().flatten().tolist():
-            m = measured[i]
-            with torch.no_grad():
-                regions[i] = model.region_head.embed(m.prepared.baseline, m.prepared.descriptions)
-            unseen[i] = torch.tensor([clean_name(name) not in seen for name in m.photo.names])
-    return regions, unseen, fold_of
 
 
 def seconds(run: Callable[[], object], repeats: int = 5) -> float:
@@ -263,6 +222,8 @@ def print_table(
 def main() -> None:
     args = argument_parser().parse_args()
     settings = settings_of(args)
+    if args.hide_names < 0:
+        raise SystemExit(f"error: --hide-names is {args.hide_names}; it must be 0 or more")
     model = load_model()
     crop_classifier = CropClassifier(model)
     datasets = load_datasets(args)
@@ -282,14 +243,19 @@ def main() -> None:
         by_method["PooledRegionHead"].append(hits(m.prepared.baseline, text[m.dataset], m.labels))
     splits: list[list[dict[str, list[float]]]] = [[] for _ in datasets]
     for split in progress(range(args.splits), "Cross-validating", unit="split"):
-        trained, unseen, _ = cross_validate(model, measured, extra, settings, args.folds, split)
+        trained, unseen, _ = cross_validate(
+            model, measured, extra, settings, args.folds, split, args.hide_names
+        )
         by_method["trained head"] = [
             hits(regions, text[m.dataset], m.labels) for regions, m in zip(trained, measured)
         ]
         for number, rows in enumerate(splits):
             rows.append(accuracies(measured, number, by_method, unseen))
 
-    print(f"{args.folds} folds, {args.splits} splits; {len(more)} more photos; {settings}")
+    print(
+        f"{args.folds} folds, {args.splits} splits, {args.hide_names} groups of hidden names; "
+        f"{len(more)} more photos; {settings}"
+    )
     for number, dataset in enumerate(datasets):
         print_table(dataset, [m.labels for m in measured if m.dataset == number], splits[number])
     names, photo, boxes = datasets[0].names, measured[0].photo, args.timing_boxes

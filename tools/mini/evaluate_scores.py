@@ -47,7 +47,8 @@ if __name__ == "__main__":
     begin(argument_parser())
 
 import torch
-from evaluate_mini import Measured, cross_validate, load_datasets, measure
+from cross_validation import Measured, cross_validate
+from evaluate_mini import load_datasets, measure
 from torch import Tensor
 from train_mini_head import CropClassifier, check_names, load_model, prepare, unlabeled_photos
 

@@ -12,6 +12,9 @@ class Settings:
     """Hyperparameters, chosen by cross-validation; the defaults are those of the shipped head."""
 
     share: float = 0.4
+    # Of the baseline, on top of `share`, after the fit: more of it gives names without labels back
+    # what the labels of others took from them, and takes from the names with labels.
+    extra_share: float = 0.0
     ridge: float = 2.0
     width: float = 0.2
     radial_share: float = 0.5

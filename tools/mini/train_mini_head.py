@@ -260,6 +260,7 @@ def fit(
         reserve=settings.reserve,
         blocks=[*model.vision_language.token_parts, geometry],
     )
+    model.region_head.share += settings.extra_share
 
 
 @told_in_a_line("train_mini_head.py")
