@@ -7,6 +7,8 @@
     python tools/benchmarks/inference.py image --boxes 50 300 --zoom 2
     # one image in float32 and in bfloat16, against the plain way with the libraries themselves
     python tools/benchmarks/inference.py plain --boxes 300
+    # float32 with and without MODEL.COMPILE
+    python tools/benchmarks/inference.py plain --boxes 300 --sides float32 compiled
     # mask tokens of many prompts of one image: ours against segment_anything's decoder
     python tools/benchmarks/inference.py mask-tokens --boxes 96
     # set_image and 20 predict calls against the bare modules doing the same
@@ -61,7 +63,8 @@ def argument_parser() -> CommandParser:
     add("--config-file", default="configs/regionspot_L_336.yaml")
     add("--boxes", type=int, default=300)
     add("--no-masks", action="store_true", help="ours gives none; the stock predictor always does")
-    add("--sides", nargs="+", default=["plain", "float32", "bfloat16"])
+    sides = ["plain", "float32", "bfloat16", "compiled"]
+    add("--sides", nargs="+", choices=sides, default=sides[:3], help="the first counts as 1")
     add = command(
         "mask-tokens",
         "Prints how fast our decoder is against the stock one, each with its best chunk size.",
@@ -203,8 +206,12 @@ class Side:
             self.watch.time(sam.mask_decoder, "forward", "SAM mask decoder")
             self.watch.time(plain.decoder, "forward", "region head")
         else:
-            model = build_random(args, ["MODEL.PRECISION", name])
+            opts = ["MODEL.COMPILE", "True"] if name == "compiled" else ["MODEL.PRECISION", name]
+            model = build_random(args, opts)
             self.run = partial(model, [given])
+            if name == "compiled":
+                warm_up = partial(model, [random_input(args.boxes + 1)])
+                print(f"# compiled: {seconds(warm_up) + seconds(self.run):.0f} s to compile")
             sam = model.localizer
             self.watch.time(model.vision_language, "forward", "CLIP image encoder")
             self.watch.time(sam.token_decoder, "forward", "SAM mask decoder")
