@@ -5,11 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, TracebackType
 
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
 # A terminal, make and the like may each pass on one Ctrl-C.
@@ -58,5 +59,17 @@ def stoppable() -> Iterator[None]:
 
 
 def leave_interrupts(worker: int) -> None:
-    """Lets a loader's worker ignore Ctrl-C: only the main process has something to say."""
+    """Lets a loader's worker leave Ctrl-C to the main process: only that one has something to say.
+
+    The worker ignores the signal, and that the main process hangs up while it fetches a tensor,
+    which multiprocessing's own thread would print with a traceback.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _tell_unless_hung_up
+
+
+def _tell_unless_hung_up(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    if not issubclass(kind, EOFError | ConnectionError | multiprocessing.AuthenticationError):
+        sys.__excepthook__(kind, error, traceback)

@@ -33,7 +33,7 @@ from regionspot_d2.modeling.scoring import Scoring
 from .detectors import FASTER_RCNN, zoo_cfg
 from .tiny import tiny_model
 from .tiny_detectors import tiny_detector
-from .tools import ROOT
+from .tools import ROOT, load_script
 
 pytestmark = pytest.mark.usefixtures("vocabularies")
 HEAD_WITH_ATTENTION = ["--opts", "MODEL.REGION_HEAD.NAME", "RegionSpotHead"]
@@ -898,3 +898,26 @@ def test_it_says_which_known_names_stand_in(demo, photos, tmp_path, capsys, monk
     assert demo(*arguments, "--vocabulary", "cat,red dog") == 0
     lines = capsys.readouterr().err.splitlines()
     assert "--vocabulary: known names stand in: 'dog' for 'red dog'." in lines
+
+
+def test_a_contact_sheet_keeps_what_is_in_the_boxes(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "demo")
+    sheet = load_script("demo/contact_sheet.py")
+    colors = {"chelsea.png": (200, 0, 0), "coffee.png": (0, 200, 0), "rocket.jpg": (0, 0, 200)}
+    known = {}
+    for place, (name, color) in enumerate(colors.items()):
+        photo = Image.new("RGB", (640, 427 + 300 * place))
+        photo.paste(color, (320, 100, 480, 400))
+        photo.save(tmp_path / name, quality=100)
+        known[name] = {"boxes": [[320, 100, 480, 400]]}
+    (tmp_path / "boxes.json").write_text(json.dumps(known))
+    monkeypatch.setattr(sheet, "BOXES", tmp_path / "boxes.json")
+    monkeypatch.setattr(sheet, "COLUMNS", 2)
+    picture, boxes = sheet.contact_sheet([tmp_path / name for name in colors])
+    assert picture.size == (2 * sheet.CELL[0], 2 * sheet.CELL[1])
+    for box, color in zip(boxes, colors.values(), strict=True):
+        x0, y0, x1, y1 = map(round, box)
+        inside = np.asarray(picture.crop((x0 + 3, y0 + 3, x1 - 3, y1 - 3))).astype(int)
+        assert np.abs(inside - color).max() < 10
+        for outside in ((x0 - 3, y0), (x1 + 3, y0), (x0, y0 - 3), (x0, y1 + 3)):
+            assert max(picture.getpixel(outside)) < 30

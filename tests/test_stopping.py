@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import portalocker
@@ -80,6 +81,26 @@ def test_the_workers_of_a_loader_leave_ctrl_c_to_the_main_process():
     number, worker = next(batches)
     send(signal.SIGINT, worker)
     assert [number, *(number for number, _ in batches)] == [*range(6)]
+
+
+class _Tensors(_Numbers):
+    def __getitem__(self, number: int) -> torch.Tensor:
+        return torch.ones(2)
+
+
+def test_a_worker_does_not_tell_that_the_main_process_hung_up(monkeypatch, capfd):
+    def stopped(connection: Connection, key: bytes) -> None:
+        connection.close()
+        raise KeyboardInterrupt
+
+    loader = DataLoader(_Tensors(), num_workers=1, batch_size=None, worker_init_fn=leave_interrupts)
+    batches = iter(loader)
+    monkeypatch.setattr(multiprocessing.connection, "answer_challenge", stopped)
+    for _ in range(2):  # as many as the worker prepares
+        with pytest.raises(KeyboardInterrupt):
+            next(batches)
+    del batches  # ends the worker
+    assert capfd.readouterr().err == ""
 
 
 def test_a_killed_worker_is_told_with_how_to_go_on():
