@@ -13,7 +13,7 @@ from detectron2.structures.boxes import pairwise_intersection
 from torch import Tensor
 
 from ..arrays import check_number
-from .answers import logits_again
+from .answers import LogitReader, logits_again
 from .automatic_masks import FoundRegions, regions_of_points
 from .encoded import EncodedImages
 from .grouping import GROUPING_VIEWS, regions_of_tokens
@@ -126,7 +126,7 @@ def name_everything(
     kept = kept[nms(boxes[kept], scores[kept], search.box_nms_thresh)]
     kept = kept[best.scores[kept] > score_thresh][:max_regions]
     answer = replace(answer, embeddings=answer.embeddings[kept], boxes=answer.boxes[kept])
-    read = None
+    read: LogitReader | None = None
     if with_masks and regions.mask_logits is not None:
         read = regions.mask_logits.__getitem__
     elif with_masks and regions.tokens is None:  # boxes that no localizer has seen
