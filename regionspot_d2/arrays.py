@@ -45,7 +45,7 @@ def as_numbers(values: Any, what: str) -> Tensor:
             raise TypeError(f"they have the type {values.dtype}")
         return values.detach().to(_STORED.get(values.dtype, values.dtype))
     except (TypeError, ValueError, RuntimeError, OverflowError, RecursionError) as error:
-        reason = str(error).rstrip(".")
+        reason = " ".join(str(error).split()).rstrip(".")  # in one line
         raise ValueError(f"The {what} cannot be read as numbers: {reason}.") from error
 
 

@@ -16,7 +16,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from .files import explained_weights, local_weights, write_atomically
 from .modeling.interfaces import Localizer, RegionHead, VisionLanguageModel
@@ -147,6 +147,11 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
                     "model. MODEL.VISION_LANGUAGE, LOCALIZER and REGION_HEAD (DEPTH; NUM_CENTERS "
                     "of a KernelRegionHead) must be those that it was trained with."
                 )
+            if key in state and not _are_weights(state[key], expected[key]):
+                raise ValueError(
+                    f"The region head in '{self._path}' is damaged: {key} has the type "
+                    f"{state[key].dtype}, or holds what is not a number."
+                )
         return super()._load_model(checkpoint)
 
     def _check_pair(self, pair: Any) -> None:
@@ -204,6 +209,13 @@ def _read(path: str) -> dict[str, Any]:
         state = {k: each for k, each in state.items() if not k.endswith("num_batches_tracked")}
         return {"model": state, "__author__": "pycls", "matching_heuristics": True}
     return content if "model" in content else {"model": content}
+
+
+def _are_weights(found: Tensor, expected: Tensor) -> bool:
+    """Whether numbers can stand in for others. Whole ones are of a quantized head, without scale."""
+    return found.is_floating_point() == expected.is_floating_point() and bool(
+        found.isfinite().all()
+    )
 
 
 def _checked_note(note: Any) -> dict[str, Any]:

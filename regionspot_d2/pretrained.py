@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ _OF_THIS_MACHINE = (
     ("INPUT", "MAX_PIXELS"),
 )
 _FROZEN = ("LOCALIZER", "VISION_LANGUAGE")
+# A path, or the name of a file of weights; not a tag such as "openai".
+_FILE = re.compile(r"[/\\]|\.(pth|pt|bin|pkl|safetensors)$")
 
 
 def read_pretrained(
@@ -125,6 +128,8 @@ def _defaults() -> CfgNode:
 
 def check_device(device: str) -> None:
     """Raises a ValueError if PyTorch cannot use a device."""
+    if str(device).startswith("meta"):  # which has shapes and no numbers
+        raise ValueError(f"MODEL.DEVICE {device}: nothing is computed there.")
     try:
         torch.empty(0, device=device)
     # PyTorch raises AssertionError where it was built without CUDA.
@@ -140,7 +145,7 @@ def _weights_in(folder: Path) -> list[str]:
             "expected."
         )
     with explained(CfgNode(), str(folder / _CONFIG)):
-        content = read_yaml(str(folder / _CONFIG))
+        content = read_yaml(str(folder / _CONFIG), bases=False)
     for section in content:
         if section not in (*_SECTIONS, "VERSION"):
             raise ValueError(
@@ -168,12 +173,12 @@ def _frozen_weights_in(folder: Path, model: dict[str, Any]) -> list[str]:
     for key in _FROZEN:
         part = model.get(key)
         value = part.get("WEIGHTS", "") if isinstance(part, dict) else ""
-        if not isinstance(value, str) or not os.path.isabs(value):
+        if not isinstance(value, str) or "://" in value or not _FILE.search(value):
             continue  # a URL, a name, nothing; or the config's own reader says what is wrong
         beside = folder / os.path.basename(value)
         if beside.is_file():
             opts += [f"MODEL.{key}.WEIGHTS", str(beside)]
-        elif not os.path.isfile(value):
+        elif not os.path.isabs(value) or not os.path.isfile(value):
             raise WeightsNotFoundError(
                 f"'{folder / _CONFIG}': MODEL.{key}.WEIGHTS is '{value}', which is not on this "
                 f"machine; put '{beside.name}' into the folder, or change the config."

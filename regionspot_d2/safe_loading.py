@@ -16,6 +16,7 @@ from detectron2.utils.file_io import PathManager
 
 _MAX_BYTES = 1_000_000
 _MAX_NODES = 100_000
+_MAX_CONFIGS = 100
 _MAX_DIGITS = 4300  # of a number, as Python itself has it; "1:1:1..." (base 60) escapes that
 # The only expression in the configs of Detectron2's model zoo (Base-RetinaNet.yaml), and its value.
 _RETINANET = "[[x, x * 2**(1.0/3), x * 2**(2.0/3) ] for x in [32, 64, 128, 256, 512 ]]"
@@ -208,8 +209,14 @@ def read_plain_yaml(path: str, what: str) -> Any:
     return yaml.load(text, _Loader)
 
 
-def read_yaml(path: str, _inside: tuple[str, ...] = ()) -> dict[str, Any]:
+def read_yaml(
+    path: str, *, bases: bool = True, _inside: tuple[str, ...] = (), _read: list[str] | None = None
+) -> dict[str, Any]:
     """Reads a config and those that its ``_BASE_`` names: files, or URLs.
+
+    Args:
+        path: a file or a URL.
+        bases: whether there may be a ``_BASE_``, which can name any file and any URL.
 
     Raises:
         ValueError, yaml.YAMLError: it is not a config, or asks for more than plain values.
@@ -225,15 +232,21 @@ def read_yaml(path: str, _inside: tuple[str, ...] = ()) -> dict[str, Any]:
             f"this is not a config file, which maps keys to values: '{path}' holds {found}"
         )
     _check_keys(content)
-    bases = content.pop("_BASE_", [])
+    if "_BASE_" in content and not bases:
+        raise ValueError("it has a _BASE_; here a config has to be whole")
+    read = [] if _read is None else _read
+    read.append(path)
+    if len(read) > _MAX_CONFIGS:  # a few files that name each other twice stand for billions
+        raise ValueError(f"_BASE_ leads to more than {_MAX_CONFIGS} configs")
+    named = content.pop("_BASE_", [])
     merged: dict[str, Any] = {}
-    for base in bases if isinstance(bases, list) else [bases]:
+    for base in named if isinstance(named, list) else [named]:
         if not isinstance(base, str):
             raise ValueError(f"_BASE_ holds {base!r}; expected a file or a list of files")
         base = os.path.expanduser(base)
         if "://" not in base:
             base = os.path.normpath(os.path.join(os.path.dirname(path), base))
-        _update(merged, read_yaml(base, (*_inside, path)))
+        _update(merged, read_yaml(base, _inside=(*_inside, path), _read=read))
     _update(merged, content)
     return merged
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +22,12 @@ def open_loggers() -> Iterator[None]:
     yield
     for name in ("detectron2", "fvcore", "regionspot_d2"):
         logging.getLogger(name).propagate = True
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ears_for_ctrl_c() -> None:
+    """What nohup or & has started ignores Ctrl-C, and so would all that the tests start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

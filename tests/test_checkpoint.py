@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import resource
 
 import pytest
@@ -104,6 +105,26 @@ def test_a_head_of_another_size_is_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"to_clip.weight is \(32, 12\) in the file and \(16, 12\)"
     ):
+        RegionSpotCheckpointer(model).load(str(tmp_path / "head.safetensors"))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda value: value.fill_(math.nan),
+        lambda value: value.index_fill_(0, torch.tensor([1]), math.inf),
+        lambda value: (100 * value).to(torch.int8),
+        lambda value: value > 0,
+    ],
+)
+def test_a_head_that_holds_no_numbers_is_refused(tmp_path, change):
+    state = head().state_dict()
+    state["to_clip.weight"] = change(state["to_clip.weight"].clone())
+    save_file(state, tmp_path / "head.safetensors")
+    model = Model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="head.safetensors' is damaged: .*to_clip.weight has the"):
         RegionSpotCheckpointer(model).load(str(tmp_path / "head.safetensors"))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

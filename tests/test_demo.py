@@ -365,7 +365,7 @@ def test_a_vocabulary_file_that_is_not_utf8(demo, photos, tmp_path):
         ),
         (
             ["--boxes", "0,0,9,9", "--attention", "--opts", "MODEL.REGION_HEAD.NAME", "no"],
-            "^error: No object named 'no'",
+            "^error: MODEL.REGION_HEAD.NAME is 'no'; it must be one of RegionSpotHead, ",
         ),
     ],
 )

@@ -99,7 +99,7 @@ def test_only_the_head_is_trained_and_saved(cfg, tmp_path):
 
 def test_an_unknown_name_is_an_error_that_names_it(cfg):
     cfg.MODEL.REGION_HEAD.NAME = "NoSuchHead"
-    with pytest.raises(KeyError, match="NoSuchHead"):
+    with pytest.raises(ValueError, match="NAME is 'NoSuchHead'; it must be one of .*LinearHead"):
         build_model(cfg)
 
 

@@ -124,6 +124,13 @@ def nested(depth: int) -> list:
     return values
 
 
+class Explains:
+    """Fails with a long story."""
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        raise ValueError("it\nfailed\n\nhere")
+
+
 @pytest.mark.parametrize(
     "given",
     [
@@ -132,6 +139,7 @@ def nested(depth: int) -> list:
         {"a": [1, 2, 3, 4]},
         {1, 2, 3, 4},
         object(),
+        Explains(),
         [[1, 2, 3, None]],
         [[1, 2, 3], [1, 2]],
         [[1, 2, 3, "4"]],
@@ -147,8 +155,9 @@ def nested(depth: int) -> list:
 )
 def test_boxes_and_masks_that_are_no_numbers(given):
     for check in (as_boxes, as_masks):
-        with pytest.raises(ValueError, match="cannot be read as numbers|shape"):
+        with pytest.raises(ValueError, match="cannot be read as numbers|shape") as caught:
             check(given, SIZE)
+        assert "\n" not in str(caught.value)
 
 
 def test_points_as_people_have_them():

@@ -30,7 +30,7 @@ from regionspot_d2.engine.config import merge_config_file, told_in_a_line
 from regionspot_d2.files import WeightsNotFoundError, fingerprint, local_weights, private_folder
 from regionspot_d2.modeling import RegionSpotHead
 from regionspot_d2.modeling.vocabulary import TextEmbedder
-from regionspot_d2.safe_loading import load_pickle
+from regionspot_d2.safe_loading import load_pickle, read_yaml
 
 from .datasets_on_disk import write_coco
 
@@ -203,6 +203,15 @@ def test_yaml_is_plain_and_bounded(tmp_path, monkeypatch, text, message):
             load_config(name, training=False)
         assert "\n" not in str(error.value) and len(str(error.value)) < 600
     assert not Path("ran").exists()
+
+
+def test_bases_that_multiply_are_refused(tmp_path):
+    for number in range(40):
+        (tmp_path / f"{number}.yaml").write_text(f"_BASE_: [{number + 1}.yaml, {number + 1}.yaml]")
+    (tmp_path / "40.yaml").write_text("SEED: 1")
+    with pytest.raises(ValueError, match="_BASE_ leads to more than 100 configs"):
+        read_yaml(str(tmp_path / "0.yaml"))
+    assert read_yaml(str(tmp_path / "36.yaml")) == {"SEED": 1}
 
 
 def test_configs_that_are_right(tmp_path, monkeypatch):

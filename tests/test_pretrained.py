@@ -220,6 +220,13 @@ class Danger:
         ("config.yaml", b"MODEL: 3", "MODEL is of type int, expected section"),
         ("config.yaml", b"DATASETS: {COCO_FORMAT: []}", "has the key DATASETS; in a folder only"),
         ("config.yaml", b"MODEL: {WEIGHTS: ../head.pkl}", "MODEL.WEIGHTS is '../head.pkl'; head.s"),
+        ("config.yaml", b"_BASE_: ../other.yaml", "config.yaml: .*_BASE_; here a config has to be"),
+        (
+            "config.yaml",
+            b"_BASE_: [https://a.b/c.yaml]",
+            "config.yaml: .*_BASE_; here a config has",
+        ),
+        ("config.yaml", b"MODEL: {LOCALIZER: {WEIGHTS: ../a.pth}}", "put 'a.pth' into the folder"),
         ("head.safetensors", None, "has no head.safetensors"),
         ("head.safetensors", Danger, "does not hold a checkpoint, or is damaged"),
         ("vocabulary.json", b'{"cat": 1}', "a list of class names is expected"),
@@ -241,11 +248,30 @@ def test_folders_that_are_refused(folder, file, content, message):
 
 
 @pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("LOCALIZER", "NAME", "Sam9", "MODEL.LOCALIZER.NAME is 'Sam9'; it must be one of .*Sam"),
+        ("VISION_LANGUAGE", "NAME", "os", "MODEL.VISION_LANGUAGE.NAME is 'os'; it must be one of"),
+        ("REGION_HEAD", "NAME", "", "MODEL.REGION_HEAD.NAME is ''; it must be one of"),
+        ("NAMING", "TEMPERATURE", 1e-300, "temperature is 1e-300; it must be in"),
+    ],
+)
+def test_values_of_a_folder_that_are_refused(folder, section, key, value, message):
+    content = yaml.safe_load((folder / "config.yaml").read_text())
+    content["MODEL"].setdefault(section, {})[key] = value
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=message) as caught:
+        RegionSpotPredictor.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("source", "keywords", "message"),
     [
         ("regionspot_l", {}, "no config 'regionspot_l'.* Similar: .*regionspot_L"),
         ("../configs/mini/regionspot_mini", {}, "There is no config"),
         ("mini", {"device": "gpu"}, "MODEL.DEVICE gpu: "),
+        ("mini", {"device": "meta"}, "MODEL.DEVICE meta: nothing is computed there"),
         ("mini", {"zoom": "near"}, "ZOOM"),
         ("mini", {"zoom": -1}, "ZOOM"),
         ("mini", {"precision": "half"}, "MODEL.PRECISION is 'half'"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ import torch
 from torch import Tensor
 
 from regionspot_d2 import RegionSpotPredictor
+from regionspot_d2.modeling.members import Member
 from regionspot_d2.modeling.panoptic import panoptic_segments
-from regionspot_d2.modeling.scoring import Scoring
+from regionspot_d2.modeling.scoring import Scoring, scores_of_names
 from regionspot_d2.modeling.word_files import plain_words, read_words, words_of
 from regionspot_d2.modeling.words import as_vocabulary
 
@@ -82,6 +85,18 @@ def test_a_sigmoid_takes_each_name_for_itself(predictor):
     torch.testing.assert_close(alone.scores, logits(predictor, ["cat"]).sigmoid()[:, 0])
 
 
+def nested(depth: int) -> dict[str, Any]:
+    words: Any = ["cat"]
+    for number in range(depth):
+        words = {f"animal {number}": words}
+    return words
+
+
+ONE = torch.tensor([1])
+HOLDS_ITSELF: dict[str, Any] = {"cat": "cat"}
+HOLDS_ITSELF["animal"] = HOLDS_ITSELF
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -99,12 +114,63 @@ def test_a_sigmoid_takes_each_name_for_itself(predictor):
         ({"vocabulary": [torch.ones(8)]}, "has no name"),
         ({"vocabulary": {"logo": torch.ones(3)}}, "width 3"),
         ({"vocabulary": {"logo": torch.zeros(8)}}, "none of them zero"),
+        ({"vocabulary": {"logo": torch.full((8,), math.inf)}}, "all of them finite"),
+        ({"vocabulary": {"logo": torch.ones(2, 8).index_fill(0, ONE, math.nan)}}, "finite"),
+        ({"vocabulary": {"logo": np.full(8, 1e300)}}, "all of them finite"),
+        ({"vocabulary": HOLDS_ITSELF}, "nested too deeply, or holds itself"),
+        ({"vocabulary": nested(5000)}, "nested too deeply, or holds itself"),
+        ({"groups": {"object": HOLDS_ITSELF}}, "nested too deeply, or holds itself"),
+        ({"threshold": np.float32("nan")}, "threshold is"),
     ],
 )
 def test_what_makes_no_sense_is_refused(predictor, arguments, message):
     with pytest.raises(ValueError, match=message):
         predictor.predict(boxes=BOXES, **arguments)
     assert predictor.vocabulary == WORDS
+
+
+def test_a_threshold_is_a_number_of_any_type(predictor):
+    expected = predictor.predict(boxes=BOXES, threshold=0.5).pred_classes
+    for threshold in (np.float32(0.5), np.float64(0.5), np.float16(0.5), Fraction(1, 2)):
+        assert torch.equal(
+            predictor.predict(boxes=BOXES, threshold=threshold).pred_classes, expected
+        )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 1e-300},
+        {"temperature": math.inf},
+        {"sigmoid_temperature": 1e-30},
+        {"sigmoid_bias": 1e30},
+        {"sigmoid_bias": -math.inf},
+    ],
+)
+def test_scores_that_would_be_no_numbers_are_refused(settings):
+    with pytest.raises(ValueError, match="^(A temperature|The bias) is .*; it must be in"):
+        Scoring(**settings)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("temperature", [1e-6, 1e6])
+def test_scores_at_the_limits_are_numbers(kind, temperature):
+    scoring = Scoring(kind, temperature=temperature, sigmoid_temperature=temperature)
+    scores = scores_of_names(100 * torch.tensor([[-1.0, 0.5, 1.0]]), None, scoring)
+    assert scores.isfinite().all() and scores[0, 0] <= scores[0, 1] <= scores[0, 2]
+
+
+def test_a_model_whose_numbers_are_none_says_so(predictor):
+    with torch.no_grad():
+        next(predictor.model.region_head.parameters()).fill_(math.nan)
+    with pytest.raises(ValueError, match="what is not a number: the weights of the model"):
+        predictor.predict(boxes=BOXES)
+
+
+def test_a_member_is_made_of_texts():
+    for texts in (None, "cat", 3):
+        with pytest.raises(ValueError, match=f"texts of 'pet' are {texts!r}; a list is expected"):
+            Member("pet", texts)
 
 
 def test_a_dict_of_one_text_each_is_a_list(predictor):

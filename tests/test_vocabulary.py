@@ -7,9 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from regionspot_d2.modeling.names import check_names, clean_name, raw_name
 from regionspot_d2.modeling.vocabulary import TextEmbedder
+
+from .tiny import tiny_model
 
 
 class CountingModel(SimpleNamespace):
@@ -188,6 +191,48 @@ def test_a_known_name_may_not_stand_in_twice(names):
     embedder = TextEmbedder(ModelOfKnownNames())
     with pytest.raises(ValueError, match="'cats?' and 'cats?', which both go by 'cat'"):
         embedder.check_apart(names)
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ("caf\u00e9", "cafe\u0301"),  # composed or not
+        ("rock &amp; roll", "rock & roll"),
+        ("men\u2019s shoe", "men's shoe"),
+        ("\uff43\uff41\uff54", "cat"),
+        ("\ufb01sh", "fish"),
+        ("cat\x07", "cat"),
+    ],
+)
+def test_two_spellings_that_the_text_side_reads_alike_are_refused(pair, tiny_models):
+    embedder = tiny_model().text_embedder
+    with pytest.raises(ValueError, match="are one name to the text side and would share") as caught:
+        embedder.check_apart(["lion", pair[0], "bread", pair[1]])
+    assert "\n" not in str(caught.value) and "\x07" not in str(caught.value)
+    embedder.check_apart(["lion", pair[0], "bread", "cup"])
+    # The texts of one class may be alike.
+    embedder.check_apart({"lion": "lion", "other": list(pair)})
+
+
+def test_many_names_are_told_apart():
+    rows = F.normalize(torch.randn(2000, 64, generator=torch.Generator().manual_seed(1)), dim=1)
+    rows[1500] = F.normalize(rows[20] + 1e-8, dim=0)
+    rows[700] = rows[30] = rows[1999]
+    model = ModelOfKnownNames(templates=("{}",))
+    model.encode_text = lambda texts: rows[[int(text) for text in texts]]
+    embedder = TextEmbedder(model)
+    apart = [str(number) for number in range(2000) if number not in (20, 30, 700)]
+    embedder.check_apart(apart)
+    for first, second in (("20", "1500"), ("30", "1999"), ("700", "1999")):
+        with pytest.raises(ValueError, match=f"'{first}' and '{second}'|'{second}' and '{first}'"):
+            embedder.check_apart([*apart, first])
+
+
+def test_a_text_side_that_gives_no_numbers_is_told():
+    model = CountingModel()
+    model.encode_text = lambda texts: torch.full((len(texts), 3), float("nan"))
+    with pytest.raises(ValueError, match="VISION_LANGUAGE.WEIGHTS are damaged"):
+        TextEmbedder(model)(["cat"])
 
 
 def test_a_file_without_line_breaks_is_no_name():

@@ -19,10 +19,21 @@ from .compiling import Compilable
 from .frozen import FrozenModule
 from .prompts import PointPrompts, Prompts
 
+
+class _Registry(Registry):
+    """Detectron2's, whose ``get`` tells an unknown name as any other wrong value of a config."""
+
+    def get(self, name: str) -> Any:
+        if name not in self:
+            known = ", ".join(key for key, _ in self)
+            raise ValueError(f"MODEL.{self._name}.NAME is {name!r:.60}; it must be one of {known}.")
+        return super().get(name)
+
+
 # Built as ``get(name)(cfg)``, region heads as ``get(name)(cfg, localizer, vision_language)``.
-LOCALIZER_REGISTRY = Registry("LOCALIZER")
-VISION_LANGUAGE_REGISTRY = Registry("VISION_LANGUAGE")
-REGION_HEAD_REGISTRY = Registry("REGION_HEAD")
+LOCALIZER_REGISTRY = _Registry("LOCALIZER")
+VISION_LANGUAGE_REGISTRY = _Registry("VISION_LANGUAGE")
+REGION_HEAD_REGISTRY = _Registry("REGION_HEAD")
 
 # What a localizer knows of an image. Only the localizer that made it may look inside.
 Embedding: TypeAlias = Any

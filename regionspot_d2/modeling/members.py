@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -53,17 +54,24 @@ class Member:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise ValueError(f"A class of the vocabulary is {self.name!r:.60}: give text.")
+        # Text is a sequence too, of letters.
+        if not isinstance(self.texts, Sequence) or isinstance(self.texts, str):
+            raise ValueError(
+                f"The texts of '{self.name:.60}' are {self.texts!r:.60}; a list is expected."
+            )
         if self.vectors is None:
             object.__setattr__(self, "texts", tuple(self.texts) or (self.name,))
             return
         vectors = as_numbers(self.vectors, f"vectors of '{self.name:.60}'").float().cpu()
         vectors = torch.atleast_2d(vectors)
-        if vectors.dim() != 2 or 0 in vectors.shape or not vectors.norm(dim=1).gt(0).all():
+        units = F.normalize(vectors, dim=-1)
+        # Of length zero, infinite or not a number: none of them can be scaled to 1.
+        if units.dim() != 2 or 0 in units.shape or not (units.norm(dim=1) > 0.5).all():
             raise ValueError(
                 f"The vectors of '{self.name:.60}' have the shape {tuple(vectors.shape)}; (D,) or "
-                "(K, D) is expected, none of them zero."
+                "(K, D) is expected, all of them finite and none of them zero."
             )
-        object.__setattr__(self, "vectors", F.normalize(vectors, dim=1))
+        object.__setattr__(self, "vectors", units)
 
     @property
     def is_plain_name(self) -> bool:

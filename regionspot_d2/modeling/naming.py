@@ -92,6 +92,7 @@ def name_regions(
     kept: list[_Pairs] = []
     start = classes = 0
     for part in [logits] if isinstance(logits, Tensor) else logits:
+        _check_finite(part)
         probabilities = scores = scores_of_names(part, vocabulary, scoring)
         rows, classes = scores.shape
         if region_scores is not None:
@@ -126,6 +127,15 @@ def name_regions(
         masks = nearest_masks(masks, image_size) if masks_by_nearest else masks
         found.pred_masks = shared_masks(masks, found.region_index, found.image_size)
     return found
+
+
+def _check_finite(logits: Tensor) -> None:
+    """Raises a ValueError for what is not a number: it would be the best of all scores."""
+    if not logits.isfinite().all():
+        raise ValueError(
+            "Regions are compared with names by what is not a number: the weights of the model "
+            "are damaged, or do not fit MODEL.PRECISION."
+        )
 
 
 def _least_score(vocabulary: Vocabulary | None, scoring: Scoring) -> float | None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from numbers import Real
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from .word_files import read_words
 from .words import MAX_VOCABULARIES, as_member
 
 KINDS = ("softmax", "sigmoid")
+#: Of a temperature and a bias: far beyond all that can be meant, and scores stay numbers.
+MOST = 1e6
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,22 @@ class Scoring:
         if not _is_number(self.threshold) or not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold is {self.threshold!r:.60}; scores are in 0..1.")
         for value in (self.temperature, self.sigmoid_temperature):
-            if not _is_number(value) or value <= 0:
-                raise ValueError(f"A temperature is {value!r:.60}; it must be more than 0.")
-        if not _is_number(self.sigmoid_bias):
-            raise ValueError(f"The bias is {self.sigmoid_bias!r:.60}; a number is expected.")
+            if not _is_number(value) or not 1 / MOST <= value <= MOST:
+                raise ValueError(
+                    f"A temperature is {value!r:.60}; it must be in {1 / MOST:g}..{MOST:g}."
+                )
+        if not _is_number(self.sigmoid_bias) or abs(self.sigmoid_bias) > MOST:
+            raise ValueError(
+                f"The bias is {self.sigmoid_bias!r:.60}; it must be in {-MOST:g}..{MOST:g}."
+            )
+        # Numbers of any kind are taken; PyTorch does not compare itself with fractions.
+        for name, value in (
+            ("threshold", self.threshold),
+            ("temperature", self.temperature),
+            ("sigmoid_temperature", self.sigmoid_temperature),
+            ("sigmoid_bias", self.sigmoid_bias),
+        ):
+            object.__setattr__(self, name, float(value))
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> Scoring:
@@ -140,7 +155,7 @@ def _written(name: str) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def scores_of_names(logits: Tensor, vocabulary: Vocabulary | None, scoring: Scoring) -> Tensor:

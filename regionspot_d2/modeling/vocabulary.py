@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 _BATCH_SIZE = 256
 # Bytes kept on disk. LVIS with ViT-L/14 takes 3.7 MB.
 _MAX_DISK_BYTES = 1_000_000_000
+# Between numbers of two rows that are the same: the order of texts changes the last digits.
+_ROUNDING = 1e-5
 _TEMPLATE = re.compile(r"[^{}]*\{\}[^{}]*", re.DOTALL)
 
 
@@ -169,7 +171,8 @@ class TextEmbedder:
         return dict(found)
 
     def check_apart(self, words: Words) -> None:
-        """Checks that no text has the embedding of another because a known one stands in for it.
+        """Checks that no text has the embedding of another: two spellings of one name, as the text
+        side reads them, or a known name that stands in for both.
 
         Two texts of one class may have the same: the nearest decides, whichever it is.
 
@@ -186,19 +189,18 @@ class TextEmbedder:
 
     def _check_group(self, members: Sequence[Member]) -> None:
         owners = {text: place for place, member in enumerate(members) for text in member.texts}
-        texts = list(owners)
-        stood_in = self.stood_in(texts) if texts else {}
-        embeddings = self(texts) if stood_in else None
-        for place, text in enumerate(texts):
-            if embeddings is None or text not in stood_in:
-                continue
-            same = (embeddings == embeddings[place]).all(1).nonzero().flatten().tolist()
-            for other in (texts[index] for index in same):
-                if owners[other] != owners[text]:
-                    raise ValueError(
-                        f"The vocabulary has '{other}' and '{text}', which both go by "
-                        f"'{stood_in[text]}' and would share every score. Remove one."
-                    )
+        if len(texts := list(owners)) < 2:
+            return
+        stood_in = self.stood_in(texts)
+        for first, second in _equal_rows(self(texts)):
+            one, other = texts[first], texts[second]
+            if owners[one] != owners[other]:
+                known = stood_in.get(one, stood_in.get(other))
+                reason = f"go by '{known}'" if known else "are one name to the text side"
+                raise ValueError(
+                    f"The vocabulary has {one!r:.60} and {other!r:.60}, which both {reason} and "
+                    "would share every score. Remove one."
+                )
 
     def _load(self, names: tuple[str, ...]) -> Tensor:
         if self._folder is None:
@@ -240,7 +242,28 @@ class TextEmbedder:
             texts = [template.format(name) for name in chunk for template in templates]
             encoded = self._model.encode_text(texts).float().cpu()
             rows.append(encoded.view(len(chunk), len(templates), -1).mean(1))
-        return F.normalize(torch.cat(rows), dim=-1)
+        embeddings = F.normalize(torch.cat(rows), dim=-1)
+        if not embeddings.isfinite().all():
+            raise ValueError(
+                "MODEL.VISION_LANGUAGE.WEIGHTS are damaged: the text side gives what is not a "
+                "number."
+            )
+        return embeddings
+
+
+def _equal_rows(embeddings: Tensor) -> Iterator[tuple[int, int]]:
+    """Places of rows that differ by nothing but rounding.
+
+    Along any direction they are neighbors, and hardly ever with another between them; so that
+    100,000 rows need not all be compared.
+    """
+    direction = torch.randn(embeddings.shape[1], generator=torch.Generator().manual_seed(0))
+    order = (embeddings.double() @ direction.double()).argsort()
+    rows = embeddings[order]
+    equal = (rows[1:] - rows[:-1]).abs().amax(1) < _ROUNDING
+    for place in equal.nonzero().flatten().tolist():
+        first, second = sorted(order[place : place + 2].tolist())
+        yield first, second
 
 
 def _checksum(embeddings: Tensor) -> str:

@@ -103,6 +103,14 @@ def _listed_vocabulary(words: Any) -> Vocabulary:
 
 
 def _grouped(groups: Mapping[str, Any]) -> Vocabulary:
+    try:
+        return _grouped_vocabulary(groups)
+    except RecursionError:
+        pass  # told here, where there is room on the stack again
+    raise ValueError("The vocabulary is nested too deeply, or holds itself.")
+
+
+def _grouped_vocabulary(groups: Mapping[str, Any]) -> Vocabulary:
     names: list[str] = []
     parents: list[int] = []
     members: list[Member] = []
