@@ -212,7 +212,7 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def _are_weights(found: Tensor, expected: Tensor) -> bool:
-    """Whether numbers can stand in for others. Whole ones are of a quantized head, without scale."""
+    """Whether numbers can stand in for others; whole ones lack the scale of a quantized head."""
     return found.is_floating_point() == expected.is_floating_point() and bool(
         found.isfinite().all()
     )
