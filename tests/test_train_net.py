@@ -25,11 +25,15 @@ from detectron2.utils import comm
 
 import train_net
 from regionspot_d2 import add_regionspot_config
+from regionspot_d2.data.build import build_test_loader, build_train_loader
+from regionspot_d2.data.datasets import register_coco_format
+from regionspot_d2.data.token_extraction import extract_tokens
 from regionspot_d2.engine import ConfigError, RegionSpotTrainer
 from regionspot_d2.engine.hooks import ModelEMA
+from regionspot_d2.modeling import LOCALIZER_REGISTRY
 
 from .shapes import shapes_cfg
-from .tiny import register_tiny_models
+from .tiny import fill_golden, register_tiny_models
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -434,3 +438,43 @@ def test_the_average_covers_the_trained_parameters_and_loads_one_of_version_0_1(
     ema.update()
     expected = 0.5 * saved["1.weight"] + 0.5 * trained.weight
     torch.testing.assert_close(ema.state_dict()["1.weight"], expected)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["", "bfloat16", "float16"])
+def test_a_gpu_learns_as_a_cpu_does(precision, cfg):
+    cfg.MODEL.REGION_HEAD.DROPOUT = 0.0
+    expected = train(without_tests(cfg, "cpu")).values
+    cfg.MODEL.DEVICE = "cuda"
+    cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE = bool(precision), precision or "float16"
+    found = train(without_tests(cfg, "cuda")).values
+    assert found[0] == pytest.approx(expected[0], rel=0.1 if precision else 1e-3)
+    # The scaler of float16 skips steps until it has found its scale.
+    if precision != "float16":
+        assert found == pytest.approx(expected, rel=0.1 if precision else 1e-2)
+    assert found.keys() == expected.keys() and all(map(math.isfinite, found.values()))
+
+
+@needs_gpu
+def test_a_gpu_extracts_the_tokens_of_a_cpu(cfg, tmp_path):
+    register_coco_format(cfg.DATASETS.COCO_FORMAT)
+    tokens = []
+    for device in ("cpu", "cuda"):
+        localizer = fill_golden(LOCALIZER_REGISTRY.get("SamLocalizer")(cfg)).to(device)
+        cache = extract_tokens(cfg, localizer, "shapes", tmp_path / device)
+        tokens.append(torch.cat([cache.read(number).float() for number in range(1, 13)]))
+    # The cache holds float16, and convolutions run in TF32.
+    torch.testing.assert_close(tokens[1], tokens[0], atol=2e-2, rtol=2e-2)
+
+
+@needs_gpu
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_batches_for_a_gpu_come_in_pinned_memory(device, cfg):
+    cfg.MODEL.DEVICE = device
+    register_coco_format(cfg.DATASETS.COCO_FORMAT)
+    for loader in (build_train_loader(cfg), build_test_loader(cfg, "shapes")):
+        inputs = next(iter(loader))
+        assert {x["image"].is_pinned() for x in inputs} == {device == "cuda"}

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetCatalog,
@@ -136,6 +137,7 @@ def build_train_loader(cfg: CfgNode, *, first_iteration: int = 0) -> DataLoader:
         seed=seed + comm.get_rank(),
     )
     loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
+    loader.pin_memory = copies_to_gpu(cfg)
     start_at(loader, first_iteration)
     return loader
 
@@ -233,7 +235,13 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
     loader.worker_init_fn = leave_interrupts
+    loader.pin_memory = copies_to_gpu(cfg)
     return loader
+
+
+def copies_to_gpu(cfg: CfgNode) -> bool:
+    """Whether batches go to an NVIDIA GPU, which copies from pinned memory while it computes."""
+    return torch.device(cfg.MODEL.DEVICE).type == "cuda" and torch.cuda.is_available()
 
 
 def start_at(loader: DataLoader, iteration: int) -> None:

@@ -104,6 +104,7 @@ def extract_tokens(
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=trivial_batch_collator,
         worker_init_fn=leave_interrupts,
+        pin_memory=device.type == "cuda",
     )
     unreadable = UnreadableImages(cfg.DATALOADER.MAX_UNREADABLE_SHARE)
     try:
@@ -165,7 +166,7 @@ def _run(
         asked = [x for x in batch if "error" not in x and len(x["instances"])]
         found: Iterator[Tensor] = iter(())
         if asked:
-            images = [x["image"].to(device) for x in asked]
+            images = [x["image"].to(device, non_blocking=True) for x in asked]
             boxes = [BoxPrompts(x["instances"].gt_boxes.to(device)) for x in asked]
             found = iter(localizer(images, boxes, with_masks=False)[0])
         for x in batch:

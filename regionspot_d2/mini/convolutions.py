@@ -30,3 +30,29 @@ def fold_batch_norms(network: nn.Module, pairs: list[tuple[str, str]]) -> nn.Mod
                 setattr(module, conv, fused.float())
                 setattr(module, norm, nn.Identity())
     return network.to(memory_format=torch.channels_last)
+
+
+def spare_copies(network: nn.Module) -> nn.Module:
+    """Lets convolutions pad by themselves, and activations write over what they read.
+
+    Padding of its own copies a feature map before the convolution reads it, and ReLU6 writes a
+    second one: together a quarter of EfficientNet-Lite's time on a CPU. Uneven padding, which no
+    convolution has, stays.
+
+    Args:
+        network: changed in place. Its convolutions may have a ``static_padding``, and its
+            activations follow convolutions, whose output nothing else needs.
+
+    Returns:
+        The same network.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.ReLU6):
+            module.inplace = True
+        padding = dict(module.named_children()).get("static_padding")
+        if isinstance(module, nn.Conv2d) and isinstance(padding, nn.ZeroPad2d):
+            left, right, top, bottom = padding.padding
+            if (left, top) == (right, bottom):
+                module.padding = (top, left)
+                module.static_padding = nn.Identity()
+    return network
