@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,11 +16,13 @@ from PIL import Image
 from regionspot_cli import parse_name
 from regionspot_d2 import RegionSpotPredictor
 from regionspot_d2.app import main as app
-from regionspot_d2.data.images import ImageLike
+from regionspot_d2.data.images import ImageLike, read_image
+from regionspot_d2.detection import build_detector
 from regionspot_d2.exemplars import Exemplars
 
 from .test_exemplars import SYMBOLS, photo
 from .tiny import tiny_model
+from .tiny_detectors import tiny_detector
 
 BOXES = {"form A": [4, 4, 40, 40], "form B": [50, 10, 88, 58]}
 
@@ -345,6 +348,33 @@ def test_outputs_never_replace_an_example(demo, dataset, folder, tmp_path):
     with pytest.raises(SystemExit, match="its results.json is an input of this command"):
         demo(*given, "--examples", output / "results.json")
     assert json.loads((output / "results.json").read_text()) == content
+
+
+def test_a_zero_shot_detector_looks_for_the_names_that_are_shown(demo, folder, tmp_path):
+    pytest.importorskip("transformers")
+    tiny_detector("grounding-dino", tmp_path)
+    source, image = f"hf:{tmp_path}", folder / "form A" / "0.png"
+    given = ["--input", image, "--output", tmp_path / "out", "--confidence-threshold", 0]
+    assert demo(*given, "--detector", source, "--vocabulary", "cat", "--examples", folder) == 0
+    found = build_detector(source, class_names=["cat", *BOXES])(read_image(image))
+    assert len(names_of(tmp_path / "out")) == len(found.scores) > 0
+
+
+def test_tracks_are_named_by_examples(demo, folder, tmp_path):
+    pytest.importorskip("trackers")
+    pixels = read_image(folder / "form B" / "0.png")
+    writer = cv2.VideoWriter(
+        str(tmp_path / "x.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 10, pixels.shape[1::-1]
+    )
+    for _ in range(3):
+        writer.write(pixels[:, :, ::-1])
+    writer.release()
+    boxes = {f"x.avi#{i}": {"boxes": [[0, 0, 90, 60]], "scores": [0.9]} for i in range(3)}
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    given = ["--input", tmp_path / "x.avi", "--proposals", tmp_path / "boxes.json", "--track"]
+    given += ["--confidence-threshold", 0, "--output", tmp_path / "out", "--examples", folder]
+    assert demo(*given) == 0
+    assert len(set(names_of(tmp_path / "out"))) == 1 and len(names_of(tmp_path / "out")) == 3
 
 
 def test_symbols_are_named_among_words_by_images_of_them(mini_predictor, tmp_path, monkeypatch):
