@@ -250,6 +250,8 @@ def parse_name(arguments: Iterable[str], program: str | None = None) -> argparse
             parser.error(f"--{option} is a picture, and --no-pictures draws none")
     if not args.output:
         parser.error("--output is empty; a folder is expected")
+    if args.examples == "":
+        parser.error("--examples is empty; a folder or a file is expected")
     if args.vocabulary is None and args.examples is None:
         args.vocabulary = "lvis"
     _expand(args, "config_file", "output", "proposals", "detector_weights", "examples")

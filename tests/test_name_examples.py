@@ -179,6 +179,12 @@ def test_a_single_name_is_told(demo, folder, tmp_path, capsys):
     assert told in capsys.readouterr().err.splitlines()
 
 
+def test_an_empty_name_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        parse_name(["--input", "a.jpg", "--examples", ""])
+    assert "--examples is empty; a folder or a file is expected" in capsys.readouterr().err
+
+
 def test_what_the_vocabulary_is_by_default():
     given = ["--input", "a.jpg"]
     assert parse_name(given).vocabulary == "lvis"
