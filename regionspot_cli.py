@@ -24,7 +24,8 @@ _COMMANDS = {
 _NAME_EXAMPLES = """examples:
   regionspot name --input photo.jpg
   regionspot name --input photos/ --vocabulary coco,forklift --boxes 10,20,200,300
-  regionspot name --input photos/ --proposals detections.json --vocabulary @words.txt --topk 3"""
+  regionspot name --input photos/ --proposals detections.json --vocabulary @words.txt --topk 3
+  regionspot name --input photos/ --boxes 10,20,200,300 --vocabulary coco --examples logos/"""
 _INDEX_EXAMPLES = """examples:
   regionspot index --input photos/ --output photos.index
   regionspot index --input photos/ --output photos.index --resume
@@ -123,10 +124,16 @@ def name_parser(program: str | None = None) -> CommandParser:
     _add_sources(parser)
     add(
         "--vocabulary",
-        default="lvis",
         metavar="NAMES",
         help="lvis|coco|objects365|openimages, names, and @FILE with one name per line, separated "
-        "by commas; or a .yaml file with names, several texts for a name, or groups of names",
+        "by commas; or a .yaml file with names, several texts for a name, or groups of names; by "
+        "default lvis, and with --examples no names beside theirs",
+    )
+    add(
+        "--examples",
+        metavar="FOLDER|FILE",
+        help="names that are shown: a folder with a folder of images for each name, boxes in a "
+        "COCO json, or a .safetensors of Exemplars.save; a name of --vocabulary keeps its text",
     )
     add(
         "--confidence-threshold",
@@ -243,7 +250,11 @@ def parse_name(arguments: Iterable[str], program: str | None = None) -> argparse
             parser.error(f"--{option} is a picture, and --no-pictures draws none")
     if not args.output:
         parser.error("--output is empty; a folder is expected")
-    _expand(args, "config_file", "output", "proposals", "detector_weights")
+    if args.examples == "":
+        parser.error("--examples is empty; a folder or a file is expected")
+    if args.vocabulary is None and args.examples is None:
+        args.vocabulary = "lvis"
+    _expand(args, "config_file", "output", "proposals", "detector_weights", "examples")
     return args
 
 

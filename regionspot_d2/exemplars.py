@@ -62,12 +62,12 @@ class Exemplars:
     def __len__(self) -> int:
         return len(self.vectors)
 
-    def add(self, name: str, image: ImageLike, **regions: Any) -> None:
+    def add(self, name: str, image: ImageLike | None, **regions: Any) -> None:
         """Adds regions of an image as examples of a name. The predictor's image is then this one.
 
         Args:
             name: a class name; it may have examples already.
-            image: as for ``RegionSpotPredictor.set_image``.
+            image: as for ``RegionSpotPredictor.set_image``; None for the one that is set.
             **regions: ``boxes``, ``points``, ``point_labels``, ``masks`` and ``zoom``, as for
                 ``RegionSpotPredictor.region_embeddings``.
 
@@ -76,7 +76,8 @@ class Exemplars:
         """
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"The name of an example is {name!r:.60}: give non-empty text.")
-        self._predictor.set_image(image)
+        if image is not None:
+            self._predictor.set_image(image)
         found = self._predictor.region_embeddings(**regions).float().cpu()
         if not len(found):
             raise ValueError(f"There is no region to be an example of '{name:.60}'.")

@@ -150,7 +150,7 @@ RULES = (
     Rule(
         "app",
         "files logits safe_loading stopping config checkpoint model_zoo journal predictor "
-        "pretrained region_index vector_files modeling data engine detection app",
+        "pretrained region_index vector_files exemplars modeling data engine detection app",
     ),
     # The embedded default: nobody but the package itself, which registers it, imports it.
     Rule("mini", f"files data.datasets {CONTRACTS} modeling.region_head modeling.sam mini"),

@@ -72,12 +72,12 @@ def test_it_runs_in_an_empty_folder_without_a_net(
         [float(x) for x in NUMBER.findall(printed(each))] for each in (notebook, stored)
     )
     np.testing.assert_allclose(found, shown, atol=0.02)
-    assert pictures(notebook) == pictures(stored) and sum(pictures(stored)) == 5
+    assert pictures(notebook) == pictures(stored) and sum(pictures(stored)) == 6
 
 
 def test_what_it_shows_is_small_and_says_nothing_of_a_machine(stored: Any) -> None:
     assert NOTEBOOK.stat().st_size < 300_000
-    assert [cell.execution_count for cell in code_cells(stored)] == list(range(1, 11))
+    assert [cell.execution_count for cell in code_cells(stored)] == list(range(1, 12))
     assert not [o for o in outputs(stored) if o.output_type == "error" or o.get("name") == "stderr"]
     assert not re.search(r"/(home|root|tmp|work|Users)/|site-packages", printed(stored))
     assert all(cell.metadata == {} for cell in code_cells(stored))

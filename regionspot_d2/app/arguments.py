@@ -20,12 +20,22 @@ _DECISIVE = (
 )
 
 
-def settings(args: argparse.Namespace, cfg: CfgNode, vocabulary: Any) -> dict[str, Any]:
-    """What the results of an image depend on, by option."""
+def settings(
+    args: argparse.Namespace, cfg: CfgNode, vocabulary: Any, examples: str | None = None
+) -> dict[str, Any]:
+    """What the results of an image depend on, by option.
+
+    Args:
+        args: the command line.
+        cfg: the model's.
+        vocabulary: plain values; what text stands for.
+        examples: the digest of those that --examples gives.
+    """
     options = vars(args)
     return {
         "--config-file or --opts": hashlib.sha256(cfg.dump().encode()).hexdigest(),
         "--vocabulary": vocabulary,
+        "--examples": examples,
         "--proposals": [args.proposals, _digest(Path(args.proposals)) if args.proposals else None],
         **{f"--{name}": options[name.replace("-", "_")] for name in _DECISIVE.split()},
     }

@@ -37,7 +37,7 @@ def find_inputs(patterns: Sequence[str]) -> list[Path]:
         path = os.path.expanduser(pattern)
         try:
             if os.path.isdir(path):
-                matches = _images_below(path, pattern, own)
+                matches = images_below(path, f"--input {pattern}", own)
             elif os.path.lexists(path) and len(patterns) == 1:
                 matches = [Path(path)]
             else:
@@ -70,11 +70,20 @@ def input_folders(patterns: Sequence[str]) -> list[Path]:
     return [Path(path) for path in map(os.path.expanduser, patterns) if os.path.isdir(path)]
 
 
-def _images_below(folder: str, pattern: str, own: OwnOutputs) -> list[Path]:
-    """The images in a folder and in those inside it, sorted, first those of the outer folder."""
+def images_below(folder: str, option: str, own: OwnOutputs) -> list[Path]:
+    """The images in a folder and in those inside it, sorted, first those of the outer folder.
+
+    Args:
+        folder: its path.
+        option: what the command line says of it, for the line about what is left out.
+        own: outputs of earlier runs, which are left out.
+
+    Raises:
+        OSError: the folder cannot be read. Of one inside it, a line tells that.
+    """
     images: list[Path] = []
     left_out: Counter[str] = Counter()
-    for path in _files_below(folder):
+    for path in _files_below(folder, option):
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             left_out[path.suffix.lower() or "without ending"] += 1
         elif path in own:
@@ -85,19 +94,19 @@ def _images_below(folder: str, pattern: str, own: OwnOutputs) -> list[Path]:
         kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common(8))
         total = left_out.total()
         tell(
-            f"--input {pattern}: {total} of {total + len(images)} entries of the folder are "
+            f"{option}: {total} of {total + len(images)} entries of the folder are "
             f"left out ({kinds}); of a folder, {' '.join(sorted(IMAGE_SUFFIXES))} are read."
         )
     return images
 
 
-def _files_below(folder: str) -> Iterator[Path]:
+def _files_below(folder: str, option: str) -> Iterator[Path]:
     known = set()
 
     def tell_of(error: OSError) -> None:
         if error.filename == folder:
             raise error
-        tell(f"--input: {error.filename} cannot be read: {error.strerror}.")
+        tell(f"{option.split()[0]}: {error.filename} cannot be read: {error.strerror}.")
 
     for place, folders, files in os.walk(folder, onerror=tell_of, followlinks=True):
         # A link may lead back to a folder that it is in.
@@ -109,12 +118,13 @@ def _files_below(folder: str) -> Iterator[Path]:
         yield from () if is_known else (Path(place, name) for name in sorted(files))
 
 
-def read_vocabulary(names: str) -> list[str] | Vocabulary:
+def read_vocabulary(names: str, *, is_all: bool = True) -> list[str] | Vocabulary:
     """The class names that --vocabulary gives, as its help says.
 
     Without a comma or "@", what is the name of a file means that file; a yaml file may have groups,
-    hierarchies and background names. Says in one line what it understood where that may surprise.
-    Raises a ValueError.
+    hierarchies and background names. Says in one line what it understood where that may surprise,
+    and with ``is_all``, if no other names join them, that there is a single one. Raises a
+    ValueError.
     """
     path = os.path.expanduser(names)
     if names.lower().endswith((".yaml", ".yml")) and os.path.isfile(path):
@@ -135,7 +145,9 @@ def read_vocabulary(names: str) -> list[str] | Vocabulary:
         words = _read_names(path, names)
     else:
         words = _combined(names)
-    _tell_about(words)
+    if is_all:
+        tell_if_single(words, "--vocabulary")
+    _tell_of_spellings(words)
     return words
 
 
@@ -163,7 +175,7 @@ def _combined(names: str) -> list[str]:
         elif part in lists:
             found = known_vocabulary(part.lower())
         for word in found:
-            words.setdefault(_plain(word), word)
+            words.setdefault(plain_name(word), word)
     sets = ", ".join(sorted(lists))
     tell(f"--vocabulary {names}: {len(words)} class names, with those of {sets}.")
     return list(words.values())
@@ -195,17 +207,21 @@ def _read_names(path: str, names: str) -> list[str]:
     return [line for line in lines if line]
 
 
-def _plain(word: str) -> str:
+def plain_name(word: str) -> str:
     """What all spellings of a name share."""
     return clean_name(unicodedata.normalize("NFKC", word).casefold().replace("-", " "))
 
 
-def _tell_about(words: list[str]) -> None:
+def tell_if_single(words: list[str], option: str) -> None:
+    """Says in one line that scores mean nothing if there is one name, which ``option`` gave."""
     if len(words) == 1:
-        tell(f"--vocabulary has a single name, '{words[0]}': the score of every region is 1.0.")
+        tell(f"{option} has a single name, '{words[0]}': the score of every region is 1.0.")
+
+
+def _tell_of_spellings(words: list[str]) -> None:
     seen: dict[str, str] = {}
     for word in words:
-        first = seen.setdefault(_plain(word), word)
+        first = seen.setdefault(plain_name(word), word)
         # The same letters twice are refused by the predictor.
         if clean_name(first).lower() != clean_name(word).lower():
             tell(f"--vocabulary: '{first}' and '{word}' are spellings of one name and share it.")

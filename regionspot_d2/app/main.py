@@ -28,6 +28,8 @@ from ..predictor import RegionSpotPredictor
 from ..pretrained import check_device
 from ..stopping import INTERRUPTED, stoppable
 from .arguments import settings
+from .example_files import Examples, find_examples
+from .examples import as_list, show_examples, texts_of
 from .formats import FORMATS, check_formats, write_formats
 from .inputs import find_inputs, input_folders, read_vocabulary, tell
 from .names import OutputFolder, one_line, printable
@@ -59,11 +61,14 @@ def tell_what_stood_in(option: str, names: dict[str, str]) -> None:
         tell(one_line(f"{option}: known names stand in: {', '.join(pairs)}."))
 
 
-def output_folder(args: argparse.Namespace, paths: Sequence[Path]) -> OutputFolder:
+def output_folder(
+    args: argparse.Namespace, paths: Sequence[Path], examples: Examples | None = None
+) -> OutputFolder:
     """Makes the folder, or exits if an output would replace a file that the command names."""
     given = [args.config_file, args.proposals, args.compare, args.vocabulary]
     given += [args.detector_config, args.detector_weights, (args.detector or "").partition(":")[2]]
-    given += [word.strip().removeprefix("@") for word in args.vocabulary.split(",")]
+    given += [word.strip().removeprefix("@") for word in (args.vocabulary or "").split(",")]
+    given += map(str, examples.files if examples else [])
     if args.proposals and Path(args.proposals).is_dir():
         given += map(str, label_files(args.proposals))
     output = Path(args.output)
@@ -81,13 +86,25 @@ def output_folder(args: argparse.Namespace, paths: Sequence[Path]) -> OutputFold
     return folder
 
 
-def build_predictor(args: argparse.Namespace) -> tuple[CfgNode, RegionSpotPredictor]:
-    """Builds the model that the command line names, or exits with one line that says why not."""
+def build_predictor(
+    args: argparse.Namespace, examples: Examples | None = None
+) -> tuple[CfgNode, RegionSpotPredictor]:
+    """Builds the model that the command line names, or exits with one line that says why not.
+
+    Its vocabulary is that of --vocabulary, and what the examples show.
+    """
     try:
         cfg = load_config(args.config_file, args.opts, training=False)
         check_device(cfg.MODEL.DEVICE)
-        vocabulary = None if args.vocabulary is None else read_vocabulary(args.vocabulary)
-        return cfg, RegionSpotPredictor(cfg, vocabulary=vocabulary)
+        vocabulary = None
+        if args.vocabulary is not None:
+            vocabulary = read_vocabulary(args.vocabulary, is_all=examples is None)
+        if examples is None:
+            return cfg, RegionSpotPredictor(cfg, vocabulary=vocabulary)
+        names = as_list(vocabulary)
+        predictor = RegionSpotPredictor(cfg, vocabulary=None)
+        show_examples(predictor, examples, names)
+        return cfg, predictor
     except (KeyError, OSError, RuntimeError, ValueError) as error:
         # str() of a KeyError is the repr of its message.
         reason = error.args[0] if isinstance(error, KeyError) else error
@@ -98,15 +115,23 @@ def build_predictor(args: argparse.Namespace) -> tuple[CfgNode, RegionSpotPredic
         ) from error
 
 
-def prepare(args: argparse.Namespace, paths: Sequence[Path], output: Path) -> Run:
+def prepare(
+    args: argparse.Namespace,
+    paths: Sequence[Path],
+    output: Path,
+    examples: Examples | None = None,
+) -> Run:
     """Builds everything a run needs, or exits with one line that says what is wrong."""
     other = OtherResults(args.compare) if args.compare else None
-    cfg, predictor = build_predictor(args)
+    cfg, predictor = build_predictor(args, examples)
     tell_what_stood_in("--vocabulary", predictor.stood_in)
     if args.attention:
         _check_attention(predictor.model.region_head, paths)
     source = choose_source(args, predictor.model, predictor.vocabulary)
-    decisive = settings(args, cfg, plain_words(predictor.words))
+    if examples is None:
+        decisive = settings(args, cfg, plain_words(predictor.words))
+    else:
+        decisive = settings(args, cfg, texts_of(predictor.words), examples.digest())
     try:
         journal = Journal(output / "results.jsonl", decisive, resume=args.resume)
     except JournalError as error:
@@ -211,8 +236,9 @@ def run_demo(args: argparse.Namespace) -> int:
         check_tracking()
         if not any(map(Video.names, paths)):
             raise SystemExit("error: --track: there is no video among the inputs.")
-    folder = output_folder(args, paths)
-    run = prepare(args, paths, Path(args.output))
+    examples = None if args.examples is None else find_examples(args.examples)
+    folder = output_folder(args, paths, examples)
+    run = prepare(args, paths, Path(args.output), examples)
     outcomes, stop = name_all(run, paths, folder)
     done = outcomes.total()
     try:
