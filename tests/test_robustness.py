@@ -121,18 +121,22 @@ def test_small_images_are_told_before_they_are_corrupted(regions: Regions) -> No
 def test_a_condition_is_the_same_in_each_run_with_one_seed(kind: str, regions: Regions) -> None:
     if kind in CORRUPTIONS:
         pytest.importorskip("imagecorruptions")
-    strengths = STRENGTHS[kind][-2:]
 
-    def under(seed: int, key: str = "1", strength: float = strengths[0]) -> Tensor:
-        found = disturbed(regions._replace(key=key), kind, strength, seed)
+    def under(seed: int, key: str = "1") -> Tensor:
+        found = disturbed(regions._replace(key=key), kind, STRENGTHS[kind][-1], seed)
         assert torch.equal(found.labels, regions.labels)
         return found.boxes if kind == BOX_NOISE else found.image
 
     once = under(0)
     assert torch.equal(under(0), once)
     assert not torch.equal(under(1), once) and not torch.equal(under(0, key="2"), once)
-    # Nor is one strength another one made larger.
-    assert not torch.equal(under(0, strength=strengths[1]), once)
+
+
+def test_stronger_noise_is_not_the_same_noise_made_larger() -> None:
+    box = torch.tensor([[500.0, 500, 510, 510]])  # far from the edges
+    regions = Regions("1", torch.zeros(3, 1000, 1000, dtype=torch.uint8), box, torch.tensor([0]))
+    weak, strong = (disturbed(regions, BOX_NOISE, s).boxes - box for s in (0.2, 0.4))
+    assert not torch.allclose(2 * weak, strong, atol=0.1)
 
 
 # The attack ---------------------------------------------------------------------------------------
