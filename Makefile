@@ -70,7 +70,9 @@ $(READY): setup.py Makefile $(wildcard tools/setup/*)
 	$(PY) -c "import cv2" 2>/dev/null \
 		|| $(PIP_INSTALL) -q $(WITH_CONSTRAINTS) opencv-python-headless
 	$(PIP_INSTALL) -q $(WITH_CONSTRAINTS) --no-build-isolation --editable ".[all]"
-	@# lvis, a reference for the tests, and trackers would install a second OpenCV.
-	$(PIP_INSTALL) -q $(WITH_CONSTRAINTS) --no-deps lvis==0.5.3 trackers==2.6.1
+	@# lvis, a reference for the tests, trackers, and imagecorruptions of tools/evaluate_robustness.py
+	@# would install a second OpenCV.
+	$(PIP_INSTALL) -q $(WITH_CONSTRAINTS) --no-deps lvis==0.5.3 trackers==2.6.1 \
+		imagecorruptions==1.1.2
 	$(PY) tools/setup/install_detectron2.py $(WITH_CONSTRAINTS)
 	touch $@

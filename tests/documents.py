@@ -15,14 +15,13 @@ DOCUMENTS = sorted(
     for path in ROOT.glob(pattern)
 )
 
-# `python` and `make` note what they are given. Nothing else is found, for PATH is empty; what a
-# command substitution would have printed is the name of a photo.
+# `python`, `make` and `regionspot` note what they are given. Nothing else is found, for PATH is
+# empty: bash says so. What a command substitution would have printed is the name of a photo.
 _NOTE_COMMANDS = r"""
 note() { { printf '%s\0' "$@"; printf '\n\0'; } >>"$NOTES"; }
 python() { note python "$@"; echo photo.jpg; }
 make() { note make "$@"; }
 regionspot() { note regionspot "$@"; }
-command_not_found_handle() { :; }
 """
 
 
@@ -37,6 +36,12 @@ def python_blocks(document: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
 
 
+def shell_blocks(document: Path) -> list[str]:
+    """The blocks of a document that are marked as bash."""
+    text = document.read_text(encoding="utf-8")
+    return re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+
+
 def commands(document: Path) -> list[tuple[str, ...]]:
     """The words of every ``python``, ``make`` and ``regionspot`` command of a document.
 
@@ -45,9 +50,8 @@ def commands(document: Path) -> list[tuple[str, ...]]:
     Besides the blocks marked as bash, these are code spans that start with a script and have
     options.
     """
-    text = document.read_text(encoding="utf-8")
-    lines = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
-    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    lines = shell_blocks(document)
+    text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
     for span in re.findall(
         r"`((?:python |make |regionspot |tools/|demo/|train_net\.py)[^`]*)`", text
     ):
@@ -58,18 +62,34 @@ def commands(document: Path) -> list[tuple[str, ...]]:
             lines += [span] if " -" in span or span == "regionspot models" else []
         elif " -" in span:
             lines.append(f"python {span}")
+    return _read_by_bash(lines)[0]
+
+
+def other_programs(document: Path) -> set[str]:
+    """The programs of the bash blocks other than ``python``, ``make`` and ``regionspot``.
+
+    What bash does itself, such as ``export``, is none of them.
+    """
+    return _read_by_bash(shell_blocks(document))[1]
+
+
+def _read_by_bash(lines: list[str]) -> tuple[list[tuple[str, ...]], set[str]]:
+    """The words of the commands whose programs are known, and the names of other programs."""
     with tempfile.TemporaryDirectory() as folder:
         notes = Path(folder) / "notes"
         notes.touch()
-        subprocess.run(
+        done = subprocess.run(
             ["/bin/bash", "-c", _NOTE_COMMANDS + "\n".join(lines)],
             cwd=folder,
-            env={"PATH": "", "NOTES": str(notes)},
+            env={"PATH": "", "NOTES": str(notes), "LC_ALL": "C"},
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         noted = notes.read_text(encoding="utf-8")
-    return [tuple(command.split("\0")[:-1]) for command in noted.split("\n\0")[:-1]]
+    missing = r": line \d+: (.+): (?:No such file or directory|command not found)$"
+    others = set(re.findall(missing, done.stderr, flags=re.MULTILINE))
+    return [tuple(command.split("\0")[:-1]) for command in noted.split("\n\0")[:-1]], others
 
 
 def script_commands() -> list[tuple[str, ...]]:

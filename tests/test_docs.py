@@ -20,9 +20,17 @@ from PIL import Image
 from regionspot_d2 import add_regionspot_config
 
 from .detectors import MASK_RCNN, zoo_cfg
-from .documents import COMMANDS, DOCUMENTS, commands, name_of, python_blocks
+from .documents import COMMANDS, DOCUMENTS, commands, name_of, other_programs, python_blocks
 from .tiny_detectors import tiny_detector
 from .tools import ROOT
+
+# Programs of shell blocks besides python, make and regionspot, and what they are.
+OTHERS = {
+    ".venv/bin/activate": "switches to the environment of make setup",
+    ".venv/bin/python": "the Python of the environment of make setup",
+    "cvat-cli": "CVAT's command, of the package cvat-cli",
+    "pip": "Python's installer",
+}
 
 
 @pytest.fixture
@@ -183,3 +191,21 @@ def test_make_has_the_targets_and_variables(document):
             named = {word.partition("=")[0] for word in words if "=" in word}
             assert named <= variables
             assert {word for word in words if "=" not in word} <= targets
+
+
+def test_programs_of_shell_blocks_are_known():
+    used = {
+        name: other_programs(document) for document in DOCUMENTS for name in [name_of(document)]
+    }
+    unknown = {name: found - OTHERS.keys() for name, found in used.items() if found - OTHERS.keys()}
+    assert not unknown, f"typos, or to be listed in OTHERS: {unknown}"
+    assert set().union(*used.values()) == OTHERS.keys(), "OTHERS has some that no document uses"
+
+
+def test_a_misspelled_program_is_found(tmp_path):
+    document = tmp_path / "README.md"
+    document.write_text(
+        "```bash\nexport A=1\npyhton a.py && make test\nP=regoinspot\n$P name --input a.jpg\n"
+        "python b.py | toools/c.py\n```\n```python\nnothing\n```\n`pyp install`"
+    )
+    assert other_programs(document) == {"pyhton", "regoinspot", "toools/c.py"}

@@ -98,7 +98,7 @@ def measure(
     for (kind, strength), parts in named.items():
         scores, right = (torch.cat(column) for column in list(zip(*parts))[:2])
         ece = calibration_error(reliability(scores, right))
-        top1 = float(right.float().mean())
+        top1 = float(right.double().mean())
         results.append(Result(label, kind, strength, 100 * top1, 100 * ece))
     return results
 
