@@ -5,6 +5,7 @@ What cannot be run is listed with its reason.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from PIL import Image
 from safetensors.torch import save_file
@@ -95,11 +97,12 @@ def write_dataset(json_file: Path, folder: Path, ids: Sequence[int]) -> None:
 
 
 def coco(images: list[dict[str, Any]]) -> dict[str, Any]:
+    """The content of a json file in COCO format: a cat and a dog in each image."""
+    boxes = [[8.0, 6.0, 40.0, 50.0], [50.0, 20.0, 40.0, 40.0]]
     annotations = [
-        annotation(len(boxes) * place + number, image["id"], box, category=number)
+        annotation(2 * place + category, image["id"], box, category)
         for place, image in enumerate(images)
-        for boxes in [[[8.0, 6.0, 40.0, 50.0], [50.0, 20.0, 40.0, 40.0]]]
-        for number, box in enumerate(boxes, start=1)
+        for category, box in enumerate(boxes, start=1)
     ]
     categories = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
     return {"images": images, "annotations": annotations, "categories": categories}
@@ -108,14 +111,16 @@ def coco(images: list[dict[str, Any]]) -> dict[str, Any]:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder in which a reader of the documents stands, with a reader's photos."""
+    if "DETECTRON2_DATASETS" in os.environ:
+        pytest.skip("DETECTRON2_DATASETS names a folder in which no test may change anything")
     write_photos(tmp_path, ["photo.jpg"], (480, 400))
     write_photos(tmp_path / "photos", ["1.jpg", "2.jpg"], (240, 320))
     (tmp_path / "demo").symlink_to(ROOT / "demo")
     monkeypatch.chdir(tmp_path)
-    if "DETECTRON2_DATASETS" in os.environ:
-        pytest.skip("DETECTRON2_DATASETS names a folder in which no test may change anything")
     interrupt = signal.getsignal(signal.SIGINT)
+    tinycoco = copy.deepcopy(MetadataCatalog["tinycoco"])
     yield tmp_path
+    MetadataCatalog["tinycoco"] = tinycoco  # its classes are those of the last file that was read
     signal.signal(signal.SIGINT, interrupt)  # train_net.py changes it
     forget("mine", "package_photos")
     for name in ("detectron2", "fvcore", "regionspot_d2"):
@@ -250,7 +255,8 @@ def test_readme(runner: Runner) -> None:
 
 @pytest.mark.usefixtures("tiny_configs", "detectors")
 def test_demo_readme(folder: Path, runner: Runner) -> None:
-    pytest.importorskip("trackers")
+    for package in ("trackers", "transformers"):
+        pytest.importorskip(package)
     images = [{"id": n, "file_name": f"{n}.jpg", "width": 240, "height": 320} for n in (1, 2)]
     (folder / "instances_val2017.json").write_text(json.dumps(coco(images)))
     rows = [f"{n}.jpg,10,20,200,300,0.{n}\n" for n in (1, 2)]
@@ -322,3 +328,15 @@ def test_getting_started(folder: Path, runner: Runner) -> None:
         "output/onnx/model.json",
     ):
         assert (folder / name).is_file()
+
+
+def test_what_is_not_run_or_made_shorter_is_in_a_document(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documented = {" ".join(words) for name in NOT_RUN for words in commands(ROOT / name)}
+    assert SHORTER.keys() <= documented
+    for document in NOT_RUN:
+        assert list(runner(document, lambda command: False)) == []
+    monkeypatch.setitem(NOT_RUN["README.md"], "python gone.py", "is no longer there")
+    with pytest.raises(AssertionError, match="README.md no longer has the commands .*gone.py"):
+        list(runner("README.md", lambda command: False))
