@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
@@ -193,8 +195,8 @@ def test_gradients_reach_the_image_and_the_prompts(decoder, prompt_encoder, imag
 def test_on_a_gpu(decoder, prompt_encoder, image, kind):
     sparse, dense = prompts(prompt_encoder, kind)
     expected = stock(decoder, image, sparse, dense)
-    decode = MaskTokenDecoder(build_decoder()).cuda()
+    decode = MaskTokenDecoder(copy.deepcopy(decoder)).cuda()
     inputs = [x.cuda() for x in (*image, sparse, dense)]
-    assert_close([x.cpu() for x in decode(*inputs, chunk_size=2)], expected, tolerance=1e-4)
+    assert_close([x.cpu() for x in decode(*inputs, chunk_size=2)], expected, tolerance=2e-3)
     with torch.autocast("cuda", torch.float16):
         assert_close([x.float().cpu() for x in decode(*inputs)], expected, tolerance=0.1)

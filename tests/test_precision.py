@@ -31,7 +31,7 @@ def asked(model, context=nullcontext, later=nullcontext, **question) -> Instance
 
 def in_order(found: Instances) -> torch.Tensor:
     """Scores (regions, names)."""
-    scores = torch.zeros(int(found.region_index.max()) + 1, len(NAMES))
+    scores = found.scores.new_zeros(int(found.region_index.max()) + 1, len(NAMES))
     scores[found.region_index, found.pred_classes] = found.scores
     return scores
 

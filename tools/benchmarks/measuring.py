@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from regionspot_d2.modeling import RegionSpot
+from regionspot_d2.modeling.words import as_vocabulary
 
 
 def now() -> float:
@@ -116,4 +117,6 @@ def use_random_text_embeddings(model: RegionSpot) -> None:
         vectors = torch.randn(count, model.vision_language.text_dim)
         return normalize(vectors, dim=1).to(model.device)
 
-    model.text_embedder = lambda names, device: random_text(len(names))
+    model.text_embedder = lambda words, device: random_text(
+        len(as_vocabulary(words, repeats=True).texts)
+    )
