@@ -229,6 +229,8 @@ class Side:
 def serve_side(name: str, args: argparse.Namespace, asked: Any, results: Any) -> None:
     """Runs one side in a process of its own, an image whenever asked, until None."""
     side = Side(name, args)
+    if DEVICE == "cuda":
+        side()  # loads kernels, and chooses among them
     reset_peak()
     while asked.get() is not None:
         results.put((side(), peak_bytes()))
