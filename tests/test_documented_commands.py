@@ -53,6 +53,9 @@ NOT_RUN = {
     "demo/README.md": {
         "python tools/mini/prepare_package_photos.py": "downloads packages",
         "regionspot web": "serves until it is stopped (tests/test_web.py)",
+        "regionspot name --input photo.jpg --boxes 10,20,200,300 --examples logos.safetensors": (
+            "needs a file of the same model's vectors (tests/test_name_examples.py)"
+        ),
     },
     "GETTING_STARTED.md": {
         "python train_net.py --eval-only --config-file configs/eval_coco_panoptic": DATA_AND_GPUS,
@@ -261,6 +264,8 @@ def test_demo_readme(folder: Path, runner: Runner) -> None:
     (folder / "instances_val2017.json").write_text(json.dumps(coco(images)))
     rows = [f"{n}.jpg,10,20,200,300,0.{n}\n" for n in (1, 2)]
     (folder / "boxes.csv").write_text("".join(["file_name,x0,y0,x1,y1,score\n", *rows]))
+    write_photos(folder / "logos" / "our logo", ["1.jpg"], (64, 64))
+    write_dataset(folder / "logos.json", folder, [7])
     labels = folder / "runs" / "detect" / "labels"
     labels.mkdir(parents=True)
     for n in (1, 2):

