@@ -30,6 +30,7 @@ from torchvision.models import get_model
 import regionspot_cli
 from regionspot_d2 import RegionSpotPredictor
 from regionspot_d2.engine import load_config
+from regionspot_d2.exemplars import Exemplars
 from regionspot_d2.model_zoo import MODELS
 from regionspot_d2.modeling import RegionSpotHead
 from regionspot_d2.modeling.sam import SamLocalizer
@@ -53,9 +54,6 @@ NOT_RUN = {
     "demo/README.md": {
         "python tools/mini/prepare_package_photos.py": "downloads packages",
         "regionspot web": "serves until it is stopped (tests/test_web.py)",
-        "regionspot name --input photo.jpg --boxes 10,20,200,300 --examples logos.safetensors": (
-            "needs a file of the same model's vectors (tests/test_name_examples.py)"
-        ),
     },
     "GETTING_STARTED.md": {
         "python train_net.py --eval-only --config-file configs/eval_coco_panoptic": DATA_AND_GPUS,
@@ -266,6 +264,10 @@ def test_demo_readme(folder: Path, runner: Runner) -> None:
     (folder / "boxes.csv").write_text("".join(["file_name,x0,y0,x1,y1,score\n", *rows]))
     write_photos(folder / "logos" / "our logo", ["1.jpg"], (64, 64))
     write_dataset(folder / "logos.json", folder, [7])
+    cfg = load_config(f"configs/{MODELS['mini'][0]}", [], training=False)
+    examples = Exemplars(RegionSpotPredictor(cfg))
+    examples.add("our logo", "photo.jpg", boxes=[10, 20, 200, 300])
+    examples.save("logos.safetensors")
     labels = folder / "runs" / "detect" / "labels"
     labels.mkdir(parents=True)
     for n in (1, 2):

@@ -18,6 +18,7 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from regionspot_d2.modeling import BoxPrompts, MaskPrompts, PointPrompts, SamLocalizer
 
 from . import tiny
+from .tools import needs_gpu
 
 
 def build(**options) -> SamLocalizer:
@@ -203,7 +204,7 @@ def test_images_are_resized_as_stock_sam_does(side):
     assert compared > 20
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 def test_a_gpu_resizes_to_within_one_level(localizer):
     for image in images_to_resize(24):
         expected, resized = localizer.resize(image).float(), localizer.resize(image.cuda()).cpu()

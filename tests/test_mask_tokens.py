@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from regionspot_d2.modeling.mask_tokens import MaskTokenDecoder
 
+from .tools import needs_gpu
+
 CHANNELS, GRID, INPUT = 32, (6, 10), (96, 160)  # not square: rows and columns must not be mixed up
 NUM_PROMPTS = 5
 
@@ -190,7 +192,7 @@ def test_gradients_reach_the_image_and_the_prompts(decoder, prompt_encoder, imag
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 @pytest.mark.parametrize("kind", ["boxes", "boxes+masks"])
 def test_on_a_gpu(decoder, prompt_encoder, image, kind):
     sparse, dense = prompts(prompt_encoder, kind)

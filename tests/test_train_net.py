@@ -34,6 +34,7 @@ from regionspot_d2.modeling import LOCALIZER_REGISTRY
 
 from .shapes import shapes_cfg
 from .tiny import fill_golden, register_tiny_models
+from .tools import needs_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -438,9 +439,6 @@ def test_the_average_covers_the_trained_parameters_and_loads_one_of_version_0_1(
     ema.update()
     expected = 0.5 * saved["1.weight"] + 0.5 * trained.weight
     torch.testing.assert_close(ema.state_dict()["1.weight"], expected)
-
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @needs_gpu

@@ -7,6 +7,11 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+import torch
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -88,23 +88,15 @@ def extract_tokens(
     comm.synchronize()
     mine = missing[comm.get_rank() :: comm.get_world_size()]
     logger.info(
-        f"'{dataset_name}': {len(mine)} of {len(missing)} missing shards, of {writer.num_shards}."
+        f"'{dataset_name}': {len(missing)} of {writer.num_shards} shards are missing; "
+        f"this process writes {len(mine)}."
     )
     batches = [
         list(images[first : first + images_per_batch])
         for images in map(writer.shard_images, mine)
         for first in range(0, len(images), images_per_batch)
     ]
-    # Training's mapper without augmentation: the regions are those that training will see.
-    mapper = RegionMapper(True, augmentations=[], max_pixels=cfg.INPUT.MAX_PIXELS)
-    loader = DataLoader(
-        MapDataset(DatasetFromList(records, copy=False), partial(_map, mapper)),
-        batch_sampler=batches,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
-        collate_fn=trivial_batch_collator,
-        worker_init_fn=leave_interrupts,
-        pin_memory=device.type == "cuda",
-    )
+    loader = _build_loader(cfg, records, batches, pin_memory=device.type == "cuda")
     unreadable = UnreadableImages(cfg.DATALOADER.MAX_UNREADABLE_SHARE)
     try:
         if mine:  # a finished cache may be read-only
@@ -123,6 +115,21 @@ def extract_tokens(
         writer.finish()
     comm.synchronize()
     return TokenCache(folder, manifest)
+
+
+def _build_loader(
+    cfg: CfgNode, records: list[dict[str, Any]], batches: list[list[int]], *, pin_memory: bool
+) -> DataLoader:
+    # Training's mapper without augmentation: the regions are those that training will see.
+    mapper = RegionMapper(True, augmentations=[], max_pixels=cfg.INPUT.MAX_PIXELS)
+    return DataLoader(
+        MapDataset(DatasetFromList(records, copy=False), partial(_map, mapper)),
+        batch_sampler=batches,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=trivial_batch_collator,
+        worker_init_fn=leave_interrupts,
+        pin_memory=pin_memory,
+    )
 
 
 def _precision(cfg: CfgNode, device: torch.device, amp: bool) -> torch.dtype:

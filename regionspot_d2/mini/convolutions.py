@@ -36,8 +36,7 @@ def spare_copies(network: nn.Module) -> nn.Module:
     """Lets convolutions pad by themselves, and activations write over what they read.
 
     Padding of its own copies a feature map before the convolution reads it, and ReLU6 writes a
-    second one: together a quarter of EfficientNet-Lite's time on a CPU. Uneven padding, which no
-    convolution has, stays.
+    second one. Uneven padding, which no convolution has, stays.
 
     Args:
         network: changed in place. Its convolutions may have a ``static_padding``, and its
