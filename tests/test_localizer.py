@@ -66,10 +66,15 @@ def stock_points(image, points, labels):
 
 def test_chunks_do_not_matter(image, boxes, localizer):
     tokens, masks = decode(localizer, image, box_prompts(boxes))
-    for size in (1, 2, 5, 100):
+    for size in (0, 1, 2, 5, 100):
         found, found_masks = decode(build(chunk_size=size), image, box_prompts(boxes))
         torch.testing.assert_close(found, tokens, atol=1e-5, rtol=0)
         torch.testing.assert_close(found_masks, masks, atol=1e-4, rtol=0)
+
+
+def test_a_negative_chunk_is_refused():
+    with pytest.raises(ValueError, match="CHUNK_SIZE is -1; it must be a number of prompts, or 0"):
+        build(chunk_size=-1)
 
 
 def test_order_does_not_matter(image, boxes, localizer):

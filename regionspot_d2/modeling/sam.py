@@ -37,7 +37,7 @@ class SamLocalizer(SquareLocalizer):
         pixel_mean: list[float],
         pixel_std: list[float],
         tokens: str = "mask",
-        chunk_size: int = 16,
+        chunk_size: int = 0,
         arch: str = "",
     ) -> None:
         """

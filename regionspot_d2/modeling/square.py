@@ -40,7 +40,7 @@ class SquareLocalizer(Localizer):
         pixel_mean: list[float],
         pixel_std: list[float],
         tokens: str = "mask",
-        chunk_size: int = 16,
+        chunk_size: int = 0,
         squashed: bool = False,
         arch: str = "",
     ) -> None:
@@ -49,25 +49,38 @@ class SquareLocalizer(Localizer):
             pixel_mean, pixel_std: of RGB images in 0..255.
             tokens: "mask" for the mask token, "prompt" for the mean of the prompt's own embeddings
                 (SAM's prompt encoder knows only the place), "both" for the two side by side.
-            chunk_size: prompts decoded at a time; bounds the memory, not the result.
+            chunk_size: prompts decoded at a time; bounds the memory, not the result. 0 takes what
+                is fast on the device.
             squashed: True makes images square, as SAM 2 does; False pads them, as SAM does.
             arch: which model of the class this is, for ``identity``.
 
         Raises:
-            ValueError: ``tokens`` is none of the three.
+            ValueError: ``tokens`` is none of the three, or ``chunk_size`` is negative.
         """
         super().__init__()
         if tokens not in ("mask", "prompt", "both"):
             raise ValueError(
                 f"MODEL.LOCALIZER.TOKENS is '{tokens}'; it must be 'mask', 'prompt' or 'both'."
             )
+        if chunk_size < 0:
+            raise ValueError(
+                f"MODEL.LOCALIZER.CHUNK_SIZE is {chunk_size}; it must be a number of prompts, or 0 "
+                "for what is fast on the device."
+            )
         self.tokens = tokens
-        self.chunk_size = chunk_size
+        self._chunk_size = chunk_size
         self.squashed = squashed
         kind = "" if tokens == "mask" else f"with tokens '{tokens}'"
         self.identity = " ".join(filter(None, [type(self).__name__, arch, kind]))
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+
+    @property
+    def chunk_size(self) -> int:
+        """Prompts decoded at a time."""
+        # Each prompt has an image of 4 MB of its own. Two of them stay in the cache of a CPU, which
+        # takes a bit more than half the time of sixteen then; a GPU wants more to do at once.
+        return self._chunk_size or (2 if self.pixel_mean.device.type == "cpu" else 16)
 
     @abstractmethod
     def embed_prompts(

@@ -48,7 +48,7 @@ class TransformersSam(SquareLocalizer):
 
     @configurable
     def __init__(
-        self, *, model: nn.Module, tokens: str = "mask", chunk_size: int = 16, arch: str = ""
+        self, *, model: nn.Module, tokens: str = "mask", chunk_size: int = 0, arch: str = ""
     ) -> None:
         """
         Args:
